@@ -1,0 +1,43 @@
+"""KaLM-Reranker for RAG pipelines: passages are encoded once and reused by every later query.
+
+```python
+from kalm_rag import KaLMReranker
+
+reranker = KaLMReranker("nano")
+for hit in reranker.rank("What is the capital of China?", passages, top_k=3):
+    print(hit.score, hit.document)
+```
+
+Importing this package imports neither torch nor transformers: both load with the first model.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kalm_rag._version import __version__
+
+if TYPE_CHECKING:
+    from kalm_rag.reranker import KaLMReranker
+    from kalm_rag.results import EncodeReport, RankedPassage
+
+__all__ = ["EncodeReport", "KaLMReranker", "RankedPassage", "__version__"]
+
+_HOMES = {
+    "EncodeReport": "kalm_rag.results",
+    "KaLMReranker": "kalm_rag.reranker",
+    "RankedPassage": "kalm_rag.results",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        import importlib
+
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    msg = f"module 'kalm_rag' has no attribute {name!r}"
+    raise AttributeError(msg)
+
+
+def __dir__() -> list[str]:
+    return __all__

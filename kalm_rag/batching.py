@@ -1,0 +1,55 @@
+"""Rows of similar length share a forward pass, under a budget of padded tokens."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def plan(lengths: Sequence[int], *, batch_size: int, batch_tokens: int) -> Iterator[list[int]]:
+    """Group positions into batches, longest first, so that a batch too large for memory fails at once.
+
+    Args:
+        lengths: tokens of each row.
+        batch_size: rows per batch at most.
+        batch_tokens: rows times the longest row of the batch at most; a longer row gets a batch of its own.
+
+    Yields:
+        Lists of positions into `lengths`; every position occurs once.
+    """
+    order = sorted(range(len(lengths)), key=lambda position: -lengths[position])
+    batch: list[int] = []
+    for position in order:
+        full = batch and (len(batch) == batch_size or (len(batch) + 1) * lengths[batch[0]] > batch_tokens)
+        if full:
+            yield batch
+            batch = []
+        batch.append(position)
+    if batch:
+        yield batch
+
+
+def run_halving(forward: Callable[[Sequence[T]], list[R]], rows: Sequence[T]) -> list[R]:
+    """Run one batch; on CUDA out-of-memory run its halves instead, down to single rows.
+
+    Raises:
+        torch.cuda.OutOfMemoryError: a single row does not fit.
+    """
+    import torch
+
+    try:
+        return forward(rows)
+    except torch.cuda.OutOfMemoryError:
+        if len(rows) == 1:
+            raise
+    # Outside of the handler: the exception's traceback keeps the failed batch's tensors alive.
+    torch.cuda.empty_cache()
+    half = len(rows) // 2
+    logger.warning("CUDA is out of memory with %d rows in a batch; going on with %d", len(rows), half)
+    return run_halving(forward, rows[:half]) + run_halving(forward, rows[half:])

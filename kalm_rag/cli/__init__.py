@@ -1,0 +1,54 @@
+"""The command `kalm-rag`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from kalm_rag._version import __version__
+from kalm_rag.cli import demo, info, rank
+from kalm_rag.errors import KaLMError
+
+app = typer.Typer(
+    name="kalm-rag",
+    help="Rerank passages with KaLM-Reranker: passages are encoded once and reused by every later query.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("rank")(rank.rank)
+app.command("demo")(demo.demo)
+app.command("info")(info.info)
+
+_debug = False
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"kalm-rag {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    global _debug
+    _debug = debug
+
+
+def main() -> None:
+    """Run the command line; an expected error is one line on standard error and exit code 2."""
+    try:
+        app()
+    except (KaLMError, ValueError, TypeError, OSError) as error:
+        if _debug:
+            raise
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)

@@ -1,0 +1,97 @@
+"""`kalm-rag demo`: the main job on a small real corpus, offline."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kalm_rag.cli.options import console, one_line
+
+_CANDIDATES = 20
+
+
+def demo(
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="A model to use instead of the untrained one.", metavar="MODEL"),
+    ] = None,
+) -> None:
+    """Retrieve with BM25 from the Python FAQ, rerank, and show what moved and how long it took."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from kalm_rag.bm25 import BM25
+    from kalm_rag.demo_data import load_demo
+    from kalm_rag.reranker import KaLMReranker
+
+    out = console()
+    corpus = load_demo()
+    out.print(
+        f"Corpus: the Python 3.11 FAQ, {len(corpus.passages)} passages; "
+        f"{len(corpus.queries)} questions; BM25 finds {_CANDIDATES} candidates for each."
+    )
+    folder = _untrained_model() if model is None else None
+    if folder is not None:
+        out.print(
+            "Model: UNTRAINED, small, random weights. Its order means nothing; the steps and their costs are real.\n"
+            "For a real order: kalm-rag demo --model nano"
+        )
+    index = BM25(corpus.passages)
+    reranker = KaLMReranker(folder or str(model))
+    with reranker:
+        reranker.load()
+        out.print(f"Running {reranker!r}\n")
+        times: dict[str, list[float]] = {"BM25 retrieval": [], "reranking": []}
+        rankings = {}
+        for query_id, query in corpus.queries.items():
+            start = time.perf_counter()
+            candidates = index.search(query, _CANDIDATES)
+            times["BM25 retrieval"].append(time.perf_counter() - start)
+            start = time.perf_counter()
+            hits = reranker.rank(query, [corpus.passages[name] for name, _ in candidates])
+            times["reranking"].append(time.perf_counter() - start)
+            rankings[query_id] = hits, candidates
+    query_id = next(iter(corpus.queries))
+    hits, candidates = rankings[query_id]
+    out.print(Text(f"Query: {corpus.queries[query_id]}"))
+    table = Table(box=None, pad_edge=False)
+    for name in ("rank", "BM25", "moved", "score"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("passage", no_wrap=True, overflow="ellipsis", ratio=1)
+    for place, hit in enumerate(hits[:10]):
+        moved = hit.index - place
+        name = candidates[hit.index][0]
+        answer = name in corpus.qrels[query_id]
+        table.add_row(
+            str(place + 1),
+            str(hit.index + 1),
+            f"{moved:+d}" if moved else "=",
+            f"{hit.score:.4f}",
+            Text(("* " if answer else "  ") + one_line(corpus.passages[name])),
+        )
+    out.print(table)
+    out.print("* the answer, as judged by the authors of the FAQ\n")
+    timings = Table(box=None, pad_edge=False)
+    timings.add_column("step")
+    for name in ("queries", "median ms", "max ms"):
+        timings.add_column(name, justify="right")
+    for step, seconds in times.items():
+        ordered = sorted(seconds)
+        median, most = ordered[len(ordered) // 2], ordered[-1]
+        timings.add_row(step, str(len(seconds)), f"{1000 * median:.1f}", f"{1000 * most:.1f}")
+    out.print(timings)
+
+
+def _untrained_model() -> Path:
+    """The small random checkpoint, built at the first run."""
+    from kalm_rag._version import __version__
+    from kalm_rag.paths import default_cache_dir
+    from kalm_rag.testing import build_checkpoint
+
+    folder = default_cache_dir() / "models" / f"untrained-{__version__}"
+    if not (folder / "model.safetensors").is_file():
+        build_checkpoint(folder)
+    return folder

@@ -1,0 +1,69 @@
+"""`kalm-rag info`."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from typing import Annotated, Any
+
+import typer
+
+from kalm_rag.cli.options import JsonOption, RevisionOption, console, print_json
+
+_PACKAGES = ("kalm-rag", "torch", "transformers", "tokenizers", "safetensors", "diskcache", "huggingface-hub")
+
+
+def info(
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Also identify this model.", metavar="MODEL")
+    ] = None,
+    revision: RevisionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show versions, device, cache place and, with --model, what identifies a model."""
+    import torch
+
+    from kalm_rag.loading import resolve_device, resolve_dtype
+    from kalm_rag.paths import default_cache_dir
+
+    device = resolve_device(None)
+    facts: dict[str, Any] = {
+        "python": platform.python_version(),
+        **{name: _version(name) for name in _PACKAGES},
+        "device": str(device) if device.type != "cuda" else f"{device} ({torch.cuda.get_device_name(device)})",
+        "threads": torch.get_num_threads(),
+        "dtype": str(resolve_dtype(None, device)).removeprefix("torch."),
+        "cache": str(default_cache_dir()),
+    }
+    if model is not None:
+        from kalm_rag.checkpoint import find_checkpoint
+        from kalm_rag.identity import identify
+
+        checkpoint = find_checkpoint(model, revision=revision)
+        identity = identify(checkpoint)
+        facts |= {
+            "model": model,
+            "model folder": str(checkpoint.folder),
+            "model digest": identity.short,
+            "encoder digest": identity.encoder,
+            "tokenizer digest": identity.tokenizer,
+        }
+    if as_json:
+        print_json({name.replace(" ", "_").replace("-", "_"): value for name, value in facts.items()})
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name, Text(str(value)))
+    console().print(table)
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,72 @@
+"""`kalm-rag rank`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from kalm_rag.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    RevisionOption,
+    console,
+    one_line,
+    print_json,
+)
+
+
+def rank(
+    query: Annotated[str, typer.Argument(help="The query.")],
+    passages: Annotated[str, typer.Argument(help="A .jsonl or text file, a folder, or - for standard input.")] = "-",
+    model: ModelOption = "nano",
+    top_k: Annotated[int | None, typer.Option("--top-k", "-k", help="How many to show. [default: all]")] = None,
+    instruction: Annotated[str | None, typer.Option("--instruction", help="What 'relevant' means.")] = None,
+    ratio: Annotated[int, typer.Option("--ratio", "-r", help="Encoder states averaged into one.")] = 4,
+    threshold: Annotated[float | None, typer.Option("--threshold", help="Lowest score shown.")] = None,
+    revision: RevisionOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Order passages by how well they answer a query."""
+    from kalm_rag.corpus import read_passages
+    from kalm_rag.reranker import KaLMReranker
+
+    records = list(read_passages(passages))
+    with KaLMReranker(model, revision=revision, device=device, dtype=dtype, ratio=ratio) as reranker:
+        ranking = reranker.rank(query, [record.text for record in records], top_k, instruction, threshold=threshold)
+    if as_json:
+        print_json(
+            [
+                {
+                    "index": hit.index,
+                    "id": records[hit.index].id,
+                    "score": hit.score,
+                    "margin": hit.margin,
+                    "text": hit.document,
+                    "passage_truncated": hit.passage_truncated,
+                    "query_truncated": hit.query_truncated,
+                }
+                for hit in ranking
+            ]
+        )
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for name, style in (("rank", "right"), ("score", "right"), ("id", "left")):
+        table.add_column(name, justify=style, no_wrap=True)  # type: ignore[arg-type]
+    table.add_column("passage", no_wrap=True, overflow="ellipsis", ratio=1)
+    for place, hit in enumerate(ranking, start=1):
+        record = records[hit.index]
+        cut = " (truncated)" if hit.passage_truncated else ""
+        label = record.id if record.id is not None else str(hit.index)
+        table.add_row(str(place), f"{hit.score:.4f}", Text(label + cut), Text(one_line(record.text)))
+    out = console()
+    out.print(table)
+    if ranking and ranking[0].query_truncated:
+        out.print(f"The query is longer than {reranker.settings.query_max_length} tokens; its tail was not read.")

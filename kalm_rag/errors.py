@@ -1,0 +1,32 @@
+"""The errors of this package. Wrong arguments are plain `ValueError` and `TypeError`."""
+
+from __future__ import annotations
+
+
+class KaLMError(Exception):
+    """Base of every error that is specific to kalm-rag."""
+
+
+class CheckpointError(KaLMError, ValueError):
+    """A checkpoint cannot be found, read or used; the message names the way out."""
+
+
+class ScoringError(KaLMError, RuntimeError):
+    """The model ran but gave no usable score, for example NaN logits in float16."""
+
+
+class MissingExtraError(KaLMError, ImportError):
+    """An optional dependency is not installed; the message carries the pip command.
+
+    Args:
+        module: the module that could not be imported.
+        extra: the extra of `kalm-rag` that installs it.
+    """
+
+    def __init__(self, module: str, extra: str) -> None:
+        super().__init__(
+            f"this feature needs the package {module!r}, which is not installed. "
+            f"Install it with: pip install 'kalm-rag[{extra}]'"
+        )
+        self.module = module
+        self.extra = extra

@@ -1,0 +1,145 @@
+"""What makes two encodings of one text interchangeable: a digest of content, never of names, paths or dates."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kalm_rag.checkpoint import UNUSED, Checkpoint
+from kalm_rag.paths import default_cache_dir
+from kalm_rag.prompts import PASSAGE_PREFIX
+
+logger = logging.getLogger(__name__)
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_VOLATILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache"}
+_MEMO_LIMIT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class ModelIdentity:
+    """Digests (SHA-256, hexadecimal) of all that shapes encoder states besides text, `max_length` and dtype.
+
+    Attributes:
+        encoder: weights of the encoder and its configuration.
+        tokenizer: the tokenizer's files.
+        template: the text around a passage.
+    """
+
+    encoder: str
+    tokenizer: str
+    template: str
+
+    @property
+    def short(self) -> str:
+        """Twelve digits that stand for all three, for people."""
+        return tagged_digest(self.encoder, self.tokenizer, self.template).hexdigest()[:12]
+
+
+def identify(checkpoint: Checkpoint, memo: Path | None = None) -> ModelIdentity:
+    """The identity of a checkpoint.
+
+    Hashing the weights takes about a second per gigabyte, so the result is remembered. A file of the hub's cache is
+    recognised by its blob hash, any other by its size, inode, and times of change.
+
+    Args:
+        checkpoint: where the files are.
+        memo: the file that remembers, default `digests.json` in the default cache folder.
+    """
+    memo = memo or default_cache_dir() / "digests.json"
+    known = _read_memo(memo)
+    config = _encoder_config(checkpoint.config)
+    key = tagged_digest(config, *map(_file_mark, checkpoint.shards)).hexdigest()
+    encoder = known.get(key)
+    if encoder is None:
+        encoder = _encoder_digest(checkpoint, config)
+        _write_memo(memo, {**known, key: encoder})
+    files = [checkpoint.folder / name for name in _TOKENIZER_FILES]
+    parts = [part for file in files if file.is_file() for part in (file.name, file.read_bytes())]
+    return ModelIdentity(
+        encoder=encoder,
+        tokenizer=tagged_digest(*parts).hexdigest(),
+        template=tagged_digest(PASSAGE_PREFIX).hexdigest(),
+    )
+
+
+def tagged_digest(*parts: str | bytes) -> hashlib._Hash:
+    """A SHA-256 over length-prefixed parts, so that no two different lists give the same bytes."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode("utf-8") if isinstance(part, str) else part
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest
+
+
+def _encoder_config(config: dict[str, Any]) -> str:
+    encoder = config.get("encoder") or {}
+    text = encoder.get("text_config") or {}
+    kept = {name: value for name, value in text.items() if name not in _VOLATILE}
+    return json.dumps([kept, config.get("dropout_rate"), encoder.get("eoi_token_index")], sort_keys=True)
+
+
+def _encoder_digest(checkpoint: Checkpoint, config: str) -> str:
+    """Over names, dtypes, shapes and bytes of the encoder's tensors, however they are split into files."""
+    import torch
+    from safetensors import safe_open
+
+    homes: dict[str, tuple[Path, str]] = {}
+    for shard in checkpoint.shards:
+        with safe_open(shard, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
+                if not any(part in key for part in UNUSED):
+                    # transformers writes `encoder.layers` and calls it `encoder.text_model.layers` in memory.
+                    homes[key.removeprefix("model.").replace("encoder.text_model.", "encoder.")] = (
+                        shard,
+                        key,
+                    )
+    names = sorted(name for name in homes if name.startswith("encoder."))
+    if "encoder.embed_tokens.weight" not in names:
+        names = sorted(homes)  # the tied embedding is stored under another name: take everything
+    digest = tagged_digest("encoder", config)
+    for name in names:
+        shard, key = homes[name]
+        with safe_open(shard, framework="pt") as file:
+            tensor = file.get_tensor(key)
+        head = json.dumps([name, str(tensor.dtype), list(tensor.shape)])
+        digest.update(len(head).to_bytes(8, "little") + head.encode())
+        digest.update(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def _file_mark(path: Path) -> str:
+    """What tells this version of a file from any other on this machine."""
+    real = path.resolve()
+    if real.parent.name == "blobs" and len(real.name) == 64 and set(real.name) <= set("0123456789abcdef"):
+        return f"blob {real.name}"
+    stat = real.stat()
+    return f"file {real} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
+
+
+def _read_memo(memo: Path) -> dict[str, str]:
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(memo.read_text("utf-8"))
+        if isinstance(known, dict):
+            return {str(key): str(value) for key, value in known.items()}
+    return {}
+
+
+def _write_memo(memo: Path, known: dict[str, str]) -> None:
+    newest = dict(list(known.items())[-_MEMO_LIMIT:])
+    try:
+        memo.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        handle, name = tempfile.mkstemp(dir=memo.parent, prefix=".digests-")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(newest, file)
+        os.replace(name, memo)
+    except OSError as error:
+        logger.info("cannot remember the model's digest in %s (%s); it is computed again next time", memo, error)

@@ -1,0 +1,195 @@
+"""From the files of a checkpoint to a model in memory: text part only, stock transformers classes only."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kalm_rag.checkpoint import UNUSED, Checkpoint
+from kalm_rag.errors import CheckpointError
+from kalm_rag.settings import Settings
+from kalm_rag.tokenization import Tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+
+DTYPES = {
+    "float32": "float32",
+    "fp32": "float32",
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+    "float16": "float16",
+    "fp16": "float16",
+}
+"""Accepted names of a dtype."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model ready to run.
+
+    Attributes:
+        model: `T5Gemma2ForConditionalGeneration` without its vision tower, in evaluation mode.
+        tokenizer: its tokenizer.
+        device: where it runs.
+        dtype: what it computes in.
+    """
+
+    model: Any
+    tokenizer: Tokenizer
+    device: torch.device
+    dtype: torch.dtype
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, or CUDA if there is one, else the CPU.
+
+    Raises:
+        ValueError: no such device, or it is not on this machine; the message lists what is.
+    """
+    import torch
+
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    here = ["cpu"] + [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    here += ["mps"] if torch.backends.mps.is_available() else []
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        msg = f"device={device!r} is no device ({str(error).splitlines()[0]}); this machine has {here}"
+        raise ValueError(msg) from None
+    name = f"cuda:{found.index or 0}" if found.type == "cuda" else found.type
+    if name not in here:
+        msg = f"device={str(device)!r} is not on this machine, which has {here}; leave device out for the best one"
+        raise ValueError(msg)
+    return found
+
+
+def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The dtype asked for, or bfloat16 on CUDA and float32 elsewhere (the defaults of the model cards).
+
+    Raises:
+        ValueError: not one of `DTYPES`.
+    """
+    import torch
+
+    if dtype is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    name = DTYPES.get(str(dtype).lower().removeprefix("torch."))
+    if name is None:
+        msg = f"dtype must be one of {sorted(set(DTYPES.values()))} (or fp32, bf16, fp16), got {dtype!r}"
+        raise ValueError(msg)
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+def load_model(checkpoint: Checkpoint, *, settings: Settings, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+    """Read the text part of a checkpoint.
+
+    The vision tower (about 417M parameters in the released files) is never read: its tensors are left out of the
+    state dict and its module is built at a toy size and dropped.
+
+    Raises:
+        CheckpointError: a file is damaged, a weight is missing or has another shape than the config says.
+    """
+    import transformers
+
+    tokenizer = _load_tokenizer(checkpoint, escape=settings.control_tokens == "escape")
+    try:
+        config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        text_config = copy.deepcopy(config)
+        vision = type(config.encoder.vision_config)
+        text_config.encoder.vision_config = vision(
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            image_size=8,
+            patch_size=4,
+        )
+        with _quiet_transformers():
+            model, info = transformers.T5Gemma2ForConditionalGeneration.from_pretrained(
+                None,
+                config=text_config,
+                state_dict=_text_tensors(checkpoint),
+                dtype=dtype,
+                output_loading_info=True,
+            )
+    except CheckpointError:
+        raise
+    except Exception as error:
+        msg = f"cannot load {checkpoint.name!r} from {str(checkpoint.folder)!r}: {type(error).__name__}: {error}"
+        raise CheckpointError(msg) from error
+    missing = sorted(key for key in info["missing_keys"] if not any(part in key for part in UNUSED))
+    faulty = missing + sorted(str(key) for key in info["mismatched_keys"])
+    if faulty:
+        msg = (
+            f"{checkpoint.name!r} lacks {len(faulty)} weights of the text model, or has them in another shape "
+            f"(first: {faulty[0]}); download the checkpoint again"
+        )
+        raise CheckpointError(msg)
+    encoder = model.get_encoder()
+    for part in UNUSED:
+        name = part.rstrip(".")
+        if hasattr(encoder, name):
+            delattr(encoder, name)
+    model = model.to(device).eval()
+    model.requires_grad_(False)
+    logger.info("loaded %s on %s in %s", checkpoint.name, device, dtype)
+    return LoadedModel(model, tokenizer, device, dtype)
+
+
+def _text_tensors(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Every tensor of the text part, still mapped from the file: nothing else is paged in."""
+    from safetensors import SafetensorError, safe_open
+
+    tensors: dict[str, Any] = {}
+    shard = checkpoint.folder
+    try:
+        for shard in checkpoint.shards:
+            with safe_open(shard, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
+                    if not any(part in key for part in UNUSED):
+                        tensors[key] = file.get_tensor(key)
+    except (SafetensorError, OSError) as error:
+        msg = f"cannot read {str(shard)!r} ({error}); download the checkpoint again"
+        raise CheckpointError(msg) from error
+    return tensors
+
+
+def _load_tokenizer(checkpoint: Checkpoint, *, escape: bool) -> Tokenizer:
+    import transformers
+
+    try:
+        fast = transformers.AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    except Exception as error:
+        msg = (
+            f"cannot read the tokenizer of {checkpoint.name!r} in {str(checkpoint.folder)!r} "
+            f"({type(error).__name__}: {error}); the folder must hold tokenizer.json"
+        )
+        raise CheckpointError(msg) from error
+    return Tokenizer(fast, escape=escape, where=repr(checkpoint.name))
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No load report: it would list the toy vision tower as missing. What is missing is checked by the caller."""
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

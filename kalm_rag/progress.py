@@ -1,0 +1,42 @@
+"""Progress bars on long work, where a terminal is there to show them."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from tqdm.auto import tqdm
+
+
+class Progress:
+    """A bar over `total` items, drawn after a short delay so that quick work stays silent.
+
+    Args:
+        total: how many items there are, None if nobody knows.
+        label: what is being done.
+        unit: what is counted.
+        show: True to draw, False not to, None to draw when standard error is a terminal.
+    """
+
+    def __init__(self, total: int | None, label: str, *, unit: str = "passage", show: bool | None = None) -> None:
+        disable = None if show is None else not show
+        self._bar = tqdm(
+            total=total,
+            desc=label,
+            unit=f" {unit}s",
+            disable=disable,
+            delay=1.0,
+            dynamic_ncols=True,
+            leave=False,
+        )
+
+    def advance(self, count: int) -> None:
+        """Count `count` more items."""
+        self._bar.update(count)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()

@@ -1,0 +1,299 @@
+"""The public scorer."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from kalm_rag.checkpoint import Checkpoint, find_checkpoint
+from kalm_rag.documents import document_text, iter_documents
+from kalm_rag.progress import Progress
+from kalm_rag.results import Document, EncodeReport, RankedPassage
+from kalm_rag.settings import (
+    DEFAULT_INSTRUCTION,
+    DEFAULT_SYSTEM_PROMPT,
+    ControlTokens,
+    Settings,
+    check_positive,
+    check_text,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from kalm_rag.engine import Engine
+
+_WINDOW = 2048
+"""Distinct passages held at once: bounds memory on long inputs, and is enough to batch by length."""
+
+
+class KaLMReranker:
+    """Scores passages against queries with a KaLM-Reranker-V1 checkpoint (arXiv 2606.22807).
+
+    Nothing is loaded until the first call that needs the model, or `load()`. One instance may be used from any
+    number of threads; it may be a context manager, and `close()` frees its memory.
+
+    Args:
+        model: `nano`, `small` or `large` (the R2 releases), a local folder, or a hub id.
+        revision: branch, tag or commit on the hub.
+        device: `cpu`, `cuda`, `cuda:1`, `mps`, ... Default: CUDA if there is one, else the CPU.
+        dtype: `float32`, `bfloat16` or `float16`. Default: bfloat16 on CUDA, float32 elsewhere.
+        max_length: tokens of a passage that are read, its prefix included. Longer passages are truncated, and
+            the result says so.
+        query_max_length: tokens of a query that are read.
+        ratio: encoder states averaged into one (MEP compression): 1 keeps all, 4 is the model cards' default, the
+            models are trained for 1, 2, 4, 8, 16 and 32. None is 1.
+        instruction: what "relevant" means, in a sentence. Default: the model cards'.
+        system_prompt: the sentence before it. Default: the model cards'.
+        batch_size: rows per forward pass at most.
+        batch_tokens: tokens per forward pass at most, padding included.
+        control_tokens: what happens to control tokens such as `<end_of_turn>` in passages and queries. `escape`
+            breaks them with a space, so that no text can forge the end of the prompt; `allow` lets them through
+            as the reference implementation does. Text without control tokens scores the same under both.
+        show_progress: True, False, or None for bars on long work when standard error is a terminal.
+        token: hub token, if the model needs one.
+        local_files_only: never ask the hub, use what was downloaded.
+
+    Raises:
+        ValueError, TypeError: a setting is wrong; the message names it, its value and the rule.
+    """
+
+    def __init__(
+        self,
+        model: str | Path = "nano",
+        *,
+        revision: str | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        max_length: int = 1024,
+        query_max_length: int = 512,
+        ratio: int | None = 4,
+        instruction: str = DEFAULT_INSTRUCTION,
+        system_prompt: str = DEFAULT_SYSTEM_PROMPT,
+        batch_size: int = 32,
+        batch_tokens: int = 16384,
+        control_tokens: ControlTokens = "escape",
+        show_progress: bool | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> None:
+        self.model = model
+        self.settings = Settings(
+            max_length=max_length,
+            query_max_length=query_max_length,
+            ratio=1 if ratio is None else ratio,
+            instruction=instruction,
+            system_prompt=system_prompt,
+            batch_size=batch_size,
+            batch_tokens=batch_tokens,
+            control_tokens=control_tokens,
+        )
+        self._revision = revision
+        self._token = token
+        self._local_files_only = local_files_only
+        self._device = device
+        self._dtype = dtype
+        self._show_progress = show_progress
+        self._lock = threading.RLock()
+        self._engine: Engine | None = None
+
+    def __repr__(self) -> str:
+        state = "not loaded" if self._engine is None else "loaded"
+        return f"KaLMReranker({str(self.model)!r}, ratio={self.settings.ratio}, {state})"
+
+    def find(self) -> Checkpoint:
+        """The files of the model, downloaded if need be, without loading them.
+
+        Raises:
+            CheckpointError: nothing usable is there.
+        """
+        return find_checkpoint(
+            self.model, revision=self._revision, token=self._token, local_files_only=self._local_files_only
+        )
+
+    def load(self) -> KaLMReranker:
+        """Load the model now instead of at first use, and return this instance.
+
+        Raises:
+            CheckpointError: the model cannot be found or used.
+            ValueError: no such device or dtype.
+        """
+        self._loaded()
+        return self
+
+    def _loaded(self) -> Engine:
+        engine = self._engine
+        if engine is not None:
+            return engine
+        with self._lock:
+            if self._engine is None:
+                from kalm_rag.engine import Engine
+
+                self._engine = Engine.load(self.find(), settings=self.settings, device=self._device, dtype=self._dtype)
+            return self._engine
+
+    def close(self) -> None:
+        """Free the model's memory, once the calls that are running have ended. A later call loads it again."""
+        with self._lock:
+            if self._engine is None:
+                return
+            on_cuda = self._engine.loaded.device.type == "cuda"
+            self._engine = None
+        gc.collect()
+        if on_cuda:
+            import torch
+
+            torch.cuda.empty_cache()
+
+    def __enter__(self) -> KaLMReranker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def rank(
+        self,
+        query: str,
+        documents: Iterable[Document],
+        top_k: int | None = None,
+        instruction: str | None = None,
+        ratio: int | None = None,
+        threshold: float | None = None,
+        show_progress: bool | None = None,
+    ) -> list[RankedPassage]:
+        """Order passages by how well they answer a query.
+
+        Args:
+            query: the query.
+            documents: passages: strings, or mappings with the text under `"text"`. Any iterable.
+            top_k: how many to return, default all.
+            instruction: for this call, instead of the instance's.
+            ratio: for this call, instead of the instance's.
+            threshold: passages with a lower score (`P(yes)`) are left out.
+            show_progress: for this call, instead of the instance's.
+
+        Returns:
+            Passages by falling margin; equal ones keep the order in which they were given. Empty in, empty out,
+            and the model is not loaded for that.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong; the message names it and its value.
+            CheckpointError: the model cannot be found or used.
+            ScoringError: the model gave non-finite numbers.
+        """
+        check_text("query", query)
+        if top_k is not None:
+            check_positive("top_k", top_k)
+        if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, (int, float))):
+            msg = f"threshold must be a number between 0 and 1, got {threshold!r}"
+            raise TypeError(msg)
+        given = list(iter_documents(documents))
+        pairs = [(query, text) for _, text in given]
+        scored = self._score(pairs, instruction, ratio, show_progress)
+        ranking = [
+            RankedPassage(
+                index,
+                score.probability,
+                score.margin,
+                given[index][0],
+                score.passage_truncated,
+                score.query_truncated,
+            )
+            for index, score in sorted(enumerate(scored), key=lambda item: -item[1].margin)
+            if threshold is None or score.probability >= threshold
+        ]
+        return ranking[:top_k]
+
+    def predict(
+        self,
+        pairs: Iterable[Sequence[Any]],
+        instruction: str | None = None,
+        ratio: int | None = None,
+        show_progress: bool | None = None,
+    ) -> list[float]:
+        """Score `(query, passage)` pairs.
+
+        Args:
+            pairs: two-element sequences of a query and a passage, in any order; equal pairs are computed once.
+            instruction: for this call, instead of the instance's.
+            ratio: for this call, instead of the instance's.
+            show_progress: for this call, instead of the instance's.
+
+        Returns:
+            `P(yes)` of each pair, in input order.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong; the message names it and its value.
+            CheckpointError: the model cannot be found or used.
+            ScoringError: the model gave non-finite numbers.
+        """
+        checked = [_check_pair(pair, position) for position, pair in enumerate(_iterate(pairs, "pairs"))]
+        return [score.probability for score in self._score(checked, instruction, ratio, show_progress)]
+
+    def encode(self, documents: Iterable[Document], show_progress: bool | None = None) -> EncodeReport:
+        """Encode passages ahead of the queries that will need them.
+
+        Args:
+            documents: as in `rank`; a generator is consumed in windows, so a corpus need not fit into memory.
+            show_progress: for this call, instead of the instance's.
+
+        Returns:
+            How many passages were new, known already, and truncated.
+
+        Raises:
+            TypeError, ValueError: a passage is wrong; the message names its position.
+            CheckpointError: the model cannot be found or used.
+        """
+        total = len(documents) if isinstance(documents, Sequence) else None
+        texts = (text for _, text in iter_documents(documents))
+        new = known = truncated = 0
+        with self._progress(total, "encoding", show_progress) as progress:
+            while window := list(islice(texts, _WINDOW)):
+                report = self._loaded().encode(window, progress)
+                new, known, truncated = new + report.new, known + report.known, truncated + report.truncated
+        return EncodeReport(new, known, truncated)
+
+    def _score(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        instruction: str | None,
+        ratio: int | None,
+        show_progress: bool | None,
+    ) -> list[Any]:
+        instruction = self.settings.instruction if instruction is None else check_text("instruction", instruction)
+        ratio = self.settings.ratio if ratio is None else check_positive("ratio", ratio)
+        if not pairs:
+            return []
+        engine = self._loaded()
+        unique = list(dict.fromkeys(pairs))
+        found: dict[tuple[str, str], Any] = {}
+        with self._progress(len(unique), "reranking", show_progress) as progress:
+            for start in range(0, len(unique), _WINDOW):
+                window = unique[start : start + _WINDOW]
+                scores = engine.score(window, instruction, ratio, progress)
+                found.update(zip(window, scores, strict=True))
+        return [found[pair] for pair in pairs]
+
+    def _progress(self, total: int | None, label: str, show: bool | None) -> Progress:
+        return Progress(total, label, show=self._show_progress if show is None else show)
+
+
+def _iterate(values: Any, name: str) -> Iterable[Any]:
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        msg = f"{name} must be an iterable of (query, passage) pairs, got {type(values).__name__}"
+        raise TypeError(msg)
+    return values
+
+
+def _check_pair(pair: Any, position: int) -> tuple[str, str]:
+    if isinstance(pair, (str, bytes)) or not isinstance(pair, Sequence) or len(pair) != 2:
+        msg = f"pairs[{position}] must be a (query, passage) pair, got {type(pair).__name__}: {pair!r:.80}"
+        raise TypeError(msg)
+    return check_text(f"pairs[{position}][0]", pair[0]), document_text(pair[1], position, "pairs")

@@ -1,0 +1,192 @@
+"""The two halves of the model, run in batches: passages to states, prompts and states to margins."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from kalm_rag.batching import plan, run_halving
+from kalm_rag.errors import ScoringError
+from kalm_rag.loading import LoadedModel
+from kalm_rag.pooling import PassageStates, mean_groups
+from kalm_rag.progress import Progress
+from kalm_rag.prompts import PassageTokens, Prompt
+from kalm_rag.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+
+
+def probability(margin: float) -> float:
+    """`P(yes)` of a margin: the softmax over the logits of `yes` and `no` is the sigmoid of their difference."""
+    if margin >= 0:
+        return 1.0 / (1.0 + math.exp(-margin))
+    return math.exp(margin) / (1.0 + math.exp(margin))
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One thing to score: a prompt against an encoded passage."""
+
+    prompt: Prompt
+    passage: PassageStates
+
+
+class YesNoHead:
+    """The answer head: the two rows of the output matrix that matter.
+
+    The reference multiplies all rows (262,144 on the released models) at all positions; the score reads two numbers.
+    """
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        import torch
+
+        tokenizer = loaded.tokenizer
+        weight = loaded.model.get_output_embeddings().weight
+        self._rows = weight[torch.tensor([tokenizer.yes_id, tokenizer.no_id], device=weight.device)]
+        self._cap = loaded.model.config.decoder.final_logit_softcapping
+
+    def margins(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`z_yes - z_no`.
+
+        Args:
+            hidden: the decoder's last hidden states at the last prompt position, shape `(batch, width)`.
+
+        Returns:
+            Float32 of shape `(batch,)`; logits are compared in float32, as the reference does.
+        """
+        import torch
+
+        logits = torch.nn.functional.linear(hidden, self._rows)
+        if self._cap is not None:
+            logits = torch.tanh(logits / self._cap) * self._cap
+        logits = logits.float()
+        return logits[:, 0] - logits[:, 1]
+
+
+class Encoder:
+    """Runs the encoder over passages and pools its states."""
+
+    def __init__(self, loaded: LoadedModel, settings: Settings) -> None:
+        self._loaded = loaded
+        self._settings = settings
+
+    def encode(
+        self, passages: Sequence[PassageTokens], ratio: int, progress: Progress | None = None
+    ) -> list[PassageStates]:
+        """States of each passage at `ratio`, in input order, on the model's device."""
+        found: list[PassageStates | None] = [None] * len(passages)
+        batches = plan(
+            [len(passage.ids) for passage in passages],
+            batch_size=self._settings.batch_size,
+            batch_tokens=self._settings.batch_tokens,
+        )
+        for batch in batches:
+            states = run_halving(lambda rows: self._forward(rows, ratio), [passages[i] for i in batch])
+            for position, state in zip(batch, states, strict=True):
+                found[position] = state
+            if progress is not None:
+                progress.advance(len(batch))
+        return cast("list[PassageStates]", found)
+
+    def _forward(self, passages: Sequence[PassageTokens], ratio: int) -> list[PassageStates]:
+        import torch
+
+        device = self._loaded.device
+        with torch.inference_mode():
+            ids, mask = right_pad([passage.ids for passage in passages], self._loaded.tokenizer.pad_id, device)
+            hidden = self._loaded.model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+            pooled = mean_groups(hidden, mask.float(), ratio)
+            # A copy per passage: a view would keep the whole padded batch alive.
+            return [
+                PassageStates(row[: -(-len(passage.ids) // ratio)].clone(), len(passage.ids), ratio, passage.truncated)
+                for row, passage in zip(pooled, passages, strict=True)
+            ]
+
+
+class PlainScorer:
+    """Runs the whole prompt against pooled states: the plain path that every faster one is tested against."""
+
+    def __init__(self, loaded: LoadedModel, settings: Settings) -> None:
+        self._loaded = loaded
+        self._settings = settings
+        self._head = YesNoHead(loaded)
+
+    def margins(self, pairs: Sequence[Pair], progress: Progress | None = None) -> list[float]:
+        """`z_yes - z_no` of each pair, in input order.
+
+        Raises:
+            ScoringError: a margin is not finite, as happens in float16.
+        """
+        found = [0.0] * len(pairs)
+        batches = plan(
+            [len(pair.prompt.ids) + len(pair.passage.states) for pair in pairs],
+            batch_size=self._settings.batch_size,
+            batch_tokens=self._settings.batch_tokens,
+        )
+        for batch in batches:
+            margins = run_halving(self._forward, [pairs[position] for position in batch])
+            for position, margin in zip(batch, margins, strict=True):
+                found[position] = margin
+            if progress is not None:
+                progress.advance(len(batch))
+        return check_finite(found, self._loaded.dtype)
+
+    def _forward(self, pairs: Sequence[Pair]) -> list[float]:
+        import torch
+
+        device = self._loaded.device
+        with torch.inference_mode():
+            ids, mask = right_pad([pair.prompt.ids for pair in pairs], self._loaded.tokenizer.pad_id, device)
+            states, states_mask = right_pad_states([pair.passage.states for pair in pairs], self._loaded)
+            hidden = (
+                self._loaded.model.get_decoder()(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    encoder_hidden_states=states,
+                    encoder_attention_mask=states_mask,
+                    use_cache=False,
+                )
+            ).last_hidden_state
+            last = mask.sum(dim=1) - 1
+            rows = torch.arange(len(pairs), device=device)
+            margins: list[float] = self._head.margins(hidden[rows, last]).tolist()
+            return margins
+
+
+def check_finite(margins: list[float], dtype: torch.dtype) -> list[float]:
+    """Return the margins if all are finite numbers.
+
+    Raises:
+        ScoringError: some are not; the message names how many and the way out.
+    """
+    bad = sum(not math.isfinite(margin) for margin in margins)
+    if bad:
+        msg = (
+            f"the model gave non-finite logits for {bad} of {len(margins)} passages in {dtype}: "
+            "use dtype='bfloat16' or dtype='float32' (float16 overflows), and check the checkpoint if it persists"
+        )
+        raise ScoringError(msg)
+    return margins
+
+
+def right_pad(rows: Sequence[Sequence[int]], pad_id: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and their mask, both int64 of shape `(batch, longest)`, padded on the right."""
+    import torch
+
+    longest = max(map(len, rows))
+    ids = torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in rows], dtype=torch.long)
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = (torch.arange(longest) < lengths[:, None]).long()
+    return ids.to(device), mask.to(device)
+
+
+def right_pad_states(rows: Sequence[torch.Tensor], loaded: LoadedModel) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pooled states `(batch, most groups, width)` on the model's device, and their int64 mask."""
+    import torch
+
+    batch = torch.nn.utils.rnn.pad_sequence([row.to(loaded.device, loaded.dtype) for row in rows], batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows], device=loaded.device)
+    return batch, (torch.arange(batch.shape[1], device=loaded.device) < lengths[:, None]).long()

@@ -1,0 +1,72 @@
+"""Every setting of the scorer, checked once when it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+DEFAULT_INSTRUCTION = "Given a query, retrieve documents that answer the query."
+"""Task instruction of the KaLM-Reranker-V1 model cards."""
+
+DEFAULT_SYSTEM_PROMPT = (
+    "Judge whether the Document meets the requirements based on the Query and the Instruct provided. "
+    'Note that the answer can only be "yes" or "no".'
+)
+"""System sentence of the KaLM-Reranker-V1 model cards."""
+
+ControlTokens = Literal["escape", "allow"]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How passages and queries become scores. The fields are those of `KaLMReranker`.
+
+    Raises:
+        TypeError: a field has the wrong type.
+        ValueError: a field is out of range; the message names it, its value and the rule.
+    """
+
+    max_length: int = 1024
+    query_max_length: int = 512
+    ratio: int = 4
+    instruction: str = DEFAULT_INSTRUCTION
+    system_prompt: str = DEFAULT_SYSTEM_PROMPT
+    batch_size: int = 32
+    batch_tokens: int = 16384
+    control_tokens: ControlTokens = "escape"
+
+    def __post_init__(self) -> None:
+        for name in ("max_length", "query_max_length", "ratio", "batch_size", "batch_tokens"):
+            check_positive(name, getattr(self, name))
+        for name in ("instruction", "system_prompt"):
+            check_text(name, getattr(self, name))
+        if self.control_tokens not in get_args(ControlTokens):
+            msg = f"control_tokens must be one of {get_args(ControlTokens)}, got {self.control_tokens!r}"
+            raise ValueError(msg)
+
+
+def check_positive(name: str, value: object) -> int:
+    """Return `value` if it is an integer of at least 1, else raise with the name and the value."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        msg = f"{name} must be an integer, got {value!r} ({type(value).__name__})"
+        raise TypeError(msg)
+    if value < 1:
+        msg = f"{name} must be at least 1, got {value}"
+        raise ValueError(msg)
+    return value
+
+
+def check_text(name: str, value: object) -> str:
+    """Return `value` if it is a string that UTF-8 can hold, else raise with the name and the fault."""
+    if not isinstance(value, str):
+        msg = f"{name} must be a string, got {type(value).__name__}: {value!r:.80}"
+        raise TypeError(msg)
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        msg = (
+            f"{name} holds a lone surrogate at character {error.start}, which has no UTF-8 form; "
+            "clean it with text.encode('utf-8', 'replace').decode('utf-8')"
+        )
+        raise ValueError(msg) from None
+    return value

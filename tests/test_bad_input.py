@@ -1,0 +1,209 @@
+"""Wrong arguments: the error names the rule, the value received and the way out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kalm_rag import KaLMReranker
+from kalm_rag.errors import CheckpointError, ScoringError
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
+        ({"top_k": -3}, ValueError, "top_k must be at least 1, got -3"),
+        ({"top_k": 2.0}, TypeError, r"top_k must be an integer, got 2.0 \(float\)"),
+        ({"top_k": True}, TypeError, "top_k must be an integer, got True"),
+        ({"ratio": 0}, ValueError, "ratio must be at least 1, got 0"),
+        ({"ratio": 2.5}, TypeError, "ratio must be an integer, got 2.5"),
+        ({"ratio": "4"}, TypeError, "ratio must be an integer, got '4'"),
+        ({"threshold": "high"}, TypeError, "threshold must be a number between 0 and 1, got 'high'"),
+        ({"instruction": 7}, TypeError, "instruction must be a string, got int: 7"),
+    ],
+)
+def test_arguments_of_rank(
+    reranker: KaLMReranker, arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        reranker.rank("query", ["passage"], **arguments)
+
+
+@pytest.mark.parametrize(
+    ("documents", "message"),
+    [
+        ("one passage", r"got one str; put it into a list: \[document\]"),
+        ({"text": "one"}, "got one dict; put it into a list"),
+        (b"bytes", "got one bytes"),
+        (7, "documents must be an iterable of passages, got int"),
+        (["fine", None], r"documents\[1\] must be a string or a mapping with the key 'text', got NoneType: None"),
+        (["fine", 3.5], r"documents\[1\] .* got float: 3.5"),
+        ([{"content": "x"}], r"documents\[0\] is a mapping without the key 'text'; its keys are \['content'\]"),
+        ([{"text": None}], r"documents\[0\]\['text'\] must be a string, got NoneType"),
+    ],
+)
+def test_documents(reranker: KaLMReranker, documents: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        reranker.rank("query", documents)
+    with pytest.raises(TypeError, match=message):
+        reranker.encode(documents)
+
+
+def test_lone_surrogates(reranker: KaLMReranker) -> None:
+    with pytest.raises(ValueError, match=r"documents\[1\] holds a lone surrogate at character 3"):
+        reranker.rank("query", ["fine", "abc\ud800"])
+    with pytest.raises(ValueError, match="query holds a lone surrogate at character 0"):
+        reranker.rank("\udfff", ["fine"])
+
+
+@pytest.mark.parametrize("query", [None, 3, b"bytes", ["list"]])
+def test_query(reranker: KaLMReranker, query: Any) -> None:
+    with pytest.raises(TypeError, match="query must be a string"):
+        reranker.rank(query, ["passage"])
+
+
+@pytest.mark.parametrize("pairs", [["ab"], [("a",)], [("a", "b", "c")], [("a", 1)], [(1, "a")], "ab", 7])
+def test_pairs(reranker: KaLMReranker, pairs: Any) -> None:
+    with pytest.raises(TypeError, match="pairs"):
+        reranker.predict(pairs)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"ratio": 0}, ValueError, "ratio must be at least 1"),
+        ({"max_length": 0}, ValueError, "max_length must be at least 1, got 0"),
+        ({"query_max_length": "512"}, TypeError, "query_max_length must be an integer, got '512'"),
+        ({"batch_size": -1}, ValueError, "batch_size must be at least 1, got -1"),
+        ({"instruction": None}, TypeError, "instruction must be a string"),
+        ({"control_tokens": "strip"}, ValueError, r"control_tokens must be one of .*, got 'strip'"),
+    ],
+)
+def test_settings(settings: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        KaLMReranker("nano", **settings)
+
+
+def test_device_and_dtype(checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match=r"device='warp' is no device .*; this machine has \['cpu'"):
+        KaLMReranker(checkpoint, device="warp").load()
+    missing = f"cuda:{torch.cuda.device_count()}"
+    with pytest.raises(ValueError, match=f"device='{missing}' is not on this machine"):
+        KaLMReranker(checkpoint, device=missing).load()
+    with pytest.raises(ValueError, match="dtype must be one of .*, got 'int3'"):
+        KaLMReranker(checkpoint, dtype="int3").load()
+
+
+def test_path_that_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no folder .* nor a hub id of the form owner/name"):
+        KaLMReranker(tmp_path / "nothing").load()
+    with pytest.raises(CheckpointError, match=r"neither an alias \(nano, small, large\)"):
+        KaLMReranker("huge").load()
+    with pytest.raises(CheckpointError, match="model must be an alias"):
+        KaLMReranker("").load()
+
+
+def test_folder_without_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(CheckpointError, match=r"holds no config.json.*notes.txt"):
+        KaLMReranker(tmp_path).load()
+    with pytest.raises(CheckpointError, match="is a file; give the folder"):
+        KaLMReranker(tmp_path / "notes.txt").load()
+
+
+def test_revision_of_a_folder(checkpoint: Path) -> None:
+    with pytest.raises(CheckpointError, match="revisions belong to hub ids"):
+        KaLMReranker(checkpoint, revision="main").load()
+
+
+def test_another_architecture(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(CheckpointError, match="is a 'bert' checkpoint; kalm-rag runs KaLM-Reranker-V1"):
+        KaLMReranker(tmp_path).load()
+
+
+def copy(checkpoint: Path, target: Path) -> Path:
+    shutil.copytree(checkpoint, target)
+    return target
+
+
+def test_pickled_weights_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    folder = copy(checkpoint, tmp_path / "model")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pickles \(pytorch_model.bin\), which can run code .* refused"):
+        KaLMReranker(folder).load()
+
+
+def test_no_weights_and_damaged_weights(checkpoint: Path, tmp_path: Path) -> None:
+    folder = copy(checkpoint, tmp_path / "model")
+    weights = folder / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[: len(data) // 2])
+    with pytest.raises(CheckpointError, match="cannot read .*model.safetensors.*download the checkpoint again"):
+        KaLMReranker(folder).load()
+    weights.unlink()
+    with pytest.raises(CheckpointError, match="holds no model.safetensors"):
+        KaLMReranker(folder).load()
+
+
+def test_weights_that_lack_a_tensor_or_have_another_shape(checkpoint: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = copy(checkpoint, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.decoder.layers.3.mlp.up_proj.weight"
+    save_file({key: value for key, value in tensors.items() if key != name}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"lacks 1 weights .*first: {name}"):
+        KaLMReranker(folder).load()
+    save_file({**tensors, name: torch.zeros(3, 3)}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="shape|size"):
+        KaLMReranker(folder).load()
+
+
+def test_tokenizer_without_answers(checkpoint: Path, tmp_path: Path) -> None:
+    import tokenizers
+
+    folder = copy(checkpoint, tmp_path / "model")
+    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "<pad>": 1}, unk_token="<unk>"))
+    raw.save(str(folder / "tokenizer.json"))
+    with pytest.raises(CheckpointError, match="no token for the answer 'yes'"):
+        KaLMReranker(folder).load()
+
+
+def test_missing_tokenizer(checkpoint: Path, tmp_path: Path) -> None:
+    folder = copy(checkpoint, tmp_path / "model")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(CheckpointError, match="tokenizer"):
+        KaLMReranker(folder).load()
+
+
+def test_hub_out_of_reach() -> None:
+    with pytest.raises(
+        CheckpointError,
+        match=r"could not get 'KaLM-Embedding/KaLM-Reranker-V1-Nano-R2' from the hub .*"
+        r"hf download KaLM-Embedding/KaLM-Reranker-V1-Nano-R2 --local-dir kalm-model",
+    ):
+        KaLMReranker("nano").load()
+    with pytest.raises(CheckpointError, match="at revision 'abc'.*there is no folder of that name here"):
+        KaLMReranker("some/model", revision="abc").load()
+
+
+def test_non_finite_logits(checkpoint: Path, tmp_path: Path) -> None:
+    """As float16 gives them: a weight that overflows."""
+    from safetensors.torch import load_file, save_file
+
+    folder = copy(checkpoint, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.decoder.norm.weight"].fill_(1e30)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ScoringError, match=r"non-finite logits for 2 of 2 passages in torch.float16: use dtype='bfloat16'"
+    ):
+        KaLMReranker(folder, dtype="float16").rank("query", ["a", "b"])

@@ -1,0 +1,158 @@
+"""What `KaLMReranker` promises besides the scores themselves."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from kalm_rag import EncodeReport, KaLMReranker, RankedPassage
+
+
+def test_ranking_is_sorted_and_carries_the_given_objects(reranker: KaLMReranker, passages: list[str]) -> None:
+    given = [{"text": text, "meta": number} for number, text in enumerate(passages[:9])]
+    before = [dict(document) for document in given]
+    ranking = reranker.rank("How do I sort a list?", given)
+    assert sorted(hit.index for hit in ranking) == list(range(9))
+    assert [hit.margin for hit in ranking] == sorted((hit.margin for hit in ranking), reverse=True)
+    assert all(hit.document is given[hit.index] for hit in ranking)
+    assert given == before
+    assert all(type(hit.score) is float and 0 <= hit.score <= 1 for hit in ranking)
+
+
+def test_scores_are_the_sigmoid_of_margins_and_equal_predict(reranker: KaLMReranker, passages: list[str]) -> None:
+    query = "How do I sort a list?"
+    ranking = {hit.index: hit for hit in reranker.rank(query, passages[:6])}
+    for index, score in enumerate(reranker.predict([(query, text) for text in passages[:6]])):
+        assert ranking[index].score == pytest.approx(score, abs=1e-6)
+        assert torch.sigmoid(torch.tensor(ranking[index].margin)).item() == pytest.approx(score, abs=1e-6)
+
+
+def test_top_k_and_threshold(reranker: KaLMReranker, passages: list[str]) -> None:
+    whole = reranker.rank("lists", passages[:8])
+    assert reranker.rank("lists", passages[:8], top_k=3) == whole[:3]
+    assert reranker.rank("lists", passages[:8], top_k=99) == whole
+    cut = whole[3].score
+    assert reranker.rank("lists", passages[:8], threshold=cut) == [hit for hit in whole if hit.score >= cut]
+    assert reranker.rank("lists", passages[:8], threshold=1.1) == []
+
+
+def test_equal_passages_keep_their_order_and_are_computed_once(
+    reranker: KaLMReranker, passages: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = reranker._loaded()
+    counted: list[int] = []
+    encode = engine._encoder.encode
+    monkeypatch.setattr(engine._encoder, "encode", lambda rows, *rest: counted.append(len(rows)) or encode(rows, *rest))
+    ranking = reranker.rank("lists", [passages[0], passages[1], passages[0], passages[0]])
+    places = [hit.index for hit in ranking if hit.document == passages[0]]
+    assert places == [0, 2, 3]
+    assert len({hit.score for hit in ranking}) == 2
+    assert counted == [2]
+
+
+def test_generators_and_mappings(reranker: KaLMReranker, passages: list[str]) -> None:
+    expected = [hit.score for hit in reranker.rank("lists", passages[:5])]
+    assert [hit.score for hit in reranker.rank("lists", (text for text in passages[:5]))] == expected
+    assert reranker.predict(("lists", text) for text in passages[:2]) == reranker.predict(
+        [["lists", {"text": text}] for text in passages[:2]]
+    )
+
+
+def test_encode_reports_new_known_and_truncated(checkpoint: Path, passages: list[str]) -> None:
+    reranker = KaLMReranker(checkpoint, max_length=64)
+    report = reranker.encode(iter(["short", "short", passages[0] * 3]))
+    assert report == EncodeReport(new=2, known=1, truncated=1)
+    assert report.total == 3
+
+
+def test_empty_in_gives_empty_out_without_a_model(tmp_path: Path) -> None:
+    reranker = KaLMReranker(tmp_path / "nothing")
+    assert reranker.rank("query", []) == []
+    assert reranker.predict([]) == []
+    assert reranker.encode(iter([])) == EncodeReport(0, 0, 0)
+    assert "not loaded" in repr(reranker)
+
+
+def test_lazy_load_close_and_context_manager(checkpoint: Path) -> None:
+    with KaLMReranker(checkpoint) as reranker:
+        assert "not loaded" in repr(reranker)
+        assert reranker.load() is reranker
+        assert "not loaded" not in repr(reranker)
+        model = weakref.ref(reranker._loaded().loaded.model)
+        score = reranker.predict([("a", "b")])
+    gc.collect()
+    assert model() is None
+    assert "not loaded" in repr(reranker)
+    assert reranker.predict([("a", "b")]) == score
+    reranker.close()
+    reranker.close()
+
+
+def test_eight_threads_give_the_scores_of_one(checkpoint: Path, passages: list[str], queries: list[str]) -> None:
+    alone = KaLMReranker(checkpoint)
+    expected = [alone.rank(query, passages[:6]) for query in queries[:8]]
+    shared = KaLMReranker(checkpoint)
+    barrier = threading.Barrier(8)
+
+    def work(number: int) -> list[list[RankedPassage]]:
+        barrier.wait()
+        return [shared.rank(query, passages[:6]) for query in queries[number:8] + queries[:number]]
+
+    with ThreadPoolExecutor(8) as pool:
+        for number, rankings in enumerate(pool.map(work, range(8))):
+            assert rankings == expected[number:] + expected[:number]
+
+
+def test_close_while_others_rank(checkpoint: Path, passages: list[str]) -> None:
+    reranker = KaLMReranker(checkpoint)
+    expected = reranker.rank("lists", passages[:4])
+    with ThreadPoolExecutor(4) as pool:
+        results = [pool.submit(reranker.rank, "lists", passages[:4]) for _ in range(12)]
+        for _ in range(6):
+            reranker.close()
+        assert all(result.result() == expected for result in results)
+
+
+def test_out_of_memory_halves_the_batch(
+    checkpoint: Path, passages: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = KaLMReranker(checkpoint).rank("lists", passages[:9])
+    reranker = KaLMReranker(checkpoint)
+    encoder = reranker._loaded().loaded.model.get_encoder()
+    forward = encoder.forward
+    sizes: list[int] = []
+
+    def small_memory(input_ids: torch.Tensor, **rest: torch.Tensor) -> object:
+        sizes.append(len(input_ids))
+        if len(input_ids) > 3:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return forward(input_ids=input_ids, **rest)
+
+    monkeypatch.setattr(encoder, "forward", small_memory)
+    found = reranker.rank("lists", passages[:9])
+    assert [hit.index for hit in found] == [hit.index for hit in expected]
+    assert max(abs(a.score - b.score) for a, b in zip(found, expected, strict=True)) <= 1e-5
+    assert sizes == [9, 4, 2, 2, 5, 2, 3]
+    assert "going on with 4" in caplog.text
+
+
+def test_out_of_memory_on_one_row_is_raised(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reranker = KaLMReranker(checkpoint)
+
+    def no_memory(**_: torch.Tensor) -> object:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(reranker._loaded().loaded.model.get_encoder(), "forward", no_memory)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        reranker.rank("lists", ["a", "b"])
+
+
+def test_progress_bars_are_for_terminals(reranker: KaLMReranker, capsys: pytest.CaptureFixture[str]) -> None:
+    reranker.rank("lists", ["a", "b"])
+    assert capsys.readouterr().err == ""
