@@ -1,8 +1,8 @@
 """Start-up costs, each in a fresh process: `import kalm_rag`, `kalm-rag --help`, and loading.
 
-Caveats first: times are of a warm file cache and vary with the machine's load; compare them within one run. Loading uses
-random weights in the geometry of KaLM-Reranker-V1-Nano with a vision tower of the released size (about 417M parameters),
-stored in bfloat16 as the released files are. "stock" is transformers' own loading of the same file.
+Caveats first: times are of a warm file cache and vary with the machine's load; compare them within one run.
+Loading uses random weights in the geometry of KaLM-Reranker-V1-Nano with a vision tower of the released size (about
+417M parameters), stored in bfloat16 as the released files are. "stock" is transformers' own loading of the same file.
 
     python benchmarks/startup.py [--repeats 5] [--small]
 """

@@ -114,7 +114,7 @@ def load_model(checkpoint: Checkpoint, *, settings: Settings, device: torch.devi
             image_size=8,
             patch_size=4,
         )
-        with _quiet_transformers():
+        with quiet_transformers():
             model, info = transformers.T5Gemma2ForConditionalGeneration.from_pretrained(
                 None,
                 config=text_config,
@@ -179,8 +179,8 @@ def _load_tokenizer(checkpoint: Checkpoint, *, escape: bool) -> Tokenizer:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No load report: it would list the toy vision tower as missing. What is missing is checked by the caller."""
+def quiet_transformers() -> Iterator[None]:
+    """No bars and no reports. The load report would list the toy vision tower; what is missing is checked here."""
     from transformers.utils import logging as transformers_logging
 
     level = transformers_logging.get_verbosity()

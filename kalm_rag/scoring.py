@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from kalm_rag.batching import plan, run_halving
+from kalm_rag.batching import launch_tokens, plan, run_halving
 from kalm_rag.errors import ScoringError
 from kalm_rag.loading import LoadedModel
 from kalm_rag.pooling import PassageStates, mean_groups
@@ -82,6 +82,7 @@ class Encoder:
             [len(passage.ids) for passage in passages],
             batch_size=self._settings.batch_size,
             batch_tokens=self._settings.batch_tokens,
+            padding_tokens=launch_tokens(self._loaded.device.type),
         )
         for batch in batches:
             states = run_halving(lambda rows: self._forward(rows, ratio), [passages[i] for i in batch])
@@ -125,6 +126,7 @@ class PlainScorer:
             [len(pair.prompt.ids) + len(pair.passage.states) for pair in pairs],
             batch_size=self._settings.batch_size,
             batch_tokens=self._settings.batch_tokens,
+            padding_tokens=launch_tokens(self._loaded.device.type),
         )
         for batch in batches:
             margins = run_halving(self._forward, [pairs[position] for position in batch])

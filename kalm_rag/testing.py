@@ -101,6 +101,8 @@ def build_checkpoint(
     import torch
     import transformers
 
+    from kalm_rag.loading import quiet_transformers
+
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if tokenizer_file is None:
@@ -125,7 +127,8 @@ def build_checkpoint(
         _spread_weights(model, spread)
     finally:
         torch.random.set_rng_state(state)
-    model.to(dtype or torch.float32).save_pretrained(folder)
+    with quiet_transformers():
+        model.to(dtype or torch.float32).save_pretrained(folder)
     return folder
 
 

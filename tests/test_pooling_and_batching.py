@@ -39,21 +39,23 @@ def test_a_ratio_that_is_no_multiple_is_refused() -> None:
         PassageStates(torch.zeros(3, 2), 12, 4, truncated=False).at(6)
 
 
-@given(st.lists(st.integers(1, 700), max_size=60), st.integers(1, 9), st.integers(1, 900))
-def test_plan_covers_everything_once_within_its_budgets(lengths: list[int], size: int, tokens: int) -> None:
-    batches = list(plan(lengths, batch_size=size, batch_tokens=tokens))
+@given(st.lists(st.integers(1, 700), max_size=60), st.integers(1, 9), st.integers(1, 900), st.integers(0, 500))
+def test_plan_covers_everything_once_within_its_budgets(
+    lengths: list[int], size: int, tokens: int, padding: int
+) -> None:
+    batches = list(plan(lengths, batch_size=size, batch_tokens=tokens, padding_tokens=padding))
     assert sorted(position for batch in batches for position in batch) == list(range(len(lengths)))
     for batch in batches:
         assert len(batch) <= size
-        assert len(batch) == 1 or len(batch) * max(lengths[position] for position in batch) <= tokens
+        longest = max(lengths[position] for position in batch)
+        assert len(batch) == 1 or len(batch) * longest <= tokens
+        assert sum(longest - lengths[position] for position in batch) <= padding
 
 
-def test_plan_keeps_padding_small() -> None:
-    lengths = [10, 500] * 32
-    padded = sum(
-        len(batch) * max(lengths[i] for i in batch) for batch in plan(lengths, batch_size=32, batch_tokens=16384)
-    )
-    assert padded == sum(lengths)
+def test_plan_keeps_padding_small_and_batches_few() -> None:
+    options = {"batch_size": 32, "batch_tokens": 16384}
+    assert list(map(len, plan([10, 500] * 16, padding_tokens=128, **options))) == [16, 16]
+    assert list(map(len, plan([10, 500] * 16, padding_tokens=1 << 20, **options))) == [32]
 
 
 @pytest.mark.parametrize("margin", [-1000.0, -14.1875, -1.0, 0.0, 8.78125, 1000.0])

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kalm_rag.cli.options import console, one_line
+from kalm_rag.cli.options import console, passage_table
 
 _CANDIDATES = 20
 
@@ -57,22 +57,15 @@ def demo(
     query_id = next(iter(corpus.queries))
     hits, candidates = rankings[query_id]
     out.print(Text(f"Query: {corpus.queries[query_id]}"))
-    table = Table(box=None, pad_edge=False)
-    for name in ("rank", "BM25", "moved", "score"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("passage", no_wrap=True, overflow="ellipsis", ratio=1)
+    rows = []
     for place, hit in enumerate(hits[:10]):
         moved = hit.index - place
         name = candidates[hit.index][0]
-        answer = name in corpus.qrels[query_id]
-        table.add_row(
-            str(place + 1),
-            str(hit.index + 1),
-            f"{moved:+d}" if moved else "=",
-            f"{hit.score:.4f}",
-            Text(("* " if answer else "  ") + one_line(corpus.passages[name])),
-        )
-    out.print(table)
+        mark = "*" if name in corpus.qrels[query_id] else ""
+        change = f"{moved:+d}" if moved else "="
+        score = f"{hit.score:.4f}"
+        rows.append([str(place + 1), str(hit.index + 1), change, score, mark, corpus.passages[name]])
+    out.print(passage_table(["rank", "BM25", "moved", "score", "<", "<passage"], rows))
     out.print("* the answer, as judged by the authors of the FAQ\n")
     timings = Table(box=None, pad_edge=False)
     timings.add_column("step")

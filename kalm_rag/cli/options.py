@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 ModelOption = Annotated[
     str, typer.Option("--model", "-m", help="nano, small, large, a folder, or a hub id.", metavar="MODEL")
@@ -34,6 +36,24 @@ def console() -> Console:
     return Console(highlight=False, soft_wrap=False)
 
 
-def one_line(text: str) -> str:
-    """Text with line breaks and runs of spaces made single spaces, for a table cell."""
-    return " ".join(text.split())
+def passage_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table whose last column is a passage, cut to what is left of the line; the others keep their width.
+
+    Args:
+        columns: headings; numbers stand right, so a heading that starts with "<" marks a column that stands left.
+        rows: the cells, shown as they are, without markup.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for name in columns:
+        left = name.startswith("<")
+        table.add_column(name.removeprefix("<"), justify="left" if left else "right", no_wrap=True)
+    fixed = [max(len(row[place]) for row in [*rows, columns]) for place in range(len(columns) - 1)]
+    room = max(10, console().width - sum(fixed) - 2 * len(fixed))
+    for row in rows:
+        text = Text(" ".join(row[-1].split()))
+        text.truncate(room, overflow="ellipsis")
+        table.add_row(*(Text(cell) for cell in row[:-1]), text)
+    return table

@@ -13,7 +13,7 @@ from kalm_rag.cli.options import (
     ModelOption,
     RevisionOption,
     console,
-    one_line,
+    passage_table,
     print_json,
 )
 
@@ -54,19 +54,12 @@ def rank(
             ]
         )
         return
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False)
-    for name, style in (("rank", "right"), ("score", "right"), ("id", "left")):
-        table.add_column(name, justify=style, no_wrap=True)  # type: ignore[arg-type]
-    table.add_column("passage", no_wrap=True, overflow="ellipsis", ratio=1)
+    rows = []
     for place, hit in enumerate(ranking, start=1):
         record = records[hit.index]
-        cut = " (truncated)" if hit.passage_truncated else ""
         label = record.id if record.id is not None else str(hit.index)
-        table.add_row(str(place), f"{hit.score:.4f}", Text(label + cut), Text(one_line(record.text)))
+        rows.append([str(place), f"{hit.score:.4f}", label, "yes" if hit.passage_truncated else "", record.text])
     out = console()
-    out.print(table)
+    out.print(passage_table(["rank", "score", "<id", "<cut", "<passage"], rows))
     if ranking and ranking[0].query_truncated:
         out.print(f"The query is longer than {reranker.settings.query_max_length} tokens; its tail was not read.")
