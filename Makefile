@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-lowest lint types docs dist check clean
+.PHONY: demo test faults test-lowest lint types docs dist check clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/kalm-rag demo
 
 test: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest
+
+# The fault tests with large counts: at least 1,000 kills and 10,000 bit flips.
+faults: $(VENV)/.dev
+	$(VENV)/bin/python -m pytest tests/test_faults.py --faults 85 --timeout 3600
 
 # The oldest transformers that pyproject.toml allows.
 test-lowest: $(VENV)-lowest/.ready

@@ -18,14 +18,16 @@ from typing import TYPE_CHECKING, Any
 from kalm_rag._version import __version__
 
 if TYPE_CHECKING:
+    from kalm_rag.cache import PassageCache
     from kalm_rag.reranker import KaLMReranker
     from kalm_rag.results import EncodeReport, RankedPassage
 
-__all__ = ["EncodeReport", "KaLMReranker", "RankedPassage", "__version__"]
+__all__ = ["EncodeReport", "KaLMReranker", "PassageCache", "RankedPassage", "__version__"]
 
 _HOMES = {
     "EncodeReport": "kalm_rag.results",
     "KaLMReranker": "kalm_rag.reranker",
+    "PassageCache": "kalm_rag.cache",
     "RankedPassage": "kalm_rag.results",
 }
 

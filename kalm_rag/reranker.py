@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from kalm_rag.cache import PassageCache, Store
 from kalm_rag.checkpoint import Checkpoint, find_checkpoint
 from kalm_rag.documents import document_text, iter_documents
 from kalm_rag.progress import Progress
@@ -55,6 +56,8 @@ class KaLMReranker:
         control_tokens: what happens to control tokens such as `<end_of_turn>` in passages and queries. `escape`
             breaks them with a space, so that no text can forge the end of the prompt; `allow` lets them through
             as the reference implementation does. Text without control tokens scores the same under both.
+        cache: where encoded passages are kept: a folder, a `PassageCache`, a store, or None to keep them in this
+            process alone. Default: the user's cache folder, shared by all processes; `KALM_RAG_CACHE` moves it.
         show_progress: True, False, or None for bars on long work when standard error is a terminal.
         token: hub token, if the model needs one.
         local_files_only: never ask the hub, use what was downloaded.
@@ -78,6 +81,7 @@ class KaLMReranker:
         batch_size: int = 32,
         batch_tokens: int = 16384,
         control_tokens: ControlTokens = "escape",
+        cache: str | Path | Store | PassageCache | None = "default",
         show_progress: bool | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
@@ -92,6 +96,10 @@ class KaLMReranker:
             batch_size=batch_size,
             batch_tokens=batch_tokens,
             control_tokens=control_tokens,
+        )
+        self._owns_cache = not isinstance(cache, PassageCache)
+        self.cache = (
+            cache if isinstance(cache, PassageCache) else PassageCache(cache, base_ratio=_base_ratio(self.settings))
         )
         self._revision = revision
         self._token = token
@@ -134,11 +142,18 @@ class KaLMReranker:
             if self._engine is None:
                 from kalm_rag.engine import Engine
 
-                self._engine = Engine.load(self.find(), settings=self.settings, device=self._device, dtype=self._dtype)
+                self._engine = Engine.load(
+                    self.find(), settings=self.settings, cache=self.cache, device=self._device, dtype=self._dtype
+                )
             return self._engine
 
     def close(self) -> None:
-        """Free the model's memory, once the calls that are running have ended. A later call loads it again."""
+        """Free the model's memory, once the calls that are running have ended. A later call loads it again.
+
+        A cache that was made here is written out and closed; one that was handed in stays open.
+        """
+        if self._owns_cache:
+            self.cache.close()
         with self._lock:
             if self._engine is None:
                 return
@@ -245,7 +260,8 @@ class KaLMReranker:
             show_progress: for this call, instead of the instance's.
 
         Returns:
-            How many passages were new, known already, and truncated.
+            How many passages were new, known already, and truncated. What is reported as new has been handed to the
+            store: `cache.stats()` tells whether the store failed to keep it.
 
         Raises:
             TypeError, ValueError: a passage is wrong; the message names its position.
@@ -257,6 +273,7 @@ class KaLMReranker:
         with self._progress(total, "encoding", show_progress) as progress:
             while window := list(islice(texts, _WINDOW)):
                 report = self._loaded().encode(window, progress)
+                self.cache.flush()
                 new, known, truncated = new + report.new, known + report.known, truncated + report.truncated
         return EncodeReport(new, known, truncated)
 
@@ -283,6 +300,11 @@ class KaLMReranker:
 
     def _progress(self, total: int | None, label: str, show: bool | None) -> Progress:
         return Progress(total, label, show=self._show_progress if show is None else show)
+
+
+def _base_ratio(settings: Settings) -> int:
+    """Keep states at ratio 4, which serves the multiples of it, or at the ratio asked for if 4 cannot give it."""
+    return 4 if settings.ratio % 4 == 0 else settings.ratio
 
 
 def _iterate(values: Any, name: str) -> Iterable[Any]:

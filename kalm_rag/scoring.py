@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from kalm_rag.batching import launch_tokens, plan, run_halving
 from kalm_rag.errors import ScoringError
@@ -73,11 +73,12 @@ class Encoder:
         self._loaded = loaded
         self._settings = settings
 
-    def encode(
-        self, passages: Sequence[PassageTokens], ratio: int, progress: Progress | None = None
-    ) -> list[PassageStates]:
-        """States of each passage at `ratio`, in input order, on the model's device."""
-        found: list[PassageStates | None] = [None] * len(passages)
+    def encode(self, passages: Sequence[PassageTokens], ratio: int) -> Iterator[tuple[list[int], list[PassageStates]]]:
+        """Encode batch by batch, longest passages first.
+
+        Yields:
+            Positions into `passages`, and their states at `ratio` on the model's device.
+        """
         batches = plan(
             [len(passage.ids) for passage in passages],
             batch_size=self._settings.batch_size,
@@ -85,12 +86,7 @@ class Encoder:
             padding_tokens=launch_tokens(self._loaded.device.type),
         )
         for batch in batches:
-            states = run_halving(lambda rows: self._forward(rows, ratio), [passages[i] for i in batch])
-            for position, state in zip(batch, states, strict=True):
-                found[position] = state
-            if progress is not None:
-                progress.advance(len(batch))
-        return cast("list[PassageStates]", found)
+            yield batch, run_halving(lambda rows: self._forward(rows, ratio), [passages[i] for i in batch])
 
     def _forward(self, passages: Sequence[PassageTokens], ratio: int) -> list[PassageStates]:
         import torch
@@ -116,11 +112,7 @@ class PlainScorer:
         self._head = YesNoHead(loaded)
 
     def margins(self, pairs: Sequence[Pair], progress: Progress | None = None) -> list[float]:
-        """`z_yes - z_no` of each pair, in input order.
-
-        Raises:
-            ScoringError: a margin is not finite, as happens in float16.
-        """
+        """`z_yes - z_no` of each pair, in input order; not finite where the model overflows."""
         found = [0.0] * len(pairs)
         batches = plan(
             [len(pair.prompt.ids) + len(pair.passage.states) for pair in pairs],
@@ -134,7 +126,7 @@ class PlainScorer:
                 found[position] = margin
             if progress is not None:
                 progress.advance(len(batch))
-        return check_finite(found, self._loaded.dtype)
+        return found
 
     def _forward(self, pairs: Sequence[Pair]) -> list[float]:
         import torch

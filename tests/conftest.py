@@ -10,6 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["KALM_RAG_CACHE"] = tempfile.mkdtemp(prefix="kalm-rag-tests-")
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,17 +39,28 @@ def queries() -> list[str]:
 
 @pytest.fixture
 def reranker(checkpoint: Path) -> KaLMReranker:
-    return KaLMReranker(checkpoint, device="cpu")
+    """One that keeps passages in memory alone."""
+    return KaLMReranker(checkpoint, device="cpu", cache=None)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--faults", default=1, type=int, help="how many times more faults to inject (`make faults`: 85)")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print how far the scores are from the reference implementation's, test by test."""
-    rows = {
-        report.nodeid.split("::")[-1]: max(differences)
-        for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
-        if (differences := [value for name, value in report.user_properties if name == "parity"])
-    }
-    if rows:
+    """Print how far scores are from the reference implementation's, and what the fault tests counted."""
+    reports = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
+
+    def values(name: str) -> list[tuple[str, list[Any]]]:
+        found = [(report, [value for key, value in report.user_properties if key == name]) for report in reports]
+        return [(report.nodeid.split("::")[-1], kept) for report, kept in found if kept]
+
+    if parity := values("parity"):
         terminalreporter.section("largest difference from the reference implementation")
-        for name, difference in rows.items():
-            terminalreporter.write_line(f"{difference:9.1e}  {name}")
+        for test, differences in parity:
+            terminalreporter.write_line(f"{max(differences):9.1e}  {test}")
+    if faults := values("faults"):
+        terminalreporter.section("faults: violations / trials")
+        for _, rows in faults:
+            for what, violations, trials in rows:
+                terminalreporter.write_line(f"{violations:5} / {trials:<7} {what}")

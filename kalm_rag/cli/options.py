@@ -21,6 +21,14 @@ DtypeOption = Annotated[
     str | None,
     typer.Option("--dtype", help="float32 or bfloat16. [default: bfloat16 on CUDA, else float32]"),
 ]
+CacheOption = Annotated[
+    str,
+    typer.Option(
+        "--cache",
+        help="Folder of encoded passages. [default: the user's cache folder, or KALM_RAG_CACHE]",
+        show_default=False,
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from kalm_rag.cli.options import (
+    CacheOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -26,6 +27,7 @@ def rank(
     instruction: Annotated[str | None, typer.Option("--instruction", help="What 'relevant' means.")] = None,
     ratio: Annotated[int, typer.Option("--ratio", "-r", help="Encoder states averaged into one.")] = 4,
     threshold: Annotated[float | None, typer.Option("--threshold", help="Lowest score shown.")] = None,
+    cache: CacheOption = "default",
     revision: RevisionOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -36,7 +38,7 @@ def rank(
     from kalm_rag.reranker import KaLMReranker
 
     records = list(read_passages(passages))
-    with KaLMReranker(model, revision=revision, device=device, dtype=dtype, ratio=ratio) as reranker:
+    with KaLMReranker(model, revision=revision, device=device, dtype=dtype, ratio=ratio, cache=cache) as reranker:
         ranking = reranker.rank(query, [record.text for record in records], top_k, instruction, threshold=threshold)
     if as_json:
         print_json(

@@ -1,0 +1,59 @@
+"""What a store of frames must do. The cache in front of it checks every byte, so a store only has to keep them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+
+class StoreError(RuntimeError):
+    """A store cannot do what was asked; the cache turns it into a miss, a log line and a counter."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStats:
+    """Size of a store; None where a store cannot tell.
+
+    Attributes:
+        entries: how many frames it holds.
+        bytes: what they take.
+        limit: bytes it may take.
+        evicted: frames it gave up to stay within the limit, since it was opened.
+        refused: frames that were larger than the limit, since it was opened.
+    """
+
+    entries: int | None
+    bytes: int | None
+    limit: int | None
+    evicted: int = 0
+    refused: int = 0
+
+
+@runtime_checkable
+class Store(Protocol):
+    """Keeps bytes under keys of 64 hexadecimal digits. Any method may raise; nothing is lost by that but time."""
+
+    def get_many(self, keys: Sequence[str]) -> dict[str, bytes]:
+        """What is kept under the keys; a key that is not kept is not in the result."""
+        ...
+
+    def put_many(self, items: Mapping[str, bytes]) -> int:
+        """Keep values, replacing older ones; returns how many are kept."""
+        ...
+
+    def delete(self, keys: Iterable[str]) -> int:
+        """Forget keys; returns how many were kept before."""
+        ...
+
+    def keys(self) -> Iterator[str]:
+        """Every key, while others read and write; what changes meanwhile may be missed or seen."""
+        ...
+
+    def stats(self) -> StoreStats:
+        """Its size."""
+        ...
+
+    def close(self) -> None:
+        """Release what it holds open. A later call may open it again."""
+        ...

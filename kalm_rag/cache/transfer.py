@@ -1,0 +1,197 @@
+"""Verified encodings as safetensors shards: for a colleague, a container image, or a fleet."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from kalm_rag.cache.frame import Frame, FrameError, unpack
+from kalm_rag.cache.keys import FORMAT, KEY_PATTERN
+from kalm_rag.cache.store import Store
+
+logger = logging.getLogger(__name__)
+
+_BATCH = 64
+SHARD_BYTES = 1 << 30
+"""A new shard begins when this is reached."""
+
+
+@dataclass(frozen=True, slots=True)
+class TransferReport:
+    """What an export or an import did.
+
+    Attributes:
+        passages: entries that were moved.
+        bytes: what they take.
+        corrupt: entries that did not verify and were left out.
+        other_models: entries of other models that were left out (export).
+        bad_shards: files that could not be read and were skipped (import).
+        shards: files that were written or read.
+    """
+
+    passages: int
+    bytes: int
+    corrupt: int
+    other_models: int
+    bad_shards: tuple[str, ...]
+    shards: tuple[str, ...]
+
+
+class WrongModelError(ValueError):
+    """Shards hold encodings of another model than the one they are imported for."""
+
+
+def verified_frames(store: Store, secret: bytes | None = None) -> Iterator[tuple[Frame | None, bytes]]:
+    """Every entry of a store with its frame, None where it does not verify."""
+
+    def batches() -> Iterator[list[str]]:
+        batch: list[str] = []
+        for key in store.keys():  # noqa: SIM118 - a store is no mapping
+            batch.append(key)
+            if len(batch) == _BATCH:
+                yield batch
+                batch = []
+        yield batch
+
+    for batch in batches():
+        for key, data in store.get_many(batch).items():
+            try:
+                yield unpack(data, key, secret), data
+            except FrameError:
+                yield None, data
+
+
+def export_shards(
+    store: Store, folder: str | Path, *, model: bytes | None = None, shard_bytes: int = SHARD_BYTES
+) -> TransferReport:
+    """Write the entries of a store to `passages-NNNNN.safetensors`.
+
+    Args:
+        store: where they are.
+        folder: where the shards go; it must not hold shards already.
+        model: only entries of the model with this digest.
+        shard_bytes: a shard ends when it reaches this.
+
+    Raises:
+        FileExistsError: the folder holds shards.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    present = sorted(folder.glob("passages-*.safetensors"))
+    if present:
+        msg = f"{folder} holds {present[0].name} already; export into an empty folder"
+        raise FileExistsError(msg)
+    written: list[str] = []
+    shard: dict[str, bytes] = {}
+    moved = size = corrupt = others = shard_size = 0
+    for frame, data in verified_frames(store):
+        if frame is None:
+            corrupt += 1
+        elif model is not None and frame.model != model:
+            others += 1
+        else:
+            shard[frame.key] = data
+            moved, size, shard_size = moved + 1, size + len(data), shard_size + len(data)
+            if shard_size >= shard_bytes:
+                written.append(_write_shard(folder, len(written) + 1, shard))
+                shard, shard_size = {}, 0
+    if shard:
+        written.append(_write_shard(folder, len(written) + 1, shard))
+    return TransferReport(moved, size, corrupt, others, (), tuple(written))
+
+
+def _write_shard(folder: Path, number: int, frames: dict[str, bytes]) -> str:
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    name = f"passages-{number:05}.safetensors"
+    partial = folder / f".{name}.partial"
+    try:
+        save_file(
+            {key: np.frombuffer(frames[key], dtype=np.uint8) for key in sorted(frames)},
+            partial,
+            metadata={"what": "encoded passages of kalm-rag", "format": str(FORMAT)},
+        )
+        os.replace(partial, folder / name)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+    return name
+
+
+def import_shards(store: Store, sources: Iterable[str | Path], *, model: bytes | None = None) -> TransferReport:
+    """Read shards into a store; every entry is verified before it is kept.
+
+    Args:
+        store: where they go.
+        sources: shards, or folders of shards.
+        model: refuse shards that hold entries of another model than the one with this digest.
+
+    Raises:
+        WrongModelError: a shard holds entries of another model; nothing of that shard is kept.
+        FileNotFoundError: a source does not exist or holds no shards.
+        StoreError: the store cannot be written to.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    moved = size = corrupt = 0
+    bad: list[str] = []
+    read: list[str] = []
+    for shard in _shards(sources):
+        try:
+            with safe_open(shard, framework="numpy") as file:
+                names = [key for key in file.keys() if KEY_PATTERN.fullmatch(key)]  # noqa: SIM118
+                if model is not None:
+                    _check_model(shard, (bytes(file.get_tensor(key).tobytes()) for key in names), names, model)
+                for start in range(0, len(names), _BATCH):
+                    batch: dict[str, bytes] = {}
+                    for key in names[start : start + _BATCH]:
+                        data = bytes(file.get_tensor(key).tobytes())
+                        try:
+                            unpack(data, key)
+                        except FrameError:
+                            corrupt += 1
+                        else:
+                            batch[key] = data
+                    moved += store.put_many(batch)
+                    size += sum(map(len, batch.values()))
+        except (SafetensorError, OSError, ValueError) as error:
+            if isinstance(error, WrongModelError):
+                raise
+            logger.warning("cannot read the shard %s (%s); it is skipped", shard, error)
+            bad.append(str(shard))
+        else:
+            read.append(str(shard))
+    return TransferReport(moved, size, corrupt, 0, tuple(bad), tuple(read))
+
+
+def _check_model(shard: Path, frames: Iterable[bytes], names: list[str], model: bytes) -> None:
+    for key, data in zip(names, frames, strict=True):
+        with contextlib.suppress(FrameError):
+            frame = unpack(data, key)
+            if frame.model != model:
+                msg = (
+                    f"{shard} holds passages of the model {frame.model.hex()[:12]}, not of {model.hex()[:12]}: "
+                    "they would never be found. Export from a cache of the same model, or pass --any-model"
+                )
+                raise WrongModelError(msg)
+
+
+def _shards(sources: Iterable[str | Path]) -> Iterator[Path]:
+    for source in map(Path, sources):
+        if source.is_dir():
+            found = sorted(source.glob("passages-*.safetensors"))
+            if not found:
+                msg = f"the folder {source} holds no passages-*.safetensors"
+                raise FileNotFoundError(msg)
+            yield from found
+        elif source.is_file():
+            yield source
+        else:
+            msg = f"no shard or folder {source}"
+            raise FileNotFoundError(msg)

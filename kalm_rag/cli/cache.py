@@ -1,0 +1,175 @@
+"""`kalm-rag cache`: look after the encoded passages."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kalm_rag.cli.encode import size_text
+from kalm_rag.cli.options import CacheOption, JsonOption, RevisionOption, console, print_json
+
+if TYPE_CHECKING:
+    from kalm_rag.cache import DiskStore
+
+app = typer.Typer(name="cache", help="Look after the encoded passages.", no_args_is_help=True, rich_markup_mode=None)
+
+ModelFilter = Annotated[
+    str | None, typer.Option("--model", "-m", help="Only passages of this model.", metavar="MODEL", show_default=False)
+]
+
+
+def _disk(cache: str) -> DiskStore:
+    from kalm_rag.cache import DiskStore, PassageCache
+
+    store = PassageCache(cache).store
+    if not isinstance(store, DiskStore) or not store.folder.is_dir():
+        msg = f"there is no cache in {store.folder if isinstance(store, DiskStore) else cache}"
+        raise FileNotFoundError(msg)
+    return store
+
+
+def _digest(model: str | None, revision: str | None) -> bytes | None:
+    """The digest of a model that stands in every entry of it."""
+    if model is None:
+        return None
+    from kalm_rag.cache.keys import model_mark
+    from kalm_rag.checkpoint import find_checkpoint
+    from kalm_rag.identity import identify
+
+    return model_mark(identify(find_checkpoint(model, revision=revision)))
+
+
+@app.command("info")
+def info(
+    cache: CacheOption = "default",
+    models: Annotated[bool, typer.Option("--models", help="Also read everything and count by model.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show where the cache is and how large."""
+    from kalm_rag.cache.transfer import verified_frames
+
+    store = _disk(cache)
+    size = store.stats()
+    facts: dict[str, object] = {
+        "folder": str(store.folder),
+        "entries": size.entries,
+        "bytes": size.bytes,
+        "limit": size.limit,
+        "read_only": store.read_only,
+    }
+    counted: dict[str, list[int]] = {}
+    if models:
+        for frame, data in verified_frames(store):
+            row = counted.setdefault("damaged" if frame is None else frame.model.hex()[:12], [0, 0])
+            row[0], row[1] = row[0] + 1, row[1] + len(data)
+        facts["models"] = {name: {"entries": row[0], "bytes": row[1]} for name, row in counted.items()}
+    if as_json:
+        print_json(facts)
+        return
+    out = console()
+    out.print(f"{store.folder}{' (read-only)' if store.read_only else ''}", soft_wrap=True)
+    out.print(f"{size.entries} passages, {size_text(size.bytes or 0)} of {size_text(size.limit or 0)}")
+    for name, row in counted.items():
+        out.print(f"  model {name}: {row[0]} passages, {size_text(row[1])}")
+
+
+@app.command("check")
+def check(
+    cache: CacheOption = "default",
+    fix: Annotated[bool, typer.Option("--fix", help="Remove what is wrong.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Read and verify every entry, and find files that a crash left behind. Exit code 1 if anything is wrong."""
+    report = _disk(cache).check(fix=fix)
+    if as_json:
+        print_json(dataclasses.asdict(report))
+    else:
+        out = console()
+        out.print(f"{report.entries} entries read: {report.corrupt} damaged, {report.missing} without their file")
+        out.print(f"{report.orphans} orphan files ({size_text(report.orphan_bytes)})")
+        if not report.clean:
+            out.print("removed; passages are encoded again when needed" if fix else "remove them with --fix")
+    if not report.clean and not fix:
+        sys.exit(1)
+
+
+@app.command("clear")
+def clear(
+    cache: CacheOption = "default",
+    model: ModelFilter = None,
+    revision: RevisionOption = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Forget encoded passages, all or those of one model."""
+    from kalm_rag.cache.transfer import verified_frames
+
+    store = _disk(cache)
+    digest = _digest(model, revision)
+    if digest is None:
+        doomed = list(store.keys())
+    else:
+        doomed = [frame.key for frame, _ in verified_frames(store) if frame is not None and frame.model == digest]
+    if doomed and not yes:
+        typer.confirm(f"Forget {len(doomed)} passages in {store.folder}?", abort=True)
+    console().print(f"{store.delete(doomed)} passages forgotten")
+
+
+@app.command("export")
+def export(
+    folder: Annotated[str, typer.Argument(help="An empty folder for the shards.")],
+    cache: CacheOption = "default",
+    model: ModelFilter = None,
+    revision: RevisionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write verified passages to safetensors shards, to be imported elsewhere."""
+    from kalm_rag.cache.transfer import export_shards
+
+    report = export_shards(_disk(cache), folder, model=_digest(model, revision))
+    if as_json:
+        print_json(dataclasses.asdict(report))
+        return
+    out = console()
+    out.print(f"{report.passages} passages, {size_text(report.bytes)}, in {len(report.shards)} shards")
+    if report.corrupt or report.other_models:
+        out.print(f"left out: {report.corrupt} damaged, {report.other_models} of other models")
+
+
+@app.command("import")
+def import_(
+    sources: Annotated[list[str], typer.Argument(help="Shards, or folders of shards.")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="The model they must belong to.", metavar="MODEL")
+    ] = None,
+    any_model: Annotated[bool, typer.Option("--any-model", help="Take passages of any model.")] = False,
+    cache: CacheOption = "default",
+    revision: RevisionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Read shards into the cache. Each entry is verified; shards of another model are refused."""
+    from kalm_rag.cache import DiskStore, PassageCache
+    from kalm_rag.cache.transfer import import_shards
+
+    if (model is None) != any_model:
+        msg = "give --model MODEL to check that the shards belong to it, or --any-model to take them unchecked"
+        raise ValueError(msg)
+    store = PassageCache(cache).store
+    if not isinstance(store, DiskStore):
+        msg = f"the cache must be a folder, got {cache!r}"
+        raise TypeError(msg)
+    report = import_shards(store, sources, model=_digest(model, revision))
+    store.close()
+    if as_json:
+        print_json(dataclasses.asdict(report))
+    else:
+        out = console()
+        out.print(f"{report.passages} passages, {size_text(report.bytes)}, from {len(report.shards)} shards")
+        if report.corrupt:
+            out.print(f"left out: {report.corrupt} damaged")
+        for name in report.bad_shards:
+            out.print(f"skipped, cannot be read: {name}", soft_wrap=True)
+    if report.bad_shards or report.corrupt:
+        sys.exit(1)
