@@ -27,7 +27,7 @@ types: $(VENV)/.dev
 	$(VENV)/bin/mypy
 
 docs: $(VENV)/.dev
-	DISABLE_MKDOCS_2_WARNING=true $(VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 dist: $(VENV)/.dev
 	rm -rf dist

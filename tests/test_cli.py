@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from kalm_rag.cache import DiskStore, StoreError
+
 
 def run(*arguments: str, stdin: str = "", columns: str = "80") -> subprocess.CompletedProcess[str]:
-    import os
-
     return subprocess.run(
         [sys.executable, "-m", "kalm_rag", *arguments],
         input=stdin,
@@ -83,3 +87,85 @@ def test_help_and_version() -> None:
     assert run("--version").stdout.strip() == f"kalm-rag {__version__}"
     assert {"rank", "demo", "info"} <= set(run("--help").stdout.split())
     assert run("rank").returncode == 2
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    lines = [{"_id": str(number), "title": f"T{number}", "text": f"passage {number} " * 20} for number in range(30)]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return tmp_path
+
+
+def test_encode_estimates_encodes_and_resumes(checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
+    options = ["--model", str(checkpoint), "--cache", str(tmp_path / "cache"), "--json"]
+    guess = json.loads(run("encode", str(corpus), *options, "--dry-run").stdout)
+    assert (guess["passages"], guess["to_encode"]) == (30, 30)
+    done = json.loads(run("encode", str(corpus), *options).stdout)
+    assert (done["new"], done["known"], done["cache_entries"]) == (30, 0, 30)
+    assert guess["bytes"] <= done["cache_bytes"] <= 2 * guess["bytes"] + 100_000
+    again = json.loads(run("encode", "-", *options, stdin=(corpus / "corpus.jsonl").read_text()).stdout)
+    assert (again["new"], again["known"]) == (0, 30)
+    assert "30 known already" in run("encode", str(corpus), *options[:-1]).stdout
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+def test_encode_interrupted_keeps_what_it_did(checkpoint: Path, tmp_path: Path) -> None:
+    lines = [{"text": f"a passage number {number} " * 60} for number in range(20_000)]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    cache = tmp_path / "cache"
+    command = ["encode", str(tmp_path / "corpus.jsonl"), "--model", str(checkpoint), "--cache", str(cache)]
+    child = subprocess.Popen([sys.executable, "-m", "kalm_rag", *command], stderr=subprocess.PIPE, text=True)
+    store = DiskStore(cache, read_only=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (store_size(store) or 0):
+        time.sleep(0.1)
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=120)
+    assert child.returncode == 130, err
+    kept = int(re.search(r"interrupted: (\d+) passages encoded by this run are kept", err)[1])
+    assert 0 < kept < 20_000
+    assert "Traceback" not in err
+    assert store_size(DiskStore(cache)) == kept
+
+
+def store_size(store: DiskStore) -> int | None:
+    try:
+        return store.stats().entries
+    except StoreError:
+        store._retry_at = 0.0
+        return None
+
+
+def test_cache_commands(checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
+    at = ["--cache", str(tmp_path / "cache")]
+    run("encode", str(corpus), "--model", str(checkpoint), *at)
+    info = json.loads(run("cache", "info", "--models", "--json", *at).stdout)
+    assert info["entries"] == 30
+    [(model, row)] = info["models"].items()
+    assert row["entries"] == 30
+    assert f"model {model}: 30 passages" in run("cache", "info", "--models", *at).stdout
+    assert json.loads(run("cache", "check", "--json", *at).stdout)["corrupt"] == 0
+    assert "30 passages" in run("cache", "export", str(tmp_path / "shards"), "--model", str(checkpoint), *at).stdout
+    other = ["--cache", str(tmp_path / "other")]
+    refused = run("cache", "import", str(tmp_path / "shards"), *other)
+    assert refused.returncode == 2
+    assert "give --model MODEL" in refused.stderr
+    assert "30 passages" in run("cache", "import", str(tmp_path / "shards"), "--model", str(checkpoint), *other).stdout
+    assert run("cache", "clear", *at, stdin="n\n").returncode == 1
+    assert "30 passages forgotten" in run("cache", "clear", "--yes", "--model", str(checkpoint), *at).stdout
+    assert json.loads(run("cache", "info", "--json", *at).stdout)["entries"] == 0
+    assert "there is no cache in" in run("cache", "info", "--cache", str(tmp_path / "none")).stderr
+
+
+def test_cache_check_finds_and_fixes_damage(checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
+    at = ["--cache", str(tmp_path / "cache")]
+    run("encode", str(corpus), "--model", str(checkpoint), *at)
+    store = DiskStore(tmp_path / "cache")
+    key = next(store.keys())
+    store.put_many({key: b"damaged"})
+    store.close()
+    done = run("cache", "check", *at)
+    assert done.returncode == 1
+    assert "30 entries read: 1 damaged" in done.stdout
+    assert run("cache", "check", "--fix", *at).returncode == 0
+    assert "29 entries read: 0 damaged" in run("cache", "check", *at).stdout
