@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kalm_rag.cache import PassageCache
@@ -15,10 +15,12 @@ from kalm_rag.cache.keys import KeySpace
 from kalm_rag.checkpoint import Checkpoint
 from kalm_rag.identity import identify
 from kalm_rag.loading import LoadedModel, load_model, resolve_device, resolve_dtype
+from kalm_rag.lru import BudgetLRU
 from kalm_rag.pooling import PassageStates
+from kalm_rag.prefill import Beginning, Prefilled, PrefillScorer, PrefillUnsupportedError, WarmPair, find_beginning
 from kalm_rag.progress import Progress
-from kalm_rag.prompts import Prompts
-from kalm_rag.results import EncodeReport
+from kalm_rag.prompts import Prompt, Prompts
+from kalm_rag.results import EncodeReport, PrefillCounters, PrefillStats
 from kalm_rag.scoring import Encoder, Pair, PlainScorer, check_finite, probability
 from kalm_rag.settings import Settings
 
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
+
+_MOST_INSTRUCTIONS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,16 @@ class Score:
     def probability(self) -> float:
         """`P(yes)`."""
         return probability(self.margin)
+
+
+@dataclass(slots=True)
+class _Row:
+    """One pair on its way to a score."""
+
+    prompt: Prompt
+    text: str
+    margin: float = 0.0
+    passage_truncated: bool = False
 
 
 class Engine:
@@ -66,7 +80,15 @@ class Engine:
         )
         self._prompts = Prompts(loaded.tokenizer, settings)
         self._encoder = Encoder(loaded, settings)
-        self._scorer = PlainScorer(loaded, settings)
+        self._plain = PlainScorer(loaded, settings)
+        self._warm = PrefillScorer(loaded, settings, int8=settings.prefill_storage == "int8")
+        self._prefilled: BudgetLRU[tuple[str, int, Beginning], Prefilled] = BudgetLRU(
+            settings.prefill_memory, lambda prefilled: prefilled.nbytes, "prefilled passages"
+        )
+        self._prefill_works = settings.prefill_memory > 0
+        self._beginnings: dict[str, Beginning] = {}
+        self.prefill_counters = PrefillCounters()
+        self._check_lengths()
         self._lock = threading.Lock()
         self._warned_ratios: set[int] = set()
 
@@ -134,42 +156,129 @@ class Engine:
             ScoringError: a margin is not finite, as happens in float16.
         """
         with self._lock:
-            clean = [self.loaded.tokenizer.clean(text) for _, text in pairs]
-            unique = list(dict.fromkeys(clean))
-            known = self._lookup(unique, ratio)
-            fresh = self._encode_all([text for text in unique if text not in known], ratio)
-            prompts = {query: self._prompts.prompt(query, instruction) for query in dict.fromkeys(q for q, _ in pairs)}
-            states = known | fresh
-            rows = [Pair(prompts[query], states[text]) for (query, _), text in zip(pairs, clean, strict=True)]
-            margins = self._scorer.margins(rows, progress)
-            self._replace_unusable(clean, known, rows, margins, ratio)
-            check_finite(margins, self.loaded.dtype)
-            return [
-                Score(margin, row.passage.truncated, row.prompt.truncated)
-                for margin, row in zip(margins, rows, strict=True)
-            ]
+            rows = self._rows(pairs, instruction)
+            known = self._score_rows(rows, instruction, ratio, progress)
+            self._rescue(rows, known, ratio)
+            check_finite([row.margin for row in rows], self.loaded.dtype)
+            return [Score(row.margin, row.passage_truncated, row.prompt.truncated) for row in rows]
 
-    def _replace_unusable(
-        self, texts: list[str], known: dict[str, PassageStates], rows: list[Pair], margins: list[float], ratio: int
+    def _rows(self, pairs: Sequence[tuple[str, str]], instruction: str) -> list[_Row]:
+        prompts: dict[str, Prompt] = {}
+        for query, _ in pairs:
+            if query not in prompts:
+                prompts[query] = self._prompts.prompt(query, instruction)
+                self._check_positions(prompts[query])
+        clean = self.loaded.tokenizer.clean
+        return [_Row(prompts[query], clean(text)) for query, text in pairs]
+
+    def _score_rows(self, rows: list[_Row], instruction: str, ratio: int, progress: Progress | None) -> set[str]:
+        """Fill in the margins; returns the passages whose states came out of the cache."""
+        warm: list[_Row] = []
+        if self._prefill_works:
+            beginning = self._beginning(instruction)
+            warm = [row for row in rows if beginning.fits(row.prompt)]
+            self.prefill_counters.full_prompts += len(rows) - len(warm)
+        taken = set(map(id, warm))
+        plain = [row for row in rows if id(row) not in taken]
+        # Each row pays for what it lacks: first its prefilled passage is looked up, then states, then it is encoded.
+        prefilled: dict[str, Prefilled] = {}
+        if warm:
+            texts = list(dict.fromkeys(row.text for row in warm))
+            keys = {(self._space.key(text), ratio, beginning): text for text in texts}
+            prefilled = {keys[key]: value for key, value in self._prefilled.get_many(keys).items()}
+            self.prefill_counters.hits += len(prefilled)
+            self.prefill_counters.misses += len(texts) - len(prefilled)
+        needed = list(dict.fromkeys(row.text for row in [*plain, *warm] if row.text not in prefilled))
+        known = self._lookup(needed, ratio)
+        states = known | self._encode_all([text for text in needed if text not in known], ratio)
+        if warm:
+            try:
+                self._score_warm(warm, beginning, ratio, prefilled, states, progress)
+            except PrefillUnsupportedError as error:
+                logger.warning("%s: every query runs its full prompt", error)
+                self._prefill_works = False
+                self._prefilled.clear()
+                return self._score_rows(rows, instruction, ratio, progress)
+        if plain:
+            pairs = [Pair(row.prompt, states[row.text]) for row in plain]
+            for row, pair, margin in zip(plain, pairs, self._plain.margins(pairs, progress), strict=True):
+                row.margin, row.passage_truncated = margin, pair.passage.truncated
+        return set(known)
+
+    def _score_warm(
+        self,
+        rows: list[_Row],
+        beginning: Beginning,
+        ratio: int,
+        prefilled: dict[str, Prefilled],
+        states: dict[str, PassageStates],
+        progress: Progress | None,
     ) -> None:
+        """Prefill what is missing and score, a group of passages at a time: prefilled passages are large."""
+        by_text: dict[str, list[_Row]] = {}
+        for row in rows:
+            by_text.setdefault(row.text, []).append(row)
+        texts = list(by_text)
+        size = 4 * self._settings.batch_size
+        for start in range(0, len(texts), size):
+            group = texts[start : start + size]
+            missing = [text for text in group if text not in prefilled]
+            ready = {text: prefilled.pop(text) for text in group if text in prefilled}
+            made = self._warm.prefill(beginning, [states[text] for text in missing])
+            for text, passage in zip(missing, made, strict=True):
+                ready[text] = passage
+                self._prefilled.put((self._space.key(text), ratio, beginning), passage)
+            members = [row for text in group for row in by_text[text]]
+            margins = self._warm.margins(beginning, [WarmPair(row.prompt, ready[row.text]) for row in members])
+            for row, margin in zip(members, margins, strict=True):
+                row.margin, row.passage_truncated = margin, ready[row.text].truncated
+            if progress is not None:
+                progress.advance(len(members))
+
+    def _beginning(self, instruction: str) -> Beginning:
+        found = self._beginnings.get(instruction)
+        if found is None:
+            if len(self._beginnings) >= _MOST_INSTRUCTIONS:
+                self._beginnings.clear()
+            found = self._beginnings[instruction] = find_beginning(self._prompts, instruction)
+        return found
+
+    def _rescue(self, rows: list[_Row], known: set[str], ratio: int) -> None:
         """Encode again what came from the cache and gave no finite margin.
 
         A checksum holds for numbers that somebody wrote on purpose, NaN included: that must not become an error.
         """
-        bad = [
-            place
-            for place, (text, margin) in enumerate(zip(texts, margins, strict=True))
-            if text in known and not math.isfinite(margin)
-        ]
+        bad = [row for row in rows if row.text in known and not math.isfinite(row.margin)]
         if not bad:
             return
-        spoiled = list(dict.fromkeys(texts[place] for place in bad))
+        spoiled = list(dict.fromkeys(row.text for row in bad))
         self._cache.forget(self._space, spoiled)
+        keys = set(map(self._space.key, spoiled))
+        self._prefilled.delete([key for key in self._prefilled.keys() if key[0] in keys])  # noqa: SIM118
         fresh = self._encode_all(spoiled, ratio)
-        for place in bad:
-            rows[place] = Pair(rows[place].prompt, fresh[texts[place]])
-        for place, margin in zip(bad, self._scorer.margins([rows[place] for place in bad]), strict=True):
-            margins[place] = margin
+        for row, margin in zip(
+            bad, self._plain.margins([Pair(row.prompt, fresh[row.text]) for row in bad]), strict=True
+        ):
+            row.margin = margin
+
+    def _check_lengths(self) -> None:
+        positions = self.loaded.model.config.encoder.text_config.max_position_embeddings
+        if self._settings.max_length > positions:
+            msg = f"max_length={self._settings.max_length} is more than the {positions} positions of this model"
+            raise ValueError(msg)
+
+    def _check_positions(self, prompt: Prompt) -> None:
+        positions = self.loaded.model.config.decoder.max_position_embeddings
+        if len(prompt.ids) > positions:
+            msg = (
+                f"the prompt of this query has {len(prompt.ids)} tokens, more than the {positions} positions of this "
+                f"model: lower query_max_length (now {self._settings.query_max_length}) or shorten the instruction"
+            )
+            raise ValueError(msg)
+
+    def prefill_stats(self) -> PrefillStats:
+        """Counters and size of the prefilled level."""
+        return PrefillStats(replace(self.prefill_counters), self._prefilled.stats())
 
     def _lookup(self, texts: Sequence[str], ratio: int) -> dict[str, PassageStates]:
         return self._cache.lookup(self._space, texts, ratio, self.loaded.dtype)

@@ -14,11 +14,13 @@ from kalm_rag.cache import PassageCache, Store
 from kalm_rag.checkpoint import Checkpoint, find_checkpoint
 from kalm_rag.documents import document_text, iter_documents
 from kalm_rag.progress import Progress
-from kalm_rag.results import Document, EncodeReport, RankedPassage
+from kalm_rag.results import Document, EncodeReport, PrefillStats, RankedPassage
 from kalm_rag.settings import (
     DEFAULT_INSTRUCTION,
+    DEFAULT_PREFILL_MEMORY,
     DEFAULT_SYSTEM_PROMPT,
     ControlTokens,
+    PrefillStorage,
     Settings,
     check_positive,
     check_text,
@@ -58,6 +60,10 @@ class KaLMReranker:
             as the reference implementation does. Text without control tokens scores the same under both.
         cache: where encoded passages are kept: a folder, a `PassageCache`, a store, or None to keep them in this
             process alone. Default: the user's cache folder, shared by all processes; `KALM_RAG_CACHE` moves it.
+        prefill_memory: bytes of prefilled passages kept in memory, on the model's device: what makes a query on known
+            passages fast. 0 keeps none.
+        prefill_storage: `native`, or `int8` for about half (of bfloat16) or a quarter (of float32) of the bytes;
+            scores change a little.
         show_progress: True, False, or None for bars on long work when standard error is a terminal.
         token: hub token, if the model needs one.
         local_files_only: never ask the hub, use what was downloaded.
@@ -82,6 +88,8 @@ class KaLMReranker:
         batch_tokens: int = 16384,
         control_tokens: ControlTokens = "escape",
         cache: str | Path | Store | PassageCache | None = "default",
+        prefill_memory: int = DEFAULT_PREFILL_MEMORY,
+        prefill_storage: PrefillStorage = "native",
         show_progress: bool | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
@@ -96,6 +104,8 @@ class KaLMReranker:
             batch_size=batch_size,
             batch_tokens=batch_tokens,
             control_tokens=control_tokens,
+            prefill_memory=prefill_memory,
+            prefill_storage=prefill_storage,
         )
         self._owns_cache = not isinstance(cache, PassageCache)
         self.cache = (
@@ -276,6 +286,11 @@ class KaLMReranker:
                 self.cache.flush()
                 new, known, truncated = new + report.new, known + report.known, truncated + report.truncated
         return EncodeReport(new, known, truncated)
+
+    def prefill_stats(self) -> PrefillStats | None:
+        """Hits, misses and size of the prefilled passages in memory; None while the model is not loaded."""
+        engine = self._engine
+        return None if engine is None else engine.prefill_stats()
 
     def _score(
         self,

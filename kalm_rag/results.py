@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kalm_rag.cache.store import StoreStats
 
 Document = str | Mapping[str, Any]
 """A passage: its text, or a mapping with the text under `"text"` (other keys are carried along untouched)."""
@@ -49,3 +52,26 @@ class EncodeReport:
     def total(self) -> int:
         """Passages that were given."""
         return self.new + self.known
+
+
+@dataclass(slots=True)
+class PrefillCounters:
+    """What happened at the level of prefilled passages since the model was loaded.
+
+    Attributes:
+        hits: passages that were prefilled already.
+        misses: passages that were prefilled for the call.
+        full_prompts: pairs whose prompt did not begin as expected, so that it ran in full; the score is the same.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    full_prompts: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillStats:
+    """Counters of the prefilled level and its size in memory."""
+
+    counters: PrefillCounters
+    size: StoreStats

@@ -62,7 +62,7 @@ def test_second_query_and_second_process_skip_the_encoder(
 
 def test_mixed_candidates_encode_only_the_new_ones(checkpoint: Path, tmp_path: Path, passages: list[str]) -> None:
     plain = scores(KaLMReranker(checkpoint, cache=None), passages[:10])
-    reranker = KaLMReranker(checkpoint, cache=tmp_path)
+    reranker = KaLMReranker(checkpoint, cache=tmp_path, prefill_memory=0)
     reranker.encode(passages[3:7])
     calls = counted(reranker)
     assert near(scores(reranker, passages[:10]), plain)
@@ -92,7 +92,7 @@ def test_one_encoding_serves_its_multiples(checkpoint: Path, tmp_path: Path, pas
 def test_a_ratio_that_the_base_cannot_give_is_encoded_and_said_once(
     checkpoint: Path, tmp_path: Path, passages: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    reranker = KaLMReranker(checkpoint, cache=tmp_path)
+    reranker = KaLMReranker(checkpoint, cache=tmp_path, prefill_memory=0)
     reranker.encode(passages[:4])
     calls = counted(reranker)
     expected = scores(KaLMReranker(checkpoint, cache=None, ratio=2), passages[:4])
@@ -209,7 +209,7 @@ def test_a_failing_store_is_never_an_exception(
 ) -> None:
     expected = scores(KaLMReranker(checkpoint, cache=None), passages[:3])
     cache = PassageCache(BrokenStore(error, broken), memory=0)
-    reranker = KaLMReranker(checkpoint, cache=cache)
+    reranker = KaLMReranker(checkpoint, cache=cache, prefill_memory=0)
     for _ in range(2):
         assert near(scores(reranker, passages[:3]), expected)
         cache.flush()
@@ -266,7 +266,7 @@ def test_a_slow_store_does_not_slow_a_query(checkpoint: Path, passages: list[str
             return super().put_many(items)
 
     cache = PassageCache(Slow(OSError(), ""))
-    reranker = KaLMReranker(checkpoint, cache=cache)
+    reranker = KaLMReranker(checkpoint, cache=cache, prefill_memory=0)
     assert len(reranker.rank(QUERY, passages[:3])) == 3, "answers while the write still waits"
     assert cache.stats().store.size.entries == 0
     gate.set()
@@ -308,7 +308,7 @@ def test_read_only_hits_and_writes_nothing(
         writer.encode(passages[:3])
     before = (tmp_path / "cache.db").read_bytes()
     cache = PassageCache(tmp_path, read_only=True, memory=0)
-    reranker = KaLMReranker(checkpoint, cache=cache)
+    reranker = KaLMReranker(checkpoint, cache=cache, prefill_memory=0)
     for _ in range(2):
         scores(reranker, passages[:5])
         cache.flush()

@@ -50,6 +50,23 @@ class Reference:
         return found
 
 
+class Ours:
+    """Every path at once: the plain one, the one that prefills, and the one that finds everything prefilled."""
+
+    def __init__(self, checkpoint: Path, **options: Any) -> None:
+        self.plain = KaLMReranker(checkpoint, prefill_memory=0, **options)
+        self.prefilled = KaLMReranker(checkpoint, **options)
+
+    def predict(self, pairs: list[tuple[str, str]], **options: Any) -> list[float]:
+        runs = [reranker.predict(pairs, **options) for reranker in (self.plain, self.prefilled, self.prefilled)]
+        stats = self.prefilled.prefill_stats()
+        assert stats is not None
+        assert stats.counters.hits > 0, "nothing was found prefilled"
+        assert largest(runs[0], runs[1]) <= 1e-5
+        assert largest(runs[1], runs[2]) <= 1e-5
+        return runs[2]
+
+
 def largest(left: list[float], right: list[float]) -> float:
     return max(abs(a - b) for a, b in zip(left, right, strict=True))
 
@@ -83,13 +100,13 @@ def pairs(passages: list[str], queries: list[str]) -> list[tuple[str, str]]:
 def test_ratios(same: Compare, checkpoint: Path, pairs: list[tuple[str, str]], ratio: int | None) -> None:
     expected = Reference(checkpoint, chunk_size=ratio).scores(pairs)
     assert_informative(expected)
-    same(KaLMReranker(checkpoint, ratio=ratio).predict(pairs), expected)
+    same(Ours(checkpoint, ratio=ratio).predict(pairs), expected)
 
 
 def test_ratio_of_a_call_equals_ratio_of_the_instance(
     same: Compare, checkpoint: Path, pairs: list[tuple[str, str]]
 ) -> None:
-    reranker = KaLMReranker(checkpoint)
+    reranker = Ours(checkpoint)
     for ratio in (1, 2, 3, 8, 32):
         expected = Reference(checkpoint, chunk_size=ratio).scores(pairs)
         same(reranker.predict(pairs, ratio=ratio), expected)
@@ -101,8 +118,8 @@ def test_passages_from_one_token_to_beyond_the_limit(
 ) -> None:
     pairs = [(queries[0], passage) for passage in [*ODD_PASSAGES, *passages[:6], passages[0] * 5]]
     expected = Reference(checkpoint, max_length=max_length).scores(pairs)
+    same(Ours(checkpoint, max_length=max_length).predict(pairs), expected)
     reranker = KaLMReranker(checkpoint, max_length=max_length)
-    same(reranker.predict(pairs), expected)
     hits = {hit.index: hit for hit in reranker.rank(queries[0], [passage for _, passage in pairs])}
     assert hits[len(pairs) - 1].passage_truncated
     assert all(hit.passage_truncated for hit in hits.values()) == (max_length < 7)
@@ -118,23 +135,23 @@ def test_queries_of_no_to_600_tokens(
     pairs = [(query, passages[number % 4]) for number, query in enumerate(asked)]
     expected = Reference(checkpoint, query_max_length=limit).scores(pairs)
     assert_informative(expected)
+    same(Ours(checkpoint, query_max_length=limit).predict(pairs), expected)
     reranker = KaLMReranker(checkpoint, query_max_length=limit)
-    same(reranker.predict(pairs), expected)
     assert reranker.rank(asked[-1], passages[:1])[0].query_truncated
     assert not reranker.rank("", passages[:1])[0].query_truncated
 
 
 def test_unicode_newlines_and_empty_passages(same: Compare, checkpoint: Path) -> None:
     pairs = list(itertools.product(ODD_QUERIES, ODD_PASSAGES))
-    same(KaLMReranker(checkpoint).predict(pairs), Reference(checkpoint).scores(pairs, batch=32))
+    same(Ours(checkpoint).predict(pairs), Reference(checkpoint).scores(pairs, batch=32))
 
 
 def test_instruction_and_system_prompt(same: Compare, checkpoint: Path, pairs: list[tuple[str, str]]) -> None:
     expected = Reference(checkpoint, instruction=INSTRUCTION, system_instruction=SYSTEM).scores(pairs)
     plain = Reference(checkpoint).scores(pairs)
     assert largest(expected, plain) > 1e-3
-    same(KaLMReranker(checkpoint, instruction=INSTRUCTION, system_prompt=SYSTEM).predict(pairs), expected)
-    reranker = KaLMReranker(checkpoint, system_prompt=SYSTEM)
+    same(Ours(checkpoint, instruction=INSTRUCTION, system_prompt=SYSTEM).predict(pairs), expected)
+    reranker = Ours(checkpoint, system_prompt=SYSTEM)
     same(reranker.predict(pairs, instruction=INSTRUCTION), expected)
 
 
@@ -142,7 +159,7 @@ def test_instruction_and_system_prompt(same: Compare, checkpoint: Path, pairs: l
 def test_any_batch_in_any_order(same: Compare, checkpoint: Path, pairs: list[tuple[str, str]], batch: int) -> None:
     expected = dict(zip(pairs, Reference(checkpoint).scores(pairs, batch), strict=True))
     shuffled = random.Random(batch).sample(pairs, len(pairs))
-    found = KaLMReranker(checkpoint, batch_size=batch).predict(shuffled)
+    found = Ours(checkpoint, batch_size=batch).predict(shuffled)
     same(found, [expected[pair] for pair in shuffled])
 
 
@@ -175,7 +192,7 @@ def test_more_passages_than_one_window(
     same: Compare, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, pairs: list[tuple[str, str]]
 ) -> None:
     monkeypatch.setattr("kalm_rag.reranker._WINDOW", 5)
-    same(KaLMReranker(checkpoint).predict(pairs * 2), Reference(checkpoint).scores(pairs) * 2)
+    same(Ours(checkpoint).predict(pairs * 2), Reference(checkpoint).scores(pairs) * 2)
 
 
 @pytest.mark.weights

@@ -123,8 +123,8 @@ def test_out_of_memory_halves_the_batch(
     checkpoint: Path, passages: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     passages = [text[:80] for text in passages]
-    expected = KaLMReranker(checkpoint).rank("lists", passages[:9])
-    reranker = KaLMReranker(checkpoint)
+    expected = KaLMReranker(checkpoint, cache=None).rank("lists", passages[:9])
+    reranker = KaLMReranker(checkpoint, cache=None)
     encoder = reranker._loaded().loaded.model.get_encoder()
     forward = encoder.forward
     sizes: list[int] = []
@@ -144,7 +144,7 @@ def test_out_of_memory_halves_the_batch(
 
 
 def test_out_of_memory_on_one_row_is_raised(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reranker = KaLMReranker(checkpoint)
+    reranker = KaLMReranker(checkpoint, cache=None)
 
     def no_memory(**_: torch.Tensor) -> object:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")

@@ -18,7 +18,7 @@ from kalm_rag.cache.memory import MemoryStore
 from kalm_rag.cache.store import Store, StoreStats
 from kalm_rag.paths import default_cache_dir
 from kalm_rag.pooling import PassageStates
-from kalm_rag.settings import check_positive
+from kalm_rag.settings import check_bytes, check_choice, check_positive
 
 if TYPE_CHECKING:
     import torch
@@ -121,12 +121,8 @@ class PassageCache:
         secret: str | bytes | None = None,
         read_only: bool = False,
     ) -> None:
-        if isinstance(memory, bool) or not isinstance(memory, int) or memory < 0:
-            msg = f"memory must be a number of bytes, 0 to keep nothing in memory, got {memory!r}"
-            raise ValueError(msg)
-        if storage not in get_args(Storage):
-            msg = f"storage must be one of {get_args(Storage)}, got {storage!r}"
-            raise ValueError(msg)
+        check_bytes("memory", memory)
+        check_choice("storage", storage, get_args(Storage))
         check_positive("limit", limit)
         self.base_ratio = check_positive("base_ratio", base_ratio)
         self.storage: Storage = storage

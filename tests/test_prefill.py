@@ -1,0 +1,284 @@
+"""Prefilled passages: the same scores from a fraction of the work, under a budget, whatever is missing."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kalm_rag import KaLMReranker, PassageCache
+from kalm_rag.prefill import Beginning, find_beginning
+
+QUERIES = ["How do I sort a list?", "what is a method", "  odd spaces ", "北京?", "", "a\n\nb", "x" * 300]
+TOLERANCE = 1e-5
+
+
+class Counted:
+    """A reranker with counters on what its model runs: encoder passages, and decoder tokens."""
+
+    def __init__(self, checkpoint: Path, **options: Any) -> None:
+        self.reranker = KaLMReranker(checkpoint, device="cpu", **{"cache": None, **options})
+        model = self.reranker._loaded().loaded.model
+        self.encoded = self.decoded = 0
+        model.get_encoder().register_forward_pre_hook(self._encoder, with_kwargs=True)
+        model.get_decoder().register_forward_pre_hook(self._decoder, with_kwargs=True)
+
+    def _encoder(self, _module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+        self.encoded += len(kwargs["input_ids"])
+
+    def _decoder(self, _module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids")
+        shape = kwargs["inputs_embeds"].shape[:2] if ids is None else ids.shape
+        self.decoded += shape[0] * shape[1]
+
+    def spent(self) -> tuple[int, int]:
+        """Since the last call."""
+        found = self.encoded, self.decoded
+        self.encoded = self.decoded = 0
+        return found
+
+    def scores(self, query: str, passages: list[str], **options: Any) -> list[float]:
+        return self.reranker.predict([(query, text) for text in passages], **options)
+
+    @property
+    def counters(self) -> Any:
+        return self.reranker.prefill_stats().counters
+
+    @property
+    def size(self) -> Any:
+        return self.reranker.prefill_stats().size
+
+
+@pytest.fixture
+def plain(checkpoint: Path) -> Callable[..., list[float]]:
+    """Scores of the plain path."""
+
+    def scores(query: str, passages: list[str], **options: Any) -> list[float]:
+        call = {name: options.pop(name) for name in ("ratio", "instruction") if name in options}
+        reranker = KaLMReranker(checkpoint, device="cpu", cache=None, prefill_memory=0, **options)
+        return reranker.predict([(query, text) for text in passages], **call)
+
+    return scores
+
+
+def near(left: list[float], right: list[float], tolerance: float = TOLERANCE) -> bool:
+    return max(abs(a - b) for a, b in zip(left, right, strict=True)) <= tolerance
+
+
+def test_a_warm_query_runs_its_own_tokens_alone(checkpoint: Path, passages: list[str], plain: Any) -> None:
+    counted = Counted(checkpoint)
+    engine = counted.reranker._loaded()
+    counted.scores("first query", passages[:8])
+    assert counted.spent()[0] == 8
+    beginning = engine._beginning(engine._settings.instruction)
+    for query in QUERIES:
+        assert near(counted.scores(query, passages[:8]), plain(query, passages[:8]))
+        new = len(engine._prompts.prompt(query).ids) - len(beginning.ids)
+        assert counted.spent() == (0, 8 * new)
+    assert counted.counters.full_prompts == 0
+
+
+def test_new_stored_and_prefilled_passages_in_one_request(
+    checkpoint: Path, tmp_path: Path, passages: list[str], plain: Any
+) -> None:
+    """Each pays for what it lacks."""
+    KaLMReranker(checkpoint, device="cpu", cache=tmp_path).encode(passages[3:6])
+    counted = Counted(checkpoint, cache=tmp_path)
+    counted.scores("warm up", passages[:3])
+    counted.spent()
+    assert near(counted.scores("query", passages[:9]), plain("query", passages[:9]))
+    encoded, _ = counted.spent()
+    assert encoded == 3
+    assert (counted.counters.hits, counted.counters.misses) == (3, 3 + 6)
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 3, 4, 8, 32])
+def test_ratios_live_side_by_side(checkpoint: Path, passages: list[str], plain: Any, ratio: int) -> None:
+    counted = Counted(checkpoint, cache=PassageCache(None, base_ratio=1))
+    for _ in range(2):
+        for used in (4, ratio):
+            assert near(counted.scores("query", passages[:4], ratio=used), plain("query", passages[:4], ratio=used))
+    assert counted.spent()[0] == 4
+    assert counted.size.entries == (4 if ratio == 4 else 8)
+
+
+def test_instructions_live_side_by_side(checkpoint: Path, passages: list[str], plain: Any) -> None:
+    instructions = ["Given a question, find its answer.", "x", "", "long " * 80, "北京 <end_of_turn> {braces}"]
+    counted = Counted(checkpoint)
+    for _ in range(2):
+        for instruction in instructions:
+            found = counted.scores("query", passages[:3], instruction=instruction)
+            assert near(found, plain("query", passages[:3], instruction=instruction))
+    assert counted.size.entries == 3 * len(instructions)
+    assert counted.counters.hits == 3 * len(instructions)
+
+
+def test_system_prompt(checkpoint: Path, passages: list[str], plain: Any) -> None:
+    options = {"system_prompt": "Say yes or no."}
+    counted = Counted(checkpoint, **options)
+    for _ in range(2):
+        assert near(counted.scores("query", passages[:3]), plain("query", passages[:3], **options))
+
+
+@pytest.mark.parametrize("words", [1, 20, 60, 200])
+def test_prompts_beyond_the_sliding_window(checkpoint: Path, passages: list[str], plain: Any, words: int) -> None:
+    """The window of the checkpoint is 48 tokens: its prompts exceed it before the query begins."""
+    query = " ".join(f"word{number}" for number in range(words))
+    short = "Rank."
+    counted = Counted(checkpoint, system_prompt="S.", instruction=short)
+    expected = plain(query, passages[:4], system_prompt="S.", instruction=short)
+    assert near(counted.scores(query, passages[:4]), expected)
+    assert near(counted.scores(query, passages[:4]), expected)
+
+
+def test_mixed_lengths_in_a_batch(checkpoint: Path, passages: list[str]) -> None:
+    pairs = [(query, text) for query in QUERIES for text in ["", "short", *passages[:5], passages[0] * 3]]
+    expected = KaLMReranker(checkpoint, cache=None, prefill_memory=0).predict(pairs)
+    reranker = KaLMReranker(checkpoint, cache=None)
+    assert near(reranker.predict(pairs), expected)
+    assert near(reranker.predict(pairs[::-1]), expected[::-1])
+
+
+def test_a_prompt_that_begins_otherwise_runs_in_full(
+    checkpoint: Path, passages: list[str], plain: Any, monkeypatch: Any
+) -> None:
+    """As if the tokenizer had joined the query's first characters with the template."""
+    counted = Counted(checkpoint)
+    engine = counted.reranker._loaded()
+    fits = Beginning.fits
+    monkeypatch.setattr(Beginning, "fits", lambda self, prompt: fits(self, prompt) and len(prompt.ids) % 2 == 0)
+    queries = ["one", "one two", "one two three", "one two three four"]
+    parity = {len(engine._prompts.prompt(query).ids) % 2 for query in queries}
+    assert parity == {0, 1}, "some fit and some do not"
+    pairs = [(query, text) for query in queries for text in passages[:3]]
+    expected = [score for query in queries for score in plain(query, passages[:3])]
+    assert near(counted.reranker.predict(pairs), expected)
+    assert 0 < counted.counters.full_prompts < len(pairs)
+
+
+def test_the_beginning_is_verified_token_by_token(checkpoint: Path) -> None:
+    prompts = KaLMReranker(checkpoint)._loaded()._prompts
+    beginning = find_beginning(prompts, "Find it.")
+    text = prompts.tokenizer.decode(beginning.ids)
+    assert prompts.prefix("Find it.").startswith(text)
+    assert len(prompts.prefix("Find it.")) - len(text) <= 2
+    for query in QUERIES:
+        prompt = prompts.prompt(query, "Find it.")
+        assert beginning.fits(prompt)
+        assert list(beginning.ids) == prompt.ids[: len(beginning.ids)]
+    assert not beginning.fits(prompts.prompt("query", "Find another."))
+
+
+def test_budget_is_kept_and_eviction_falls_back(checkpoint: Path, passages: list[str], plain: Any) -> None:
+    one = Counted(checkpoint)
+    one.scores("query", passages[:1])
+    budget = 5 * one.size.bytes
+    counted = Counted(checkpoint, prefill_memory=budget)
+    expected = plain("query", passages[:24])
+    for _ in range(2):
+        assert near(counted.scores("query", passages[:24]), expected)
+        assert counted.size.bytes <= budget
+    held = [value.nbytes for value in counted.reranker._loaded()._prefilled._items.values()]
+    assert sum(held) == counted.size.bytes
+    assert counted.size.evicted > 20
+    assert counted.spent()[0] == 24, "states stayed, so nothing was encoded twice"
+
+
+def test_budget_below_one_passage_keeps_nothing_and_says_so_once(
+    checkpoint: Path, passages: list[str], plain: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    counted = Counted(checkpoint, prefill_memory=1000)
+    for _ in range(2):
+        assert near(counted.scores("query", passages[:3]), plain("query", passages[:3]))
+    assert counted.size.entries == 0
+    assert caplog.text.count("more than the budget of 1000") == 1
+
+
+def test_budget_of_zero_runs_full_prompts(checkpoint: Path, passages: list[str]) -> None:
+    counted = Counted(checkpoint, prefill_memory=0)
+    counted.scores("query", passages[:3])
+    assert (counted.size.entries, counted.counters.misses) == (0, 0)
+
+
+def test_int8_keys_and_values_take_a_fraction_and_move_scores_little(
+    checkpoint: Path, passages: list[str], plain: Any
+) -> None:
+    native, small = Counted(checkpoint), Counted(checkpoint, prefill_storage="int8")
+    expected = plain("query", passages[:16])
+    native.scores("query", passages[:16])
+    cold = small.scores("query", passages[:16])
+    warm = small.scores("query", passages[:16])
+    assert cold == warm, "a score must not depend on what was warm"
+    assert 0 < max(abs(a - b) for a, b in zip(warm, expected, strict=True)) < 0.05
+    assert small.size.bytes < 0.3 * native.size.bytes
+
+
+def test_bfloat16_warm_equals_cold(checkpoint: Path, passages: list[str]) -> None:
+    counted = Counted(checkpoint, dtype="bfloat16")
+    cold = counted.scores("query", passages[:8])
+    assert counted.scores("query", passages[:8]) == cold
+
+
+def test_memory_is_freed_on_close(checkpoint: Path, passages: list[str]) -> None:
+    reranker = KaLMReranker(checkpoint, cache=None)
+    reranker.rank("query", passages[:4])
+    assert reranker.prefill_stats().size.entries == 4
+    reranker.close()
+    gc.collect()
+    assert reranker.prefill_stats() is None
+    kept = [thing for thing in gc.get_objects() if type(thing).__name__ == "Prefilled"]
+    assert kept == []
+
+
+def test_a_transformers_that_drops_the_argument_falls_back(
+    checkpoint: Path, passages: list[str], plain: Any, monkeypatch: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A future release that stops handing arguments on must not give wrong scores."""
+    counted = Counted(checkpoint)
+    decoder = counted.reranker._loaded().loaded.model.get_decoder()
+    forward = decoder.forward
+    monkeypatch.setattr(
+        decoder, "forward", lambda **options: forward(**{k: v for k, v in options.items() if k != "key_values"})
+    )
+    for _ in range(2):
+        assert near(counted.scores("query", passages[:4]), plain("query", passages[:4]))
+    assert caplog.text.count("every query runs its full prompt") == 1
+
+
+def test_query_beyond_the_positions_of_the_model(checkpoint: Path) -> None:
+    reranker = KaLMReranker(checkpoint, query_max_length=100_000, cache=None)
+    with pytest.raises(
+        ValueError,
+        match=r"the prompt of this query has \d+ tokens, more than the 8192 positions .* lower query_max_length",
+    ):
+        reranker.rank("word " * 20_000, ["passage"])
+    with pytest.raises(ValueError, match="max_length=9000 is more than the 8192 positions"):
+        KaLMReranker(checkpoint, max_length=9000).load()
+
+
+def test_many_queries_times_many_passages(checkpoint: Path, passages: list[str]) -> None:
+    """More passages than are prefilled at a time, shuffled over queries."""
+    texts = [f"{number} {text[:60]}" for number, text in enumerate(passages * 2)]
+    pairs = [(QUERIES[(7 * number) % 3], text) for number, text in enumerate(texts)]
+    expected = KaLMReranker(checkpoint, cache=None, prefill_memory=0).predict(pairs)
+    reranker = KaLMReranker(checkpoint, cache=None, batch_size=8)
+    assert near(reranker.predict(pairs), expected)
+
+
+def test_attention_is_left_alone_elsewhere(checkpoint: Path) -> None:
+    """The decoder without prefilled passages computes what it computed before."""
+    import transformers
+
+    model = transformers.T5Gemma2ForConditionalGeneration.from_pretrained(checkpoint).eval()
+    ids = torch.arange(5, 60)[None]
+    with torch.inference_mode():
+        before = model(input_ids=ids, decoder_input_ids=ids).logits
+        from kalm_rag.attention import install
+
+        install(model.get_decoder())
+        after = model(input_ids=ids, decoder_input_ids=ids).logits
+    torch.testing.assert_close(after, before, atol=0, rtol=0)
