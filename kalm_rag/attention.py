@@ -81,14 +81,21 @@ def _attend_on_cpu(
 ) -> torch.Tensor:
     """Plain matrix products: on a CPU, at a head width of 256, they beat the fused kernel, in bfloat16 by half.
 
-    Scores are float32 in either precision, as they are inside of the fused kernel.
+    Scores are float32, as they are inside of the fused kernel. Keys in a narrower dtype than the model's, as with int8
+    weights, are a choice of speed over exactness, and scores follow it.
     """
     import torch
 
-    flat = [tensor.flatten(0, 1) for tensor in (rows, keys, values)]
+    exact = keys.dtype == rows.dtype
+    queries, flat_keys, flat_values = (tensor.flatten(0, 1) for tensor in (rows, keys, values))
     bias = mask.expand(-1, keys.shape[1], -1, -1).flatten(0, 1)
-    scores = torch.baddbmm(bias, flat[0].float(), flat[1].float().transpose(1, 2), alpha=scale)
-    return torch.bmm(torch.softmax(scores, dim=-1).to(rows.dtype), flat[2]).view_as(rows)
+    if exact:
+        queries, flat_keys = queries.float(), flat_keys.float()
+    else:
+        queries, bias = queries.to(keys.dtype), bias.to(keys.dtype)
+    scores = torch.baddbmm(bias, queries, flat_keys.transpose(1, 2), alpha=scale)
+    weights = torch.softmax(scores, dim=-1).to(keys.dtype)
+    return torch.bmm(weights, flat_values).to(rows.dtype).view_as(rows)
 
 
 def merged_attention(

@@ -92,13 +92,13 @@ def read_passages(source: str | Path) -> Iterator[Record]:
     if not path.is_file():
         msg = f"no file or folder {str(path)!r}; give a .jsonl or text file, a folder, or - for standard input"
         raise FileNotFoundError(msg)
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         yield from parse_lines(lines, str(path), json_lines=path.suffix in {".jsonl", ".ndjson"})
 
 
 def _read_text(file: Path) -> str:
     try:
-        return file.read_text("utf-8")
+        return file.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         msg = f"{file} is not UTF-8 text ({error.reason} at byte {error.start})"
         raise ValueError(msg) from None

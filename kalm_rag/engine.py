@@ -8,13 +8,15 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from kalm_rag.cache import PassageCache
+from kalm_rag.cache.frame import HEADER_BYTES
 from kalm_rag.cache.keys import KeySpace
 from kalm_rag.checkpoint import Checkpoint
 from kalm_rag.identity import identify
-from kalm_rag.loading import LoadedModel, load_model, resolve_device, resolve_dtype
+from kalm_rag.loading import LoadedModel, load_model, resolve_device
 from kalm_rag.lru import BudgetLRU
 from kalm_rag.pooling import PassageStates
 from kalm_rag.prefill import Beginning, Prefilled, PrefillScorer, PrefillUnsupportedError, WarmPair, find_beginning
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MOST_INSTRUCTIONS = 256
+_GROUP_BYTES = 1_000_000_000
+_READ_AT_ONCE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +61,10 @@ class _Row:
     passage_truncated: bool = False
 
 
+def _frame_of(passage: Prefilled, key: str, model: bytes, secret: bytes | None) -> bytes:
+    return passage.frame(key, model, secret)
+
+
 class Engine:
     """Everything that exists only while a model is loaded. Calls may come from any thread and run one at a time.
 
@@ -69,7 +77,6 @@ class Engine:
 
     def __init__(self, loaded: LoadedModel, checkpoint: Checkpoint, settings: Settings, cache: PassageCache) -> None:
         self.loaded = loaded
-        self.checkpoint = checkpoint
         self._settings = settings
         self._cache = cache
         self._space = KeySpace(
@@ -82,10 +89,10 @@ class Engine:
         self._encoder = Encoder(loaded, settings)
         self._plain = PlainScorer(loaded, settings)
         self._warm = PrefillScorer(loaded, settings, int8=settings.prefill_storage == "int8")
-        self._prefilled: BudgetLRU[tuple[str, int, Beginning], Prefilled] = BudgetLRU(
+        self._prefilled: BudgetLRU[str, Prefilled] = BudgetLRU(
             settings.prefill_memory, lambda prefilled: prefilled.nbytes, "prefilled passages"
         )
-        self._prefill_works = settings.prefill_memory > 0
+        self._prefill_works = settings.prefill_memory > 0 or cache.keeps_prefilled
         self._beginnings: dict[str, Beginning] = {}
         self.prefill_counters = PrefillCounters()
         self._check_lengths()
@@ -104,7 +111,7 @@ class Engine:
     ) -> Engine:
         """Load a checkpoint onto a device."""
         place = resolve_device(device)
-        loaded = load_model(checkpoint, settings=settings, device=place, dtype=resolve_dtype(dtype, place))
+        loaded = load_model(checkpoint, settings=settings, device=place, dtype=dtype)
         return cls(loaded, checkpoint, settings, cache)
 
     def encode(self, texts: Sequence[str], progress: Progress | None = None) -> EncodeReport:
@@ -121,7 +128,22 @@ class Engine:
                 cut |= {text: states.truncated for text, states in encoded.items()}
                 if progress is not None:
                     progress.advance(len(encoded))
+            self._prefill_ahead(unique)
             return EncodeReport(len(missing), len(texts) - len(missing), sum(cut[text] for text in clean))
+
+    def _prefill_ahead(self, texts: Sequence[str]) -> None:
+        """Where the store keeps prefilled passages, prefill what it lacks, for the default instruction and ratio."""
+        if not self._cache.keeps_prefilled:
+            return
+        ratio, beginning = self._settings.ratio, self._beginning(self._settings.instruction)
+        for start in range(0, len(texts), _READ_AT_ONCE):
+            part = texts[start : start + _READ_AT_ONCE]
+            ready = self._find_prefilled(part, beginning, ratio)
+            missing = [text for text in part if text not in ready]
+            known = self._lookup(missing, ratio)
+            states = known | self._encode_all([text for text in missing if text not in known], ratio)
+            for group in self._groups(missing, {}, states, len(beginning.ids)):
+                self._prefill(group, states, beginning, ratio)
 
     def unknown(self, texts: Sequence[str]) -> list[str]:
         """The passages that `encode` would encode."""
@@ -132,6 +154,11 @@ class Engine:
     def token_counts(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each passage that the encoder reads."""
         return [len(passage.ids) for passage in self._prompts.passages(texts)]
+
+    def prefilled_bytes(self, tokens: int) -> int:
+        """Bytes of one prefilled passage of so many tokens, for the default instruction and ratio."""
+        positions = len(self._beginning(self._settings.instruction).ids) - (-tokens // self._settings.ratio)
+        return HEADER_BYTES + self._warm.bytes_of(positions)
 
     def time_encoding(self, texts: Sequence[str]) -> float:
         """Seconds that encoding takes, after one passage to warm up. Nothing is kept."""
@@ -157,10 +184,21 @@ class Engine:
         """
         with self._lock:
             rows = self._rows(pairs, instruction)
-            known = self._score_rows(rows, instruction, ratio, progress)
-            self._rescue(rows, known, ratio)
+            for part in self._parts(rows):
+                self._score_rows(part, instruction, ratio, progress)
+            self._rescue(rows, instruction, ratio)
             check_finite([row.margin for row in rows], self.loaded.dtype)
             return [Score(row.margin, row.passage_truncated, row.prompt.truncated) for row in rows]
+
+    def _parts(self, rows: list[_Row]) -> Iterator[list[_Row]]:
+        """All rows at once, or, where prefilled passages are read from the store, as many as memory should hold."""
+        if not self._cache.keeps_prefilled:
+            yield rows
+            return
+        texts = list(dict.fromkeys(row.text for row in rows))
+        for start in range(0, len(texts), _READ_AT_ONCE):
+            chosen = set(texts[start : start + _READ_AT_ONCE])
+            yield [row for row in rows if row.text in chosen]
 
     def _rows(self, pairs: Sequence[tuple[str, str]], instruction: str) -> list[_Row]:
         prompts: dict[str, Prompt] = {}
@@ -171,8 +209,8 @@ class Engine:
         clean = self.loaded.tokenizer.clean
         return [_Row(prompts[query], clean(text)) for query, text in pairs]
 
-    def _score_rows(self, rows: list[_Row], instruction: str, ratio: int, progress: Progress | None) -> set[str]:
-        """Fill in the margins; returns the passages whose states came out of the cache."""
+    def _score_rows(self, rows: list[_Row], instruction: str, ratio: int, progress: Progress | None) -> None:
+        """Fill in the margins."""
         warm: list[_Row] = []
         if self._prefill_works:
             beginning = self._beginning(instruction)
@@ -184,10 +222,7 @@ class Engine:
         prefilled: dict[str, Prefilled] = {}
         if warm:
             texts = list(dict.fromkeys(row.text for row in warm))
-            keys = {(self._space.key(text), ratio, beginning): text for text in texts}
-            prefilled = {keys[key]: value for key, value in self._prefilled.get_many(keys).items()}
-            self.prefill_counters.hits += len(prefilled)
-            self.prefill_counters.misses += len(texts) - len(prefilled)
+            prefilled = self._find_prefilled(texts, beginning, ratio)
         needed = list(dict.fromkeys(row.text for row in [*plain, *warm] if row.text not in prefilled))
         known = self._lookup(needed, ratio)
         states = known | self._encode_all([text for text in needed if text not in known], ratio)
@@ -198,12 +233,12 @@ class Engine:
                 logger.warning("%s: every query runs its full prompt", error)
                 self._prefill_works = False
                 self._prefilled.clear()
-                return self._score_rows(rows, instruction, ratio, progress)
+                self._score_rows(rows, instruction, ratio, progress)
+                return
         if plain:
             pairs = [Pair(row.prompt, states[row.text]) for row in plain]
             for row, pair, margin in zip(plain, pairs, self._plain.margins(pairs, progress), strict=True):
                 row.margin, row.passage_truncated = margin, pair.passage.truncated
-        return set(known)
 
     def _score_warm(
         self,
@@ -218,22 +253,61 @@ class Engine:
         by_text: dict[str, list[_Row]] = {}
         for row in rows:
             by_text.setdefault(row.text, []).append(row)
-        texts = list(by_text)
-        size = 4 * self._settings.batch_size
-        for start in range(0, len(texts), size):
-            group = texts[start : start + size]
+        for group in self._groups(list(by_text), prefilled, states, len(beginning.ids)):
             missing = [text for text in group if text not in prefilled]
             ready = {text: prefilled.pop(text) for text in group if text in prefilled}
-            made = self._warm.prefill(beginning, [states[text] for text in missing])
-            for text, passage in zip(missing, made, strict=True):
-                ready[text] = passage
-                self._prefilled.put((self._space.key(text), ratio, beginning), passage)
+            ready |= self._prefill(missing, states, beginning, ratio)
             members = [row for text in group for row in by_text[text]]
             margins = self._warm.margins(beginning, [WarmPair(row.prompt, ready[row.text]) for row in members])
             for row, margin in zip(members, margins, strict=True):
                 row.margin, row.passage_truncated = margin, ready[row.text].truncated
             if progress is not None:
                 progress.advance(len(members))
+
+    def _groups(
+        self, texts: list[str], prefilled: dict[str, Prefilled], states: dict[str, PassageStates], skip: int
+    ) -> Iterator[list[str]]:
+        """Passages in groups whose prefilled form takes about `_GROUP_BYTES` at most."""
+        group: list[str] = []
+        size = 0
+        for text in texts:
+            ready = prefilled.get(text)
+            size += ready.nbytes if ready else self._warm.bytes_of(skip + len(states[text].states))
+            if group and size > _GROUP_BYTES:
+                yield group
+                group, size = [], 0
+            group.append(text)
+        yield group
+
+    def _find_prefilled(self, texts: Sequence[str], beginning: Beginning, ratio: int) -> dict[str, Prefilled]:
+        """What is prefilled in memory, or in the store if it keeps prefilled passages."""
+        keys = {self._prefilled_key(text, beginning, ratio): text for text in texts}
+        found = self._prefilled.get_many(keys)
+        self.prefill_counters.hits += len(found)
+        missing = [key for key in keys if key not in found]
+        device, shape, skip = self.loaded.device, self._warm.shape, len(beginning.ids)
+        stored = self._cache.lookup_prefilled(missing, lambda frame: Prefilled.from_frame(frame, shape, skip, device))
+        for key, passage in stored.items():
+            self._prefilled.put(key, passage)
+        self.prefill_counters.stored += len(stored)
+        self.prefill_counters.misses += len(missing) - len(stored)
+        return {keys[key]: passage for key, passage in {**found, **stored}.items()}
+
+    def _prefill(
+        self, texts: Sequence[str], states: dict[str, PassageStates], beginning: Beginning, ratio: int
+    ) -> dict[str, Prefilled]:
+        """Prefill passages and keep them where they are kept."""
+        made = dict(zip(texts, self._warm.prefill(beginning, [states[text] for text in texts]), strict=True))
+        makers = {}
+        for text, passage in made.items():
+            key = self._prefilled_key(text, beginning, ratio)
+            self._prefilled.put(key, passage)
+            makers[key] = partial(_frame_of, passage, key, self._space.model)
+        self._cache.keep_prefilled(makers)
+        return made
+
+    def _prefilled_key(self, text: str, beginning: Beginning, ratio: int) -> str:
+        return self._space.prefilled_key(text, ratio=ratio, beginning=beginning.ids, kind=self._warm.name)
 
     def _beginning(self, instruction: str) -> Beginning:
         found = self._beginnings.get(instruction)
@@ -243,23 +317,23 @@ class Engine:
             found = self._beginnings[instruction] = find_beginning(self._prompts, instruction)
         return found
 
-    def _rescue(self, rows: list[_Row], known: set[str], ratio: int) -> None:
-        """Encode again what came from the cache and gave no finite margin.
+    def _rescue(self, rows: list[_Row], instruction: str, ratio: int) -> None:
+        """Compute anew, from the text, what gave no finite margin.
 
-        A checksum holds for numbers that somebody wrote on purpose, NaN included: that must not become an error.
+        A checksum holds for numbers that somebody wrote on purpose, NaN included: a cache must not make that an error.
         """
-        bad = [row for row in rows if row.text in known and not math.isfinite(row.margin)]
+        bad = [row for row in rows if not math.isfinite(row.margin)]
         if not bad:
             return
         spoiled = list(dict.fromkeys(row.text for row in bad))
-        self._cache.forget(self._space, spoiled)
-        keys = set(map(self._space.key, spoiled))
-        self._prefilled.delete([key for key in self._prefilled.keys() if key[0] in keys])  # noqa: SIM118
+        beginning = self._beginning(instruction)
+        prefilled = [self._prefilled_key(text, beginning, ratio) for text in spoiled]
+        self._prefilled.delete(prefilled)
+        self._cache.forget([*map(self._space.key, spoiled), *prefilled])
         fresh = self._encode_all(spoiled, ratio)
-        for row, margin in zip(
-            bad, self._plain.margins([Pair(row.prompt, fresh[row.text]) for row in bad]), strict=True
-        ):
-            row.margin = margin
+        pairs = [Pair(row.prompt, fresh[row.text]) for row in bad]
+        for row, pair, margin in zip(bad, pairs, self._plain.margins(pairs), strict=True):
+            row.margin, row.passage_truncated = margin, pair.passage.truncated
 
     def _check_lengths(self) -> None:
         positions = self.loaded.model.config.encoder.text_config.max_position_embeddings
@@ -281,7 +355,8 @@ class Engine:
         return PrefillStats(replace(self.prefill_counters), self._prefilled.stats())
 
     def _lookup(self, texts: Sequence[str], ratio: int) -> dict[str, PassageStates]:
-        return self._cache.lookup(self._space, texts, ratio, self.loaded.dtype)
+        width = self.loaded.model.config.decoder.hidden_size
+        return self._cache.lookup(self._space, texts, ratio, self.loaded.dtype, width)
 
     def _encode_all(self, texts: Sequence[str], ratio: int) -> dict[str, PassageStates]:
         found: dict[str, PassageStates] = {}

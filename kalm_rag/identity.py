@@ -7,18 +7,25 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kalm_rag.checkpoint import UNUSED, Checkpoint
+from kalm_rag.errors import CheckpointError
 from kalm_rag.paths import default_cache_dir
 from kalm_rag.prompts import PASSAGE_PREFIX
 
 logger = logging.getLogger(__name__)
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+)
 _VOLATILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache"}
 _MEMO_LIMIT = 64
 
@@ -31,16 +38,23 @@ class ModelIdentity:
         encoder: weights of the encoder and its configuration.
         tokenizer: the tokenizer's files.
         template: the text around a passage.
+        decoder: weights of the decoder and its configuration; they shape prefilled passages, not states.
     """
 
     encoder: str
     tokenizer: str
     template: str
+    decoder: str = ""
 
     @property
     def short(self) -> str:
-        """Twelve digits that stand for all three, for people."""
-        return tagged_digest(self.encoder, self.tokenizer, self.template).hexdigest()[:12]
+        """Twelve digits that stand for what shapes states, for people."""
+        return self.mark.hex()[:12]
+
+    @property
+    def mark(self) -> bytes:
+        """32 bytes that stand in every cache entry of this model, so that entries can be told apart without texts."""
+        return tagged_digest(self.encoder, self.tokenizer, self.template).digest()
 
 
 def identify(checkpoint: Checkpoint, memo: Path | None = None) -> ModelIdentity:
@@ -53,20 +67,27 @@ def identify(checkpoint: Checkpoint, memo: Path | None = None) -> ModelIdentity:
         checkpoint: where the files are.
         memo: the file that remembers, default `digests.json` in the default cache folder.
     """
+    from safetensors import SafetensorError
+
     memo = memo or default_cache_dir() / "digests.json"
     known = _read_memo(memo)
-    config = _encoder_config(checkpoint.config)
-    key = tagged_digest(config, *map(_file_mark, checkpoint.shards)).hexdigest()
-    encoder = known.get(key)
-    if encoder is None:
-        encoder = _encoder_digest(checkpoint, config)
-        _write_memo(memo, {**known, key: encoder})
+    configs = _config_digest(checkpoint.config)
+    key = tagged_digest(configs, *map(_file_mark, checkpoint.shards)).hexdigest()
+    if key not in known:
+        try:
+            known[key] = _weight_digests(checkpoint)
+        except SafetensorError as error:
+            msg = f"cannot read the weights of {checkpoint.name!r} ({error}); download the checkpoint again"
+            raise CheckpointError(msg) from error
+        _write_memo(memo, known)
+    encoder, decoder = known[key]
     files = [checkpoint.folder / name for name in _TOKENIZER_FILES]
     parts = [part for file in files if file.is_file() for part in (file.name, file.read_bytes())]
     return ModelIdentity(
         encoder=encoder,
         tokenizer=tagged_digest(*parts).hexdigest(),
         template=tagged_digest(PASSAGE_PREFIX).hexdigest(),
+        decoder=decoder,
     )
 
 
@@ -80,16 +101,21 @@ def tagged_digest(*parts: str | bytes) -> hashlib._Hash:
     return digest
 
 
-def _encoder_config(config: dict[str, Any]) -> str:
-    encoder = config.get("encoder") or {}
-    text = encoder.get("text_config") or {}
+def _config_digest(config: dict[str, Any]) -> str:
+    return tagged_digest(_part_config(config, "encoder"), _part_config(config, "decoder")).hexdigest()
+
+
+def _part_config(config: dict[str, Any], part: str) -> str:
+    """What shapes the numbers of the encoder or the decoder besides weights, as canonical JSON."""
+    whole = config.get(part) or {}
+    text = (whole.get("text_config") if part == "encoder" else whole) or {}
     kept = {name: value for name, value in text.items() if name not in _VOLATILE}
-    return json.dumps([kept, config.get("dropout_rate"), encoder.get("eoi_token_index")], sort_keys=True)
+    eoi = (config.get("encoder") or {}).get("eoi_token_index")
+    return json.dumps([kept, config.get("dropout_rate"), eoi], sort_keys=True)
 
 
-def _encoder_digest(checkpoint: Checkpoint, config: str) -> str:
-    """Over names, dtypes, shapes and bytes of the encoder's tensors, however they are split into files."""
-    import torch
+def _weight_digests(checkpoint: Checkpoint) -> tuple[str, str]:
+    """Of encoder and decoder: names, dtypes, shapes and bytes of their tensors, however they are split into files."""
     from safetensors import safe_open
 
     homes: dict[str, tuple[Path, str]] = {}
@@ -98,14 +124,24 @@ def _encoder_digest(checkpoint: Checkpoint, config: str) -> str:
             for key in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
                 if not any(part in key for part in UNUSED):
                     # transformers writes `encoder.layers` and calls it `encoder.text_model.layers` in memory.
-                    homes[key.removeprefix("model.").replace("encoder.text_model.", "encoder.")] = (
-                        shard,
-                        key,
-                    )
-    names = sorted(name for name in homes if name.startswith("encoder."))
-    if "encoder.embed_tokens.weight" not in names:
-        names = sorted(homes)  # the tied embedding is stored under another name: take everything
-    digest = tagged_digest("encoder", config)
+                    homes[key.removeprefix("model.").replace("encoder.text_model.", "encoder.")] = (shard, key)
+    encoder = sorted(name for name in homes if name.startswith("encoder."))
+    if "encoder.embed_tokens.weight" not in encoder:
+        encoder = sorted(homes)  # the tied embedding is stored under another name: take everything
+    decoder = sorted(name for name in homes if not name.startswith("encoder."))
+    digests = []
+    for part, names in (("encoder", encoder), ("decoder", decoder)):
+        digest = tagged_digest(part, _part_config(checkpoint.config, part))
+        _add_tensors(digest, names, homes)
+        digests.append(digest.hexdigest())
+    # The decoder reads the embeddings that are stored with the encoder.
+    return digests[0], tagged_digest(*digests).hexdigest()
+
+
+def _add_tensors(digest: hashlib._Hash, names: list[str], homes: dict[str, tuple[Path, str]]) -> None:
+    import torch
+    from safetensors import safe_open
+
     for name in names:
         shard, key = homes[name]
         with safe_open(shard, framework="pt") as file:
@@ -113,7 +149,6 @@ def _encoder_digest(checkpoint: Checkpoint, config: str) -> str:
         head = json.dumps([name, str(tensor.dtype), list(tensor.shape)])
         digest.update(len(head).to_bytes(8, "little") + head.encode())
         digest.update(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
-    return digest.hexdigest()
 
 
 def _file_mark(path: Path) -> str:
@@ -125,21 +160,21 @@ def _file_mark(path: Path) -> str:
     return f"file {real} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
 
 
-def _read_memo(memo: Path) -> dict[str, str]:
-    with contextlib.suppress(OSError, ValueError):
+def _read_memo(memo: Path) -> dict[str, tuple[str, str]]:
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
         known = json.loads(memo.read_text("utf-8"))
-        if isinstance(known, dict):
-            return {str(key): str(value) for key, value in known.items()}
+        return {str(key): (str(encoder), str(decoder)) for key, (encoder, decoder) in known.items()}
     return {}
 
 
-def _write_memo(memo: Path, known: dict[str, str]) -> None:
+def _write_memo(memo: Path, known: dict[str, tuple[str, str]]) -> None:
     newest = dict(list(known.items())[-_MEMO_LIMIT:])
+    partial = memo.with_name(f".{memo.name}-{os.getpid()}-{threading.get_ident()}")
     try:
         memo.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle, name = tempfile.mkstemp(dir=memo.parent, prefix=".digests-")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(newest, file)
-        os.replace(name, memo)
+        partial.write_text(json.dumps(newest), "utf-8")
+        os.replace(partial, memo)
     except OSError as error:
         logger.info("cannot remember the model's digest in %s (%s); it is computed again next time", memo, error)
+        with contextlib.suppress(OSError):
+            partial.unlink()

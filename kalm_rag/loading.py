@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from kalm_rag.checkpoint import UNUSED, Checkpoint
@@ -27,8 +29,9 @@ DTYPES = {
     "bf16": "bfloat16",
     "float16": "float16",
     "fp16": "float16",
+    "int8": "float32",
 }
-"""Accepted names of a dtype."""
+"""Accepted names of a dtype, and what the encoder computes in under that name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +43,21 @@ class LoadedModel:
         tokenizer: its tokenizer.
         device: where it runs.
         dtype: what it computes in.
+        int8: whether the decoder's matrices are int8; everything else is `dtype`.
     """
 
     model: Any
     tokenizer: Tokenizer
     device: torch.device
     dtype: torch.dtype
+    int8: bool = False
+
+    @property
+    def prefill_dtype(self) -> torch.dtype:
+        """What prefilled keys and values are kept in: with int8, in bfloat16, as nothing there is exact."""
+        import torch
+
+        return torch.bfloat16 if self.int8 else self.dtype
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
@@ -84,23 +96,37 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     name = DTYPES.get(str(dtype).lower().removeprefix("torch."))
     if name is None:
-        msg = f"dtype must be one of {sorted(set(DTYPES.values()))} (or fp32, bf16, fp16), got {dtype!r}"
+        msg = f"dtype must be one of {sorted(DTYPES)}, got {dtype!r}"
         raise ValueError(msg)
     found: torch.dtype = getattr(torch, name)
     return found
 
 
-def load_model(checkpoint: Checkpoint, *, settings: Settings, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+def load_model(
+    checkpoint: Checkpoint, *, settings: Settings, device: torch.device, dtype: str | torch.dtype | None
+) -> LoadedModel:
     """Read the text part of a checkpoint.
 
     The vision tower (about 417M parameters in the released files) is never read: its tensors are left out of the
     state dict and its module is built at a toy size and dropped.
 
+    Args:
+        checkpoint: its files.
+        settings: how user text is tokenised.
+        device: where to.
+        dtype: as in `KaLMReranker`.
+
     Raises:
+        ValueError: no such dtype, or not on this device.
         CheckpointError: a file is damaged, a weight is missing or has another shape than the config says.
     """
     import transformers
 
+    int8 = str(dtype).lower().removeprefix("torch.") == "int8"
+    if int8 and device.type != "cpu":
+        msg = f"dtype='int8' runs on the CPU alone, not on {device}: use bfloat16 there"
+        raise ValueError(msg)
+    dtype = resolve_dtype(dtype, device)
     tokenizer = _load_tokenizer(checkpoint, escape=settings.control_tokens == "escape")
     try:
         config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
@@ -142,8 +168,37 @@ def load_model(checkpoint: Checkpoint, *, settings: Settings, device: torch.devi
             delattr(encoder, name)
     model = model.to(device).eval()
     model.requires_grad_(False)
-    logger.info("loaded %s on %s in %s", checkpoint.name, device, dtype)
-    return LoadedModel(model, tokenizer, device, dtype)
+    if int8:
+        try:
+            _quantise(model.get_decoder())
+        except (RuntimeError, ImportError) as error:
+            version = metadata.version("torch")
+            msg = f"torch {version} cannot run int8 matrices on this machine ({error}): use bfloat16"
+            raise ValueError(msg) from error
+    logger.info("loaded %s on %s in %s", checkpoint.name, device, "int8" if int8 else dtype)
+    return LoadedModel(model, tokenizer, device, dtype, int8)
+
+
+def _quantise(decoder: Any) -> None:
+    """Replace the decoder's matrices by int8 ones, one scale per output, through PyTorch's dynamic quantisation.
+
+    Activations are quantised per batch, so that scores move a little with what shares a batch.
+    """
+    import torch
+    from torch.ao.quantization import PerChannelMinMaxObserver, PlaceholderObserver, QConfig, quantize_dynamic
+
+    weights = PerChannelMinMaxObserver.with_args(dtype=torch.qint8, qscheme=torch.per_channel_symmetric)
+    activations = PlaceholderObserver.with_args(dtype=torch.quint8, is_dynamic=True, reduce_range=False)
+    engine = torch.backends.quantized.engine
+    # oneDNN alone uses all 8 bits of the activations; a matrix remembers the engine that packed it.
+    torch.backends.quantized.engine = "onednn" if "onednn" in torch.backends.quantized.supported_engines else engine
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch announces the successor of this module
+            how = {torch.nn.Linear: QConfig(activations, weights)}  # type: ignore[no-untyped-call]
+            quantize_dynamic(decoder, how, inplace=True)  # type: ignore[no-untyped-call]
+    finally:
+        torch.backends.quantized.engine = engine
 
 
 def _text_tensors(checkpoint: Checkpoint) -> dict[str, Any]:

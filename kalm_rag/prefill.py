@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kalm_rag.attention import KeyValues, install
 from kalm_rag.batching import launch_tokens, plan, run_halving
+from kalm_rag.cache.frame import Frame, FrameError, pack_tensor, quantise
 from kalm_rag.loading import LoadedModel
 from kalm_rag.pooling import PassageStates
 from kalm_rag.prompts import Prompt, Prompts
-from kalm_rag.scoring import YesNoHead, right_pad_states
+from kalm_rag.scoring import YesNoHead, right_pad_states, to_device
 from kalm_rag.settings import Settings
 
 if TYPE_CHECKING:
@@ -39,11 +40,15 @@ class Prefilled:
         key_values: shape `(2, layers, kv_heads, positions, head_dim)`, keys first; the positions are those of the
             prompt's beginning, then the passage's groups. In int8 with `scales`.
         scales: with int8, one float32 per vector, shape `(2, layers, kv_heads, positions, 1)`; else None.
+        tokens: tokens of the passage that the encoder read.
+        ratio: of the pooled states.
         truncated: whether the passage was longer than `max_length` tokens.
     """
 
     key_values: torch.Tensor
     scales: torch.Tensor | None
+    tokens: int
+    ratio: int
     truncated: bool
 
     @property
@@ -59,11 +64,46 @@ class Prefilled:
 
     def quantised(self) -> Prefilled:
         """The same in 8 bits: the largest number of each vector becomes 127."""
-        import torch
+        small, scales = quantise(self.key_values)
+        return replace(self, key_values=small, scales=scales)
 
-        scales = self.key_values.float().abs().amax(dim=-1, keepdim=True) / 127
-        small = torch.round(self.key_values.float() / scales.clamp(min=1e-30)).to(torch.int8)
-        return Prefilled(small, scales, self.truncated)
+    def frame(self, key: str, model: bytes, secret: bytes | None = None) -> bytes:
+        """As verified bytes; see `kalm_rag.cache.frame`."""
+        sizes = (self.ratio, self.tokens)
+        return pack_tensor(
+            key,
+            model,
+            self.key_values,
+            self.scales,
+            sizes=sizes,
+            truncated=self.truncated,
+            prefilled=True,
+            secret=secret,
+        )
+
+    @classmethod
+    def from_frame(cls, frame: Frame, shape: tuple[int, int, int], beginning: int, device: Any) -> Prefilled:
+        """From verified bytes.
+
+        Args:
+            frame: a frame of a prefilled passage.
+            shape: layers, kv heads and head width of the decoder.
+            beginning: tokens of the prompt's beginning.
+            device: where to.
+
+        Raises:
+            FrameError: it has another shape.
+        """
+        layers, heads, width = shape
+        positions = beginning - (-frame.tokens // frame.ratio)
+        if not frame.prefilled or (frame.rows, frame.width) != (2 * layers * heads * positions, width):
+            msg = f"{frame.rows} x {frame.width} numbers are no prefilled passage of {positions} positions"
+            raise FrameError(msg)
+        tensor, scales = frame.tensors()
+        full = (2, layers, heads, positions)
+        if scales is not None:
+            scales = to_device(scales.view(*full, 1), device)
+        return cls(to_device(tensor.view(*full, width), device), scales, frame.tokens, frame.ratio, frame.truncated)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +160,28 @@ class PrefillScorer:
         self._room: torch.Tensor | None = None
         install(self._decoder)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Layers, kv heads and head width of the decoder."""
+        config = self._config
+        return config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+
+    @property
+    def name(self) -> str:
+        """What tells prefilled passages apart that were computed or are kept in another precision."""
+        return f"{self.kind}, int8 weights" if self._loaded.int8 else self.kind
+
+    def bytes_of(self, positions: int) -> int:
+        """Bytes of a prefilled passage of so many positions."""
+        layers, heads, width = self.shape
+        item = 1 if self._int8 else self._loaded.prefill_dtype.itemsize
+        return 2 * layers * heads * positions * (width * item + (4 if self._int8 else 0))
+
+    @property
+    def kind(self) -> str:
+        """What keys and values are kept in: a dtype, or `int8`."""
+        return "int8" if self._int8 else str(self._loaded.prefill_dtype).removeprefix("torch.")
+
     def prefill(self, beginning: Beginning, passages: Sequence[PassageStates]) -> list[Prefilled]:
         """Run the prompt's beginning on each passage, in batches.
 
@@ -145,7 +207,7 @@ class PrefillScorer:
         with torch.inference_mode():
             states, mask = right_pad_states([passage.states for passage in passages], loaded)
             cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-            ids = torch.tensor([beginning.ids], device=loaded.device).expand(len(passages), -1)
+            ids = to_device(torch.tensor([beginning.ids]), loaded.device).expand(len(passages), -1)
             self._decoder(
                 input_ids=ids,
                 encoder_hidden_states=states,
@@ -166,7 +228,9 @@ class PrefillScorer:
                     )
                     for name in ("keys", "values")
                 ]
-                prefilled = Prefilled(torch.stack(both), None, passage.truncated)
+                prefilled = Prefilled(
+                    torch.stack(both).to(loaded.prefill_dtype), None, passage.tokens, passage.ratio, passage.truncated
+                )
                 found.append(prefilled.quantised() if self._int8 else prefilled)
             return found
 
@@ -186,9 +250,11 @@ class PrefillScorer:
         return found
 
     def _plan(self, lengths: Sequence[int]) -> Any:
+        on_cpu = self._loaded.device.type == "cpu"
         return plan(
             lengths,
-            batch_size=self._settings.batch_size,
+            # A GPU takes a whole candidate list in one pass.
+            batch_size=self._settings.batch_size * (1 if on_cpu else 8),
             batch_tokens=self._settings.batch_tokens,
             # Attention alone sees padding here, and it is a twentieth of the work of a pass.
             padding_tokens=20 * launch_tokens(self._loaded.device.type),
@@ -221,7 +287,7 @@ class PrefillScorer:
             if len(key_values.used) != self._config.num_hidden_layers:
                 msg = "this version of transformers does not hand arguments on to the attention function"
                 raise PrefillUnsupportedError(msg)
-            last = torch.tensor(lengths, device=device) - 1
+            last = to_device(torch.tensor(lengths) - 1, device)
             margins: list[float] = self._head.margins(hidden[torch.arange(len(pairs), device=device), last]).tolist()
             return margins
 
@@ -230,7 +296,7 @@ class PrefillScorer:
         from transformers import DynamicCache, EncoderDecoderCache
 
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        empty = key_values.keys[0, :, :, :0]
+        empty = key_values.keys[0, :, :, :0].to(self._loaded.dtype)
         for layer in range(self._config.num_hidden_layers):
             cache.cross_attention_cache.update(empty, empty, layer)
             cache.is_updated[layer] = True
@@ -242,7 +308,7 @@ class PrefillScorer:
 
         unique = list(dict.fromkeys(tuple(row) for row in rows))
         pad = self._loaded.tokenizer.pad_id
-        ids = torch.tensor([[*row, *[pad] * (new - len(row))] for row in unique], device=self._loaded.device)
+        ids = to_device(torch.tensor([[*row, *[pad] * (new - len(row))] for row in unique]), self._loaded.device)
         found: torch.Tensor = self._decoder.get_input_embeddings()(ids)
         if len(unique) == 1:
             return found.expand(len(rows), -1, -1)
@@ -272,7 +338,7 @@ class PrefillScorer:
 
         if self._room is None or self._room.numel() < numbers:
             self._room = None
-            self._room = torch.empty(numbers, device=self._loaded.device, dtype=self._loaded.dtype)
+            self._room = torch.empty(numbers, device=self._loaded.device, dtype=self._loaded.prefill_dtype)
         return self._room[:numbers]
 
     def _masks(self, skip: int, new: int, positions: int, passages: Sequence[Prefilled]) -> dict[str, torch.Tensor]:
@@ -280,7 +346,7 @@ class PrefillScorer:
         import torch
 
         device = self._loaded.device
-        lengths = torch.tensor([passage.positions for passage in passages], device=device)
+        lengths = to_device(torch.tensor([passage.positions for passage in passages]), device)
         columns = torch.arange(positions, device=device)
         known = (columns < lengths[:, None])[:, None, :].expand(-1, new, -1)
         step = torch.arange(new, device=device)

@@ -23,6 +23,7 @@ from kalm_rag.settings import (
     PrefillStorage,
     Settings,
     check_positive,
+    check_share,
     check_text,
 )
 
@@ -45,7 +46,8 @@ class KaLMReranker:
         model: `nano`, `small` or `large` (the R2 releases), a local folder, or a hub id.
         revision: branch, tag or commit on the hub.
         device: `cpu`, `cuda`, `cuda:1`, `mps`, ... Default: CUDA if there is one, else the CPU.
-        dtype: `float32`, `bfloat16` or `float16`. Default: bfloat16 on CUDA, float32 elsewhere.
+        dtype: `float32`, `bfloat16`, `float16`, or `int8` (CPU: the decoder's matrices in 8 bits, the encoder in
+            float32; scores change a little). Default: bfloat16 on CUDA, float32 elsewhere.
         max_length: tokens of a passage that are read, its prefix included. Longer passages are truncated, and
             the result says so.
         query_max_length: tokens of a query that are read.
@@ -216,9 +218,8 @@ class KaLMReranker:
         check_text("query", query)
         if top_k is not None:
             check_positive("top_k", top_k)
-        if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, (int, float))):
-            msg = f"threshold must be a number between 0 and 1, got {threshold!r}"
-            raise TypeError(msg)
+        if threshold is not None:
+            check_share("threshold", threshold)
         given = list(iter_documents(documents))
         pairs = [(query, text) for _, text in given]
         scored = self._score(pairs, instruction, ratio, show_progress)

@@ -59,12 +59,14 @@ class PrefillCounters:
     """What happened at the level of prefilled passages since the model was loaded.
 
     Attributes:
-        hits: passages that were prefilled already.
+        hits: passages that were prefilled in memory.
+        stored: passages that were prefilled in the cache's store (`PassageCache(keep="prefilled")`).
         misses: passages that were prefilled for the call.
         full_prompts: pairs whose prompt did not begin as expected, so that it ran in full; the score is the same.
     """
 
     hits: int = 0
+    stored: int = 0
     misses: int = 0
     full_prompts: int = 0
 

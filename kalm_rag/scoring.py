@@ -77,7 +77,7 @@ class Encoder:
         """Encode batch by batch, longest passages first.
 
         Yields:
-            Positions into `passages`, and their states at `ratio` on the model's device.
+            Positions into `passages`, and their states at `ratio`, in host memory.
         """
         batches = plan(
             [len(passage.ids) for passage in passages],
@@ -95,7 +95,8 @@ class Encoder:
         with torch.inference_mode():
             ids, mask = right_pad([passage.ids for passage in passages], self._loaded.tokenizer.pad_id, device)
             hidden = self._loaded.model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
-            pooled = mean_groups(hidden, mask.float(), ratio)
+            # One copy off the device for the whole batch: the cache keeps states in host memory.
+            pooled = mean_groups(hidden, mask.float(), ratio).cpu()
             # A copy per passage: a view would keep the whole padded batch alive.
             return [
                 PassageStates(row[: -(-len(passage.ids) // ratio)].clone(), len(passage.ids), ratio, passage.truncated)
@@ -174,13 +175,21 @@ def right_pad(rows: Sequence[Sequence[int]], pad_id: int, device: Any) -> tuple[
     ids = torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in rows], dtype=torch.long)
     lengths = torch.tensor([len(row) for row in rows])
     mask = (torch.arange(longest) < lengths[:, None]).long()
-    return ids.to(device), mask.to(device)
+    return to_device(ids, device), to_device(mask, device)
 
 
 def right_pad_states(rows: Sequence[torch.Tensor], loaded: LoadedModel) -> tuple[torch.Tensor, torch.Tensor]:
     """Pooled states `(batch, most groups, width)` on the model's device, and their int64 mask."""
     import torch
 
-    batch = torch.nn.utils.rnn.pad_sequence([row.to(loaded.device, loaded.dtype) for row in rows], batch_first=True)
-    lengths = torch.tensor([len(row) for row in rows], device=loaded.device)
-    return batch, (torch.arange(batch.shape[1], device=loaded.device) < lengths[:, None]).long()
+    batch = torch.nn.utils.rnn.pad_sequence([row.to(loaded.dtype) for row in rows], batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = (torch.arange(batch.shape[1]) < lengths[:, None]).long()
+    return to_device(batch, loaded.device), to_device(mask, loaded.device)
+
+
+def to_device(tensor: torch.Tensor, device: Any) -> torch.Tensor:
+    """Copy a host tensor to the device; to CUDA from pinned memory, so that the host does not wait for it."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -62,6 +62,16 @@ def check_positive(name: str, value: object) -> int:
     return value
 
 
+def check_share(name: str, value: object) -> None:
+    """Raise with the name and the value if it is not a number between 0 and 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        msg = f"{name} must be a number between 0 and 1, got {value!r}"
+        raise TypeError(msg)
+    if not 0 <= value <= 1:
+        msg = f"{name} must be a number between 0 and 1, got {value!r}"
+        raise ValueError(msg)
+
+
 def check_bytes(name: str, value: object) -> int:
     """Return `value` if it is a number of bytes, 0 included, else raise with the name and the value."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:

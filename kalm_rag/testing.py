@@ -77,6 +77,7 @@ def build_checkpoint(
     vision: Vision | None = None,
     tokenizer_file: str | Path | None = None,
     vocabulary: int = 1024,
+    rows: int | None = None,
     texts: Iterable[str] | None = None,
     dtype: torch.dtype | None = None,
     seed: int = 0,
@@ -90,6 +91,7 @@ def build_checkpoint(
         vision: sizes of the vision tower, default a small one.
         tokenizer_file: a `tokenizer.json` to use instead of training a tokenizer.
         vocabulary: tokens of the tokenizer that is trained.
+        rows: rows of the embedding and output matrices, default one per token; 262,144 on the released models.
         texts: what it is trained on, default the corpus of the demo.
         dtype: of the weights in the file, default float32.
         seed: of the random weights.
@@ -119,7 +121,7 @@ def build_checkpoint(
         model_max_length=geometry.max_position_embeddings,
     )
     fast.save_pretrained(folder)
-    config = t5gemma2_config(geometry, vision or Vision(), len(fast), fast)
+    config = t5gemma2_config(geometry, vision or Vision(), max(rows or 0, len(fast)), fast)
     state = torch.random.get_rng_state()
     try:
         torch.manual_seed(seed)
@@ -148,7 +150,7 @@ def t5gemma2_config(geometry: Geometry, vision: Vision, vocabulary: int, fast: A
         "pad_token_id": fast.pad_token_id,
     }
     images = {
-        "image_token_index": vocabulary - 1,
+        "image_token_index": len(fast) - 1,
         "eoi_token_index": fast.convert_tokens_to_ids("<end_of_image>"),
     }
     return transformers.T5Gemma2Config(

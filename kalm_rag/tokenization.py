@@ -62,6 +62,8 @@ class Tokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, whole and without special tokens around it. Safe from any thread."""
+        if not texts:
+            return []
         with self._lock:
             batch = self._fast(
                 list(texts),

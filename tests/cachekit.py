@@ -52,7 +52,7 @@ def same(left: PassageStates, right: PassageStates) -> bool:
 def lookup(store: Store, count: int, **sizes: int) -> tuple[int, int, PassageCache]:
     """Look up `text 0 ...` through a cache: how many are right, how many are wrong."""
     cache = PassageCache(store, memory=0)
-    found = cache.lookup(space(), texts(count), 4, torch.float32)
+    found = cache.lookup(space(), texts(count), 4, torch.float32, sizes.get("width", 16))
     right = sum(same(states, passage(int(text.split()[1]), **sizes)) for text, states in found.items())
     return right, len(found) - right, cache
 

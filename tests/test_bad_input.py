@@ -25,6 +25,8 @@ from kalm_rag.errors import CheckpointError, ScoringError
         ({"ratio": 2.5}, TypeError, "ratio must be an integer, got 2.5"),
         ({"ratio": "4"}, TypeError, "ratio must be an integer, got '4'"),
         ({"threshold": "high"}, TypeError, "threshold must be a number between 0 and 1, got 'high'"),
+        ({"threshold": 50}, ValueError, "threshold must be a number between 0 and 1, got 50"),
+        ({"threshold": float("nan")}, ValueError, "threshold must be a number between 0 and 1, got nan"),
         ({"instruction": 7}, TypeError, "instruction must be a string, got int: 7"),
     ],
 )

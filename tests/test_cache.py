@@ -17,7 +17,7 @@ from cachekit import frames, key_of, lookup, passage, space, texts
 from kalm_rag import EncodeReport, KaLMReranker, PassageCache
 from kalm_rag.cache import DiskStore, MemoryStore, StoreStats
 from kalm_rag.cache import disk as disk_module
-from kalm_rag.cache.frame import unpack
+from kalm_rag.cache.frame import pack, unpack
 from kalm_rag.cache.transfer import WrongModelError, export_shards, import_shards
 
 QUERY = "How do I sort a list?"
@@ -223,7 +223,7 @@ def test_a_failing_store_is_never_an_exception(
     assert 1 <= len(warnings) <= 4, "one line per kind of fault"
 
 
-@pytest.mark.parametrize("answer", [b"", b"junk" * 100, None, "text", 7])
+@pytest.mark.parametrize("answer", [b"", b"junk" * 100, None, "text", 7, ["list"]])
 def test_a_store_that_answers_nonsense_is_a_miss(checkpoint: Path, passages: list[str], answer: Any) -> None:
     class Liar(BrokenStore):
         def get_many(self, keys: Sequence[str]) -> dict[str, bytes]:
@@ -290,13 +290,13 @@ def test_secret_makes_foreign_entries_misses(tmp_path: Path) -> None:
     PassageCache(tmp_path).keep(space(), {"text 0": passage(0)})
     DiskStore(tmp_path).put_many(frames(2))
     cache = PassageCache(tmp_path, secret="0123456789abcdef", memory=0)
-    assert cache.lookup(space(), texts(2), 4, torch.float32) == {}
+    assert cache.lookup(space(), texts(2), 4, torch.float32, 16) == {}
     assert cache.stats().store.counters.corrupt == 2
     cache.keep(space(), {"text 0": passage(0)})
     cache.flush()
-    assert set(cache.lookup(space(), texts(2), 4, torch.float32)) == {"text 0"}
+    assert set(cache.lookup(space(), texts(2), 4, torch.float32, 16)) == {"text 0"}
     assert (
-        PassageCache(tmp_path, secret="another-secret-of-16", memory=0).lookup(space(), texts(1), 4, torch.float32)
+        PassageCache(tmp_path, secret="another-secret-of-16", memory=0).lookup(space(), texts(1), 4, torch.float32, 16)
         == {}
     )
 
@@ -426,3 +426,26 @@ def test_folder_that_an_earlier_release_wrote(tmp_path: Path) -> None:
         store = DiskStore(tmp_path / "store", read_only=read_only)
         assert lookup(store, 4)[:2] == (4, 0)
         store.close()
+
+
+@pytest.mark.parametrize("width", [3, 17])
+def test_states_of_another_width_are_a_miss(checkpoint: Path, passages: list[str], width: int) -> None:
+    """A frame that verifies and cannot be this model's."""
+    reranker = KaLMReranker(checkpoint, cache=PassageCache(MemoryStore(1 << 30), memory=0), prefill_memory=0)
+    keys = reranker._loaded()._space
+    key = keys.key(passages[0])
+    reranker.cache.store.put_many({key: pack(key, keys.model, passage(0, width=width))})
+    expected = scores(KaLMReranker(checkpoint, cache=None), passages[:1])
+    assert near(scores(reranker, passages[:1]), expected)
+    assert reranker.cache.stats().store.counters.corrupt == 1
+
+
+@pytest.mark.parametrize("answer", [lambda keys: [], lambda keys: {**dict.fromkeys(keys), "x": b""}, lambda keys: None])
+def test_a_store_that_answers_another_shape_is_a_miss(checkpoint: Path, passages: list[str], answer: Any) -> None:
+    class Liar(BrokenStore):
+        def get_many(self, keys: Sequence[str]) -> dict[str, bytes]:
+            return answer(keys)
+
+    cache = PassageCache(Liar(OSError(), ""), memory=0)
+    expected = scores(KaLMReranker(checkpoint, cache=None), passages[:3])
+    assert near(scores(KaLMReranker(checkpoint, cache=cache), passages[:3]), expected)

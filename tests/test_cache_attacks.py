@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import sqlite3
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -196,3 +197,53 @@ def test_foreign_folder_is_left_alone(tmp_path: Path, mark: Path) -> None:
         with pytest.raises(StoreError, match="belongs to another program"):
             action()
     assert sorted((path.name, path.read_bytes()) for path in folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "CREATE TRIGGER evil AFTER INSERT ON Cache BEGIN DELETE FROM Cache; END",
+        "CREATE VIEW evil AS WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT x FROM n",
+        "DROP TRIGGER Settings_count_insert; CREATE TRIGGER Settings_count_insert AFTER INSERT ON Cache BEGIN "
+        "INSERT INTO Settings WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT x, x FROM n; END",
+    ],
+)
+@pytest.mark.parametrize("read_only", [False, True])
+def test_schema_that_runs_something(folder: Path, sql: str, read_only: bool) -> None:
+    with sqlite3.connect(folder / "cache.db") as connection:
+        connection.executescript(sql)
+    connection.close()
+    with pytest.raises(StoreError, match="which is not ours"):
+        DiskStore(folder, read_only=read_only).get_many([KEY])
+
+
+def test_pragmas_that_appear_under_a_live_process_are_not_executed(folder: Path) -> None:
+    store = DiskStore(folder)
+    store.get_many([KEY])
+    with sqlite3.connect(folder / "cache.db") as connection:
+        connection.execute("INSERT INTO Settings VALUES ('sqlite_user_version', 77)")
+        connection.execute("UPDATE Settings SET value = 1 << 26 WHERE key = 'sqlite_mmap_size'")
+    connection.close()
+    seen: list[int] = []
+
+    def look() -> None:
+        store.get_many([KEY])
+        seen.append(store._cache._sql("PRAGMA mmap_size").fetchone()[0])
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert seen == [0]
+    with sqlite3.connect(folder / "cache.db") as connection:
+        assert connection.execute("PRAGMA user_version").fetchone() == (0,)
+    connection.close()
+
+
+def test_text_that_is_no_text_does_not_stop_maintenance(folder: Path) -> None:
+    with sqlite3.connect(folder / "cache.db") as connection:
+        connection.execute("UPDATE Cache SET key = CAST(x'ff' || substr(key, 2) AS TEXT) WHERE rowid = 1")
+    connection.close()
+    store = DiskStore(folder)
+    assert len(list(store.keys())) == 3
+    assert store.check(fix=True).corrupt == 1
+    assert store.check().clean

@@ -165,3 +165,25 @@ def test_disk_is_shared_by_instances_and_private_to_the_user(tmp_path: Path) -> 
     DiskStore(tmp_path / "a" / "store").put_many({KEYS[0]: b"value"})
     assert DiskStore(tmp_path / "a" / "store").get_many(KEYS) == {KEYS[0]: b"value"}
     assert (tmp_path / "a" / "store").stat().st_mode & 0o777 == 0o700
+
+
+def test_the_limit_stays_with_the_folder(tmp_path: Path) -> None:
+    """Somebody who opens a folder without a wish must not evict what its owner keeps."""
+    DiskStore(tmp_path / "store", limit=50_000_000).put_many({key: value_of(key, 100_000) for key in KEYS})
+    for options in ({}, {"read_only": True}):
+        store = DiskStore(tmp_path / "store", **options)
+        assert len(store.get_many(KEYS)) == len(KEYS)
+        assert store.stats().limit == 50_000_000
+    DiskStore(tmp_path / "store", limit=500_000).put_many({key_of(77): b"x"})
+    assert len(DiskStore(tmp_path / "store").get_many(KEYS)) < len(KEYS)
+    assert DiskStore(tmp_path / "store").stats().limit == 500_000
+
+
+def test_large_batches_are_written_in_several_transactions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kalm_rag.cache.disk._TRANSACTION", 100_000)
+    store = DiskStore(tmp_path / "store")
+    sizes: list[int] = []
+    put = store._put
+    monkeypatch.setattr(store, "_put", lambda part: sizes.append(len(part)) or put(part))
+    assert store.put_many({key: value_of(key, 40_000) for key in KEYS}) == 12
+    assert sizes == [3, 3, 3, 3]

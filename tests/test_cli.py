@@ -67,6 +67,8 @@ def test_info(checkpoint: Path) -> None:
         (["rank", "q", "--model", "MODEL", "--top-k", "0"], "top_k must be at least 1, got 0"),
         (["rank", "q", "--model", "MODEL", "--ratio", "0"], "ratio must be at least 1, got 0"),
         (["rank", "q", "--model", "MODEL", "--device", "warp"], "device='warp' is no device"),
+        (["cache", "info", "--cache", "/tmp"], "there is no cache in /tmp"),
+        (["encode", "-", "--model", "MODEL", "--limit-gb", "inf"], "infinity"),
         (["info", "--model", "nano"], "could not get 'KaLM-Embedding/KaLM-Reranker-V1-Nano-R2' from the hub"),
     ],
 )
@@ -103,6 +105,8 @@ def test_encode_estimates_encodes_and_resumes(checkpoint: Path, corpus: Path, tm
     done = json.loads(run("encode", str(corpus), *options).stdout)
     assert (done["new"], done["known"], done["cache_entries"]) == (30, 0, 30)
     assert guess["bytes"] <= done["cache_bytes"] <= 2 * guess["bytes"] + 100_000
+    nothing = json.loads(run("encode", str(corpus), *options, "--dry-run").stdout)
+    assert (nothing["known"], nothing["to_encode"], nothing["bytes"]) == (30, 0, 0)
     again = json.loads(run("encode", "-", *options, stdin=(corpus / "corpus.jsonl").read_text()).stdout)
     assert (again["new"], again["known"]) == (0, 30)
     assert "30 known already" in run("encode", str(corpus), *options[:-1]).stdout

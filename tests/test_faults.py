@@ -370,7 +370,7 @@ def outcome(folder: Path) -> tuple[bool, str]:
     cache = PassageCache(folder, memory=0)
     cache.keep(space(), {"text 0": passage(0)})
     cache.flush()
-    found = cache.lookup(space(), texts(1), 4, torch.float32)
+    found = cache.lookup(space(), texts(1), 4, torch.float32, 16)
     cache.stats()
     cache.close()
     try:
@@ -417,13 +417,13 @@ def test_folder_removed_and_replaced_under_a_live_process(tmp_path: Path, tally:
     for turn in range(6):
         cache.keep(space(), {f"text {turn}": passage(turn)})
         cache.flush()
-        found = cache.lookup(space(), [f"text {turn}"], 4, torch.float32)
+        found = cache.lookup(space(), [f"text {turn}"], 4, torch.float32, 16)
         failures += not (found and same(found[f"text {turn}"], passage(turn)))
         if turn % 2:
             shutil.rmtree(folder)
         else:
             shutil.move(folder, tmp_path / f"moved-{turn}")
-        failures += bool(cache.lookup(space(), [f"text {turn}"], 4, torch.float32))
+        failures += bool(cache.lookup(space(), [f"text {turn}"], 4, torch.float32, 16))
     tally("folder removed under a live process: wrong or lost", failures, 12)
 
 
@@ -456,3 +456,40 @@ def test_orphans_are_swept_when_old_enough(tmp_path: Path) -> None:
     assert not orphan.exists()
     assert other.exists()
     assert store.get_many([key_of(0)]) == {key_of(0): value_of(key_of(0), 300_000)}
+
+
+LOCKER = """
+import sqlite3
+connection = sqlite3.connect(sys.argv[1] + "/cache.db", isolation_level=None)
+connection.execute("BEGIN EXCLUSIVE")
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_lock_at_opening_is_a_short_wait_and_not_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when another process is stopped in the middle of a write."""
+    monkeypatch.setattr(disk_module, "LOCK_SECONDS", 0.3)
+    DiskStore(tmp_path / "store").put_many({key_of(0): b"x"})
+    command = [sys.executable, "-c", "import sys\n" + LOCKER, str(tmp_path / "store")]
+    locker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert locker.stdout is not None
+    assert locker.stdout.readline() == "locked\n"
+    store = DiskStore(tmp_path / "store")
+    start = time.monotonic()
+    with pytest.raises(StoreError, match="locked"):
+        store.put_many({key_of(1): b"x"})
+    assert time.monotonic() - start < 20
+    locker.communicate("")
+    store._retry_at = 0.0
+    assert store.put_many({key_of(1): b"x"}) == 1
+
+
+def test_cache_closed_while_a_query_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = PassageCache(tmp_path / "store")
+    cache.keep(space(), {"text 0": passage(0)})
+    cache.flush()
+    assert cache._writer is not None
+    cache._writer.shutdown()
+    cache.keep(space(), {"text 1": passage(1)})
+    assert lookup(cache.store, 2)[:2] == (2, 0)

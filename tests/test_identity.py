@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,20 +65,22 @@ def test_what_changes_states_changes_the_identity(folder: Path, tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    "edit",
+    ("edit", "touches_decoder"),
     [
-        edit_tensor("model.decoder.layers.2.mlp.up_proj.weight"),
-        edit_tensor("model.encoder.vision_tower."),
-        edit_json("config.json", ["transformers_version"], "5.99"),
-        edit_json("config.json", ["decoder", "sliding_window"], 7),
+        (edit_tensor("model.decoder.layers.2.mlp.up_proj.weight"), True),
+        (edit_tensor("model.encoder.vision_tower."), False),
+        (edit_json("config.json", ["transformers_version"], "5.99"), False),
+        (edit_json("config.json", ["decoder", "sliding_window"], 7), True),
     ],
 )
 def test_what_does_not_change_states_keeps_the_identity(
-    folder: Path, tmp_path: Path, edit: Callable[[Path], None]
+    folder: Path, tmp_path: Path, edit: Callable[[Path], None], touches_decoder: bool
 ) -> None:
     before = identify(find_checkpoint(folder), tmp_path / "memo.json")
     edit(folder)
-    assert identify(find_checkpoint(folder), tmp_path / "memo.json") == before
+    after = identify(find_checkpoint(folder), tmp_path / "memo.json")
+    assert replace(after, decoder="") == replace(before, decoder="")
+    assert (after.decoder != before.decoder) == touches_decoder
 
 
 def test_place_and_split_do_not_matter(checkpoint: Path, folder: Path, tmp_path: Path) -> None:
@@ -94,8 +97,8 @@ def test_place_and_split_do_not_matter(checkpoint: Path, folder: Path, tmp_path:
 
 def test_digest_is_computed_once_and_remembered(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    real = identity_module._encoder_digest
-    monkeypatch.setattr(identity_module, "_encoder_digest", lambda *args: calls.append(1) or real(*args))
+    real = identity_module._weight_digests
+    monkeypatch.setattr(identity_module, "_weight_digests", lambda *args: calls.append(1) or real(*args))
     memo = tmp_path / "memo.json"
     first = identify(find_checkpoint(folder), memo)
     assert identify(find_checkpoint(folder), memo) == first
@@ -117,7 +120,7 @@ def test_hub_blob_hash_serves_instead_of_reading(folder: Path, tmp_path: Path, m
     memo = tmp_path / "memo.json"
     first = identify(find_checkpoint(folder), memo)
     blob.touch()
-    monkeypatch.setattr(identity_module, "_encoder_digest", lambda *_: pytest.fail("the weights were read again"))
+    monkeypatch.setattr(identity_module, "_weight_digests", lambda *_: pytest.fail("the weights were read again"))
     assert identify(find_checkpoint(folder), memo) == first
 
 

@@ -282,3 +282,119 @@ def test_attention_is_left_alone_elsewhere(checkpoint: Path) -> None:
         install(model.get_decoder())
         after = model(input_ids=ids, decoder_input_ids=ids).logits
     torch.testing.assert_close(after, before, atol=0, rtol=0)
+
+
+def test_the_store_keeps_prefilled_passages_on_request(
+    checkpoint: Path, tmp_path: Path, passages: list[str], plain: Any
+) -> None:
+    """A second process reads them, and runs neither the encoder nor the prompt's beginning."""
+    expected = plain("query", passages[:6])
+    first = Counted(checkpoint, cache=PassageCache(tmp_path, keep="prefilled"))
+    assert near(first.scores("query", passages[:6]), expected)
+    first.reranker.cache.close()
+    second = Counted(checkpoint, cache=PassageCache(tmp_path, keep="prefilled"))
+    assert near(second.scores("query", passages[:6]), expected)
+    engine = second.reranker._loaded()
+    new = len(engine._prompts.prompt("query").ids) - len(engine._beginning(engine._settings.instruction).ids)
+    assert second.spent() == (0, 6 * new)
+    assert (second.counters.stored, second.counters.misses) == (6, 0)
+    assert second.reranker.cache.stats().prefilled.hits == 6
+    states_only = Counted(checkpoint, cache=PassageCache(tmp_path))
+    assert near(states_only.scores("query", passages[:6]), expected)
+    assert states_only.counters.stored == 0
+
+
+def test_encode_ahead_prefills_into_the_store(
+    checkpoint: Path, tmp_path: Path, passages: list[str], plain: Any
+) -> None:
+    with KaLMReranker(checkpoint, cache=PassageCache(tmp_path, keep="prefilled"), ratio=8) as writer:
+        writer.encode(passages[:4])
+        writer.cache.flush()
+    counted = Counted(checkpoint, cache=PassageCache(tmp_path, keep="prefilled"), ratio=8)
+    assert near(counted.scores("query", passages[:4]), plain("query", passages[:4], ratio=8))
+    assert counted.counters.stored == 4
+
+
+@pytest.mark.parametrize("change", ["decoder", "instruction", "system_prompt", "ratio", "storage"])
+def test_stored_prefilled_passages_are_no_hit_for_another_model_or_prompt(
+    checkpoint: Path, tmp_path: Path, passages: list[str], plain: Any, change: str
+) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    with KaLMReranker(checkpoint, cache=PassageCache(tmp_path / "cache", keep="prefilled")) as writer:
+        writer.rank("query", passages[:3])
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "model"))
+    options: dict[str, Any] = {}
+    if change == "decoder":
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.decoder.layers.0.mlp.up_proj.weight"].mul_(1.5)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    elif change == "storage":
+        options["prefill_storage"] = "int8"
+    else:
+        options[change] = {"instruction": "Another.", "system_prompt": "Another.", "ratio": 8}[change]
+    counted = Counted(folder, cache=PassageCache(tmp_path / "cache", keep="prefilled"), **options)
+    found = counted.scores("query", passages[:3])
+    assert (counted.counters.stored, counted.counters.misses) == (0, 3)
+    assert counted.spent()[0] == 0, "the states are still known"
+    if change == "decoder":
+        expected = KaLMReranker(folder, cache=None, prefill_memory=0).predict(
+            [("query", text) for text in passages[:3]]
+        )
+        assert near(found, expected)
+
+
+@pytest.mark.parametrize("damage", ["flip", "nan", "states"])
+def test_a_damaged_prefilled_entry_is_computed_again(
+    checkpoint: Path, tmp_path: Path, passages: list[str], plain: Any, damage: str
+) -> None:
+    from kalm_rag.cache import DiskStore
+    from kalm_rag.cache import frame as module
+
+    with KaLMReranker(checkpoint, cache=PassageCache(tmp_path, keep="prefilled")) as writer:
+        writer.rank("query", passages[:3])
+        engine = writer._loaded()
+        key = engine._prefilled_key(passages[1], engine._beginning(engine._settings.instruction), 4)
+        other = engine._space.key(passages[1])
+    store = DiskStore(tmp_path)
+    data = store.get_many([key])[key]
+    head, payload = data[: module._HEAD.size], bytearray(data[module.HEADER_BYTES :])
+    if damage == "flip":
+        store.put_many({key: data[:-1] + bytes([data[-1] ^ 1])})
+    elif damage == "nan":
+        payload[:4] = b"\x00\x00\xc0\x7f"
+        store.put_many({key: head + module._checksum(head, bytes(payload)) + bytes(payload)})
+    else:
+        store.put_many({key: store.get_many([other])[other]})
+    store.close()
+    counted = Counted(checkpoint, cache=PassageCache(tmp_path, keep="prefilled"))
+    assert near(counted.scores("query", passages[:3]), plain("query", passages[:3]))
+    assert counted.counters.stored == (3 if damage == "nan" else 2)
+    stats = counted.reranker.cache.stats()
+    assert stats.prefilled.corrupt + stats.store.counters.corrupt >= 1
+
+
+def test_int8_weights_stay_close_and_are_refused_elsewhere(
+    checkpoint: Path, passages: list[str], plain: Any, monkeypatch: Any
+) -> None:
+    """Random weights, so that nothing but the arithmetic is compared."""
+    expected = plain("query", passages[:16])
+    counted = Counted(checkpoint, dtype="int8")
+    cold = counted.scores("query", passages[:16])
+    warm = counted.scores("query", passages[:16])
+    assert cold == warm
+    assert max(abs(a - b) for a, b in zip(warm, expected, strict=True)) < 0.1
+    ranks = [torch.tensor(scores).argsort().argsort().float() for scores in (warm, expected)]
+    assert torch.corrcoef(torch.stack(ranks))[0, 1] > 0.95
+    kinds = {type(module) for module in counted.reranker._loaded().loaded.model.get_decoder().modules()}
+    assert torch.nn.Linear not in kinds
+    monkeypatch.setattr("kalm_rag.engine.resolve_device", lambda _: torch.device("cuda"))
+    with pytest.raises(ValueError, match="dtype='int8' runs on the CPU alone, not on cuda: use bfloat16 there"):
+        KaLMReranker(checkpoint, device="cuda", dtype="int8").load()
+
+
+def test_int8_weights_share_the_states_of_float32(checkpoint: Path, tmp_path: Path, passages: list[str]) -> None:
+    KaLMReranker(checkpoint, cache=tmp_path).encode(passages[:3])
+    assert KaLMReranker(checkpoint, cache=tmp_path, dtype="int8").encode(passages[:3]).known == 3

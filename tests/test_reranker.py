@@ -39,7 +39,7 @@ def test_top_k_and_threshold(reranker: KaLMReranker, passages: list[str]) -> Non
     assert reranker.rank("lists", passages[:8], top_k=99) == whole
     cut = whole[3].score
     assert reranker.rank("lists", passages[:8], threshold=cut) == [hit for hit in whole if hit.score >= cut]
-    assert reranker.rank("lists", passages[:8], threshold=1.1) == []
+    assert reranker.rank("lists", passages[:8], threshold=1) == []
 
 
 def test_equal_passages_keep_their_order_and_are_computed_once(

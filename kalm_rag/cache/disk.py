@@ -23,37 +23,15 @@ logger = logging.getLogger(__name__)
 MANIFEST = "kalm-rag-cache.json"
 """The file that marks a folder as ours; without it, a folder with a database is somebody else's and is left alone."""
 
-SETTINGS: dict[str, Any] = {
-    "eviction_policy": "least-recently-stored",  # other policies turn every read into a write
-    "cull_limit": 0,  # nothing is evicted behind our back: see `DiskStore._evict`
-    "disk_min_file_size": 256 * 1024,  # smaller values are faster, and safer in a crash, inside of the database
-    "sqlite_mmap_size": 0,  # a mapped file that is cut short kills the process
-    "statistics": 0,
-    "tag_index": 0,
-}
-"""Settings of diskcache; every process that opens the folder uses the same."""
-
 DEFAULT_LIMIT = 10_000_000_000
-"""Bytes on disk before the oldest passages are evicted: about 100,000 passages of 300 tokens of Nano."""
+"""Bytes that a new folder may take before its oldest passages leave: about 100,000 passages of 300 tokens of Nano."""
 
 LOCK_SECONDS = 5.0
 """How long a write waits for another process before it gives up and counts as failed."""
 
-_NETWORK = {
-    "nfs",
-    "nfs4",
-    "cifs",
-    "smb3",
-    "smbfs",
-    "afs",
-    "ceph",
-    "lustre",
-    "gpfs",
-    "fuse.sshfs",
-    "fuse.glusterfs",
-    "9p",
-}
+_NETWORK = {"9p", "afs", "ceph", "cifs", "fuse.glusterfs", "fuse.sshfs", "gpfs", "lustre", "nfs", "nfs4", "smb3"}
 _RETRY_SECONDS = 30.0
+_TRANSACTION = 32_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,19 +65,23 @@ class DiskStore:
 
     Args:
         folder: where; made with mode 0700 if need be.
-        limit: bytes it may take before the least recently stored passages are evicted.
+        limit: bytes it may take before the least recently stored passages are evicted. It is kept in the folder: None
+            is what stands there, or `DEFAULT_LIMIT` for a new one.
         read_only: only read; used for a folder that an image ships. A folder that cannot be written to, or is on a full
             disk, is opened in this way by itself.
     """
 
-    def __init__(self, folder: str | Path, *, limit: int = DEFAULT_LIMIT, read_only: bool = False) -> None:
-        self.folder = Path(folder).expanduser().absolute()
-        self._limit = limit
+    def __init__(self, folder: str | Path, *, limit: int | None = None, read_only: bool = False) -> None:
+        # diskcache expands variables in a path; so that both mean the same folder, it is done here.
+        self.folder = Path(os.path.expandvars(folder)).expanduser().absolute()
+        self._asked_limit = limit
+        self._limit = DEFAULT_LIMIT if limit is None else limit
         self._forced_read_only = read_only
         self.read_only = read_only
         self._cache: Any = None
         self._inode: tuple[int, int] | None = None
         self._retry_at = 0.0
+        self._write_again_at = float("inf")
         self._failure = ""
         self._evicted = 0
         self._refused = 0
@@ -130,10 +112,10 @@ class DiskStore:
         return found
 
     def put_many(self, items: Mapping[str, bytes]) -> int:
-        """Keep values, in one transaction; in read-only mode none.
+        """Keep values, in transactions of bounded size; in read-only mode none.
 
         Raises:
-            StoreError: nothing of it was kept.
+            StoreError: some of it was not kept.
         """
         self._open()
         if self.read_only:
@@ -141,23 +123,30 @@ class DiskStore:
             return 0
         kept = 0
         try:
-            with self._cache.disk.batch(), self._cache.transact(retry=False):
-                for key, value in items.items():
-                    if len(value) > self._limit:
-                        self._refused += 1
-                        self._say(
-                            "refused",
-                            "a passage of %d bytes is larger than the cache's limit of %d and is not kept",
-                            len(value),
-                            self._limit,
-                        )
-                        continue
-                    self._cache.set(key, value, retry=False)
-                    kept += 1
+            for part in _parts(items):
+                kept += self._put(part)
         except Exception as error:
             msg = f"cannot write to the cache in {self.folder}: {type(error).__name__}: {error}"
             raise StoreError(msg) from error
         self._evict()
+        return kept
+
+    def _put(self, items: list[tuple[str, bytes]]) -> int:
+        """Keep values in one transaction."""
+        kept = 0
+        with self._cache.disk.batch(), self._cache.transact(retry=False):
+            for key, value in items:
+                if len(value) > self._limit:
+                    self._refused += 1
+                    self._say(
+                        "refused",
+                        "a passage of %d bytes is larger than the cache's limit of %d and is not kept",
+                        len(value),
+                        self._limit,
+                    )
+                    continue
+                self._cache.set(key, value, retry=False)
+                kept += 1
         return kept
 
     def _evict(self) -> None:
@@ -236,24 +225,28 @@ class DiskStore:
             msg = f"the cache in {self.folder} is read-only and cannot be fixed"
             raise StoreError(msg)
         disk = StrictDisk(str(self.folder))
-        corrupt: list[int] = []
-        missing: list[int] = []
+        began = time.time()
+        corrupt: list[tuple[int, float]] = []
+        missing: list[tuple[int, float]] = []
         doomed: list[str] = []
         named: set[str] = set()
         entries = 0
-        for rowid, key, raw, mode, filename, value in self._rows("key, raw, mode, filename, value"):
+        columns = "store_time, key, raw, mode, filename, value"
+        for rowid, stored, key, raw, mode, filename, value in self._rows(columns):
             entries += 1
             if isinstance(filename, str):
                 named.add(filename)
             try:
                 unpack(disk.fetch(mode, filename, value, read=False), disk.get(key, raw), secret)
             except FileNotFoundError:
-                missing.append(rowid)
+                missing.append((rowid, stored))
             except (FrameError, ValueError, OSError):
-                corrupt.append(rowid)
+                corrupt.append((rowid, stored))
                 doomed += [filename] if isinstance(filename, str) else []
         orphans = [
-            path for path in self._value_files() if self._relative(path) not in named and _age(path) >= orphan_age
+            path
+            for path in self._value_files()
+            if self._relative(path) not in named and _written(path) <= began - orphan_age
         ]
         size = sum(path.stat().st_size for path in orphans if path.exists())
         if fix:
@@ -262,11 +255,12 @@ class DiskStore:
                 disk.remove(name)
         return CheckReport(entries, len(corrupt), len(missing), len(orphans), size)
 
-    def _forget_rows(self, rowids: list[int]) -> None:
+    def _forget_rows(self, rows: list[tuple[int, float]]) -> None:
+        """Delete rows, unless they were written again since they were read."""
         try:
             connection = sqlite3.connect(self.folder / "cache.db", timeout=LOCK_SECONDS)
             with contextlib.closing(connection), connection:
-                connection.executemany("DELETE FROM Cache WHERE rowid = ?", [(rowid,) for rowid in rowids])
+                connection.executemany("DELETE FROM Cache WHERE rowid = ? AND store_time IS ?", rows)
         except sqlite3.Error as error:
             msg = f"cannot remove damaged rows from the cache in {self.folder}: {error}"
             raise StoreError(msg) from error
@@ -323,6 +317,7 @@ class DiskStore:
         last: sqlite3.Error | None = None
         for mode in ("mode=ro", "mode=ro&immutable=1"):
             connection = sqlite3.connect(f"{uri}?{mode}", uri=True, timeout=LOCK_SECONDS, isolation_level=None)
+            connection.text_factory = lambda data: data.decode("utf-8", "replace")  # a flipped bit is no text
             try:
                 connection.execute("SELECT 1 FROM Settings LIMIT 1").fetchone()
             except sqlite3.Error as error:
@@ -333,13 +328,14 @@ class DiskStore:
         raise last or sqlite3.OperationalError("cannot open the database")
 
     def _open(self) -> None:
-        if self._inode is not None and self._inode == self._inode_now():
+        if self._inode is not None and self._inode == self._inode_now() and time.monotonic() < self._write_again_at:
             return
         with self._opening:
             if self._inode is not None:
-                if self._inode == self._inode_now():
+                if self._inode != self._inode_now():
+                    self._say("replaced", "the cache folder %s was removed or replaced; opening it anew", self.folder)
+                elif time.monotonic() < self._write_again_at:
                     return
-                self._say("replaced", "the cache folder %s was removed or replaced; opening it anew", self.folder)
                 self.close()
             if time.monotonic() < self._retry_at:
                 raise StoreError(self._failure)
@@ -353,6 +349,10 @@ class DiskStore:
 
     def _open_now(self) -> None:
         self.read_only = self._forced_read_only
+        self._write_again_at = float("inf")
+        if not self.folder.exists() and self.read_only:
+            msg = f"there is no cache in {self.folder}, and a read-only one is not made"
+            raise StoreError(msg)
         _refuse_network(self.folder)
         if self.folder.exists() and not self.folder.is_dir():
             msg = f"the cache path {self.folder} is a file; give a folder"
@@ -367,13 +367,17 @@ class DiskStore:
                 self._prepare()
                 self._cache = self._diskcache()
             except (OSError, sqlite3.Error) as error:
-                if not (self.folder / "cache.db").is_file():
+                if not (self.folder / "cache.db").is_file() or "locked" in str(error):
                     raise
                 _read_manifest(self.folder)
                 self._go_read_only(str(error))
+                self._write_again_at = time.monotonic() + _RETRY_SECONDS
         if self.read_only:
             _read_manifest(self.folder)
-            _inspect(self._connect())
+            with contextlib.closing(self._connect()) as connection:
+                _inspect(connection)
+                row = connection.execute("SELECT value FROM Settings WHERE key = 'size_limit'").fetchone()
+                self._limit = int(row[0]) if row else self._limit
         self._inode = self._inode_now()
 
     def _prepare(self) -> None:
@@ -388,16 +392,20 @@ class DiskStore:
                 _write_manifest(self.folder)
         _read_manifest(self.folder)
         if (self.folder / "cache.db").is_file() and (self.folder / "cache.db").stat().st_size:
-            _inspect(sqlite3.connect(self.folder / "cache.db", timeout=LOCK_SECONDS))
+            connection = sqlite3.connect(self.folder / "cache.db", timeout=LOCK_SECONDS, isolation_level=None)
+            with contextlib.closing(connection):
+                _inspect(connection)
+                # diskcache waits a minute for a lock when it opens a folder; find out sooner.
+                connection.execute("BEGIN IMMEDIATE")
+                connection.execute("ROLLBACK")
 
     def _diskcache(self) -> Any:
-        import diskcache
+        from kalm_rag.cache.strict_disk import SETTINGS, StrictCache, StrictDisk
 
-        from kalm_rag.cache.strict_disk import StrictDisk
-
-        return diskcache.Cache(
-            str(self.folder), timeout=LOCK_SECONDS, disk=StrictDisk, size_limit=self._limit, **SETTINGS
-        )
+        limit = {} if self._asked_limit is None else {"size_limit": self._asked_limit}
+        cache = StrictCache(str(self.folder), timeout=LOCK_SECONDS, disk=StrictDisk, **limit, **SETTINGS)
+        self._limit = int(cache.size_limit)
+        return cache
 
     def _go_read_only(self, reason: str) -> None:
         self.read_only = True
@@ -417,11 +425,25 @@ class DiskStore:
             logger.warning(message, *values)
 
 
-def _age(path: Path) -> float:
+def _parts(items: Mapping[str, bytes]) -> Iterator[list[tuple[str, bytes]]]:
+    """Values in groups of about `_TRANSACTION` bytes: others wait no longer than `LOCK_SECONDS` for a transaction."""
+    part: list[tuple[str, bytes]] = []
+    size = 0
+    for item in items.items():
+        part.append(item)
+        size += len(item[1])
+        if size >= _TRANSACTION:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def _written(path: Path) -> float:
     try:
-        return time.time() - path.stat().st_mtime
+        return path.stat().st_mtime
     except OSError:
-        return -1.0
+        return float("inf")
 
 
 def _write_manifest(folder: Path) -> None:
@@ -453,21 +475,33 @@ def _read_manifest(folder: Path) -> None:
         raise StoreError(msg)
 
 
+_TRIGGERS = {"Settings_count_insert", "Settings_count_delete", "Settings_size_insert", "Settings_size_update"} | {
+    "Settings_size_delete"
+}
+
+
 def _inspect(connection: sqlite3.Connection) -> None:
-    """Refuse settings that diskcache does not know: it would turn them into attributes and SQL as they come."""
+    """Refuse a database that would make diskcache do more than keep rows.
+
+    diskcache turns settings that it does not know into attributes and SQL; views and triggers run what they say.
+    """
     from diskcache.core import DEFAULT_SETTINGS, METADATA
 
     known = {**DEFAULT_SETTINGS, **METADATA}
-    with contextlib.closing(connection):
-        try:
-            rows = connection.execute("SELECT key, value FROM Settings").fetchall()
-        except sqlite3.OperationalError as error:
-            if "no such table" in str(error):
-                return  # another process is just making it
-            raise
+    try:
+        rows = connection.execute("SELECT key, value FROM Settings").fetchall()
+    except sqlite3.OperationalError as error:
+        if "no such table" in str(error):
+            return  # another process is just making it
+        raise
     for key, value in rows:
         if key not in known or type(value) is not type(known[key]):
             msg = f"the cache's database has the setting {key!r:.60} = {value!r:.60}, which is not ours"
+            raise StoreError(msg)
+    for kind, name, sql in connection.execute("SELECT type, name, sql FROM sqlite_master").fetchall():
+        ours = kind in {"table", "index"} or (kind == "trigger" and name in _TRIGGERS and "SELECT" not in sql.upper())
+        if not ours:
+            msg = f"the cache's database has the {kind} {name!r:.60}, which is not ours"
             raise StoreError(msg)
 
 
@@ -492,6 +526,6 @@ def filesystem_of(folder: Path) -> str | None:
     for line in lines:
         fields = line.split(" ")
         mount = fields[1].replace("\\040", " ")
-        if len(mount) > len(best) and (target == mount or target.startswith(mount.rstrip("/") + "/")):
+        if len(mount) >= len(best) and (target == mount or target.startswith(mount.rstrip("/") + "/")):
             best, kind = mount, fields[2]
     return kind

@@ -1,4 +1,4 @@
-"""Frames: one encoded passage as bytes that prove what they are.
+"""Frames: one encoded or prefilled passage as bytes that prove what they are.
 
 No store detects a flipped bit, a short file or a swapped value by itself, so every value carries what is needed to tell
 and is verified at every read. Layout, little-endian:
@@ -6,7 +6,7 @@ and is verified at every read. Layout, little-endian:
 | bytes | field |
 |---|---|
 | 8 | magic `KaLMpsg` and a zero |
-| 2, 1, 1 | format version, dtype code, flags (1: truncated, 2: a tag follows) |
+| 2, 1, 1 | format version, dtype code, flags (1: truncated, 2: a tag follows, 4: a prefilled passage) |
 | 4 x 4 | ratio, true token count, rows, width |
 | 8 | payload length |
 | 32 | model: SHA-256 of its identity |
@@ -39,7 +39,7 @@ _TAG = 32
 HEADER_BYTES = _HEAD.size + _CHECKSUM
 """Bytes in front of the payload."""
 
-_TRUNCATED, _TAGGED = 1, 2
+_TRUNCATED, _TAGGED, _PREFILLED = 1, 2, 4
 _CODES = {"float32": 1, "bfloat16": 2, "float16": 3, "int8": 4}
 _NAMES = {code: name for name, code in _CODES.items()}
 _SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
@@ -61,22 +61,36 @@ class Frame:
     rows: int
     width: int
     truncated: bool
+    prefilled: bool
     payload: memoryview
 
     def states(self, dtype: torch.dtype) -> PassageStates:
-        """The states as a tensor of its own, shape `(rows, width)`, in `dtype`."""
+        """The states as a tensor of its own, shape `(rows, width)`, in `dtype`.
+
+        Raises:
+            FrameError: this is a prefilled passage.
+        """
+        if self.prefilled:
+            msg = "a prefilled passage under the key of states"
+            raise FrameError(msg)
+        tensor, scales = self.tensors()
+        if scales is not None:
+            tensor = tensor.float() * scales
+        return PassageStates(tensor.to(dtype), self.tokens, self.ratio, self.truncated)
+
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The numbers, shape `(rows, width)`, and with int8 the scales, float32 of shape `(rows, 1)`."""
         import torch
 
         kept = self.payload[: self.rows * self.width * _SIZES[self.dtype]]
         tensor = torch.frombuffer(bytearray(kept), dtype=getattr(torch, self.dtype)).view(self.rows, self.width)
-        if self.dtype == "int8":
-            scales = torch.frombuffer(bytearray(self.payload[len(kept) :]), dtype=torch.float32)
-            tensor = tensor.float() * scales[:, None]
-        return PassageStates(tensor.to(dtype), self.tokens, self.ratio, self.truncated)
+        if self.dtype != "int8":
+            return tensor, None
+        return tensor, torch.frombuffer(bytearray(self.payload[len(kept) :]), dtype=torch.float32)[:, None]
 
 
 def pack(key: str, model: bytes, passage: PassageStates, *, int8: bool = False, secret: bytes | None = None) -> bytes:
-    """Frame one passage.
+    """Frame the states of one passage.
 
     Args:
         key: its key.
@@ -88,24 +102,49 @@ def pack(key: str, model: bytes, passage: PassageStates, *, int8: bool = False, 
     Raises:
         ValueError: the states hold NaN or infinity, which must not be kept.
     """
+    tensor, scales = passage.states, None
+    if int8:
+        tensor, scales = quantise(tensor.detach().cpu())
+    sizes = (passage.ratio, passage.tokens)
+    return pack_tensor(key, model, tensor, scales, sizes=sizes, truncated=passage.truncated, secret=secret)
+
+
+def quantise(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Int8 numbers, and one float32 scale per vector of the last dimension, which is kept with size 1."""
     import torch
 
-    states = passage.states.detach().cpu().contiguous()
-    if not bool(torch.isfinite(states).all()):
-        msg = "states with NaN or infinity are not kept"
+    scales = tensor.float().abs().amax(dim=-1, keepdim=True) / 127
+    return torch.round(tensor.float() / scales.clamp(min=1e-30)).to(torch.int8), scales
+
+
+def pack_tensor(
+    key: str,
+    model: bytes,
+    tensor: torch.Tensor,
+    scales: torch.Tensor | None,
+    *,
+    sizes: tuple[int, int],
+    truncated: bool,
+    prefilled: bool = False,
+    secret: bytes | None = None,
+) -> bytes:
+    """Frame the numbers of one passage, vectors in the last dimension; `sizes` are its ratio and its token count.
+
+    Raises:
+        ValueError: there is NaN or infinity among them, which must not be kept.
+    """
+    import torch
+
+    tensor = tensor.detach().cpu().contiguous()
+    if not bool(torch.isfinite(tensor if scales is None else scales).all()):
+        msg = "numbers with NaN or infinity are not kept"
         raise ValueError(msg)
-    if int8:
-        name = "int8"
-        scales = states.float().abs().amax(dim=1) / 127
-        rounded = torch.round(states.float() / scales.clamp(min=1e-30)[:, None]).to(torch.int8)
-        payload = _raw(rounded) + _raw(scales)
-    else:
-        name = str(states.dtype).removeprefix("torch.")
-        payload = _raw(states)
-    flags = (_TRUNCATED if passage.truncated else 0) | (_TAGGED if secret else 0)
-    rows, width = states.shape
-    sizes = (passage.ratio, passage.tokens, rows, width, len(payload))
-    head = _HEAD.pack(_MAGIC, FORMAT, _CODES[name], flags, *sizes, model, bytes.fromhex(key))
+    width = tensor.shape[-1]
+    payload = _raw(tensor) + (b"" if scales is None else _raw(scales.detach().cpu()))
+    name = str(tensor.dtype).removeprefix("torch.")
+    flags = (_TRUNCATED if truncated else 0) | (_TAGGED if secret else 0) | (_PREFILLED if prefilled else 0)
+    numbers = (*sizes, tensor.numel() // width, width, len(payload))
+    head = _HEAD.pack(_MAGIC, FORMAT, _CODES[name], flags, *numbers, model, bytes.fromhex(key))
     frame = b"".join((head, _checksum(head, payload), payload))
     return frame + _tag(frame, secret) if secret else frame
 
@@ -146,13 +185,15 @@ def unpack(data: bytes, key: str, secret: bytes | None = None) -> Frame:
         raise FrameError(msg)
     name = _NAMES.get(code)
     expected = None if name is None else rows * width * _SIZES[name] + (4 * rows if name == "int8" else 0)
-    if name is None or expected != length or not ratio or not tokens or rows != -(-tokens // ratio):
+    prefilled = bool(flags & _PREFILLED)
+    sound = ratio > 0 and tokens > 0 and (prefilled or rows == -(-tokens // ratio))
+    if name is None or expected != length or not sound:
         msg = f"impossible header: dtype code {code}, {rows} x {width}, {tokens} tokens at ratio {ratio}"
         raise FrameError(msg)
     if secret and not (flags & _TAGGED and hmac.compare_digest(view[end:], _tag(view[:end], secret))):
         msg = "wrong tag" if flags & _TAGGED else "no tag"
         raise FrameError(msg)
-    return Frame(key, model, name, ratio, tokens, rows, width, bool(flags & _TRUNCATED), payload)
+    return Frame(key, model, name, ratio, tokens, rows, width, bool(flags & _TRUNCATED), prefilled, payload)
 
 
 def payload_bytes(tokens: int, ratio: int, width: int, dtype: str) -> int:
@@ -164,7 +205,7 @@ def payload_bytes(tokens: int, ratio: int, width: int, dtype: str) -> int:
 def _raw(tensor: torch.Tensor) -> bytes:
     import torch
 
-    return bytes(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 def _checksum(head: bytes | memoryview, payload: bytes | memoryview) -> bytes:

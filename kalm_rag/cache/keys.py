@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Sequence
 
 from kalm_rag.identity import ModelIdentity, tagged_digest
 
@@ -10,11 +12,6 @@ FORMAT = 1
 """Version of keys and frames together. It is part of every key, so an old layout is never even looked up."""
 
 KEY_PATTERN = re.compile(r"[0-9a-f]{64}")
-
-
-def model_mark(identity: ModelIdentity) -> bytes:
-    """32 bytes that stand in every entry of a model, so that entries can be told apart without their texts."""
-    return tagged_digest(identity.encoder, identity.tokenizer, identity.template).digest()
 
 
 class KeySpace:
@@ -30,7 +27,7 @@ class KeySpace:
     """
 
     def __init__(self, identity: ModelIdentity, *, max_length: int, dtype: str, storage: str) -> None:
-        self.model = model_mark(identity)
+        self.model = identity.mark
         fields = {
             "format": str(FORMAT),
             "encoder": identity.encoder,
@@ -40,12 +37,30 @@ class KeySpace:
             "dtype": dtype,
             "storage": storage,
         }
-        self._prefix = tagged_digest("kalm-rag passage", *(part for field in fields.items() for part in field), "text")
+        flat = [part for field in fields.items() for part in field]
+        self._prefix = tagged_digest("kalm-rag passage", *flat, "text")
+        self._prefilled = tagged_digest("kalm-rag prefilled", *flat, "decoder", identity.decoder)
 
     def key(self, text: str) -> str:
-        """64 hexadecimal digits (SHA-256) for one passage."""
-        digest = self._prefix.copy()
-        data = text.encode("utf-8")
+        """64 hexadecimal digits (SHA-256) for the states of one passage."""
+        return _extended(self._prefix, text)
+
+    def prefilled_key(self, text: str, *, ratio: int, beginning: Sequence[int], kind: str) -> str:
+        """64 hexadecimal digits for one prefilled passage.
+
+        Args:
+            text: the passage.
+            ratio: of the states that were prefilled from.
+            beginning: token ids of the prompt's beginning, which stand for instruction and system prompt.
+            kind: what the keys and values are kept in.
+        """
+        return _extended(self._prefilled, str(ratio), ",".join(map(str, beginning)), kind, text)
+
+
+def _extended(prefix: hashlib._Hash, *parts: str) -> str:
+    digest = prefix.copy()
+    for part in parts:
+        data = part.encode("utf-8")
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)
-        return digest.hexdigest()
+    return digest.hexdigest()

@@ -6,8 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from kalm_rag.errors import KaLMError
 
-class StoreError(RuntimeError):
+
+class StoreError(KaLMError, RuntimeError):
     """A store cannot do what was asked; the cache turns it into a miss, a log line and a counter."""
 
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import diskcache
-from diskcache.core import MODE_BINARY, MODE_RAW, UNKNOWN
+from diskcache.core import DEFAULT_SETTINGS, ENOVAL, MODE_BINARY, MODE_RAW, UNKNOWN
 
 from kalm_rag.cache.keys import KEY_PATTERN
 
@@ -27,6 +27,32 @@ FILE_PATTERN = re.compile(r"[0-9a-f]{2}/[0-9a-f]{2}/[0-9a-f]{28}\.val")
 
 LARGEST_FILE = 1 << 30
 """A value file above this is no passage; it is not read into memory."""
+
+
+SETTINGS: dict[str, Any] = {
+    "eviction_policy": "least-recently-stored",  # other policies turn every read into a write
+    "cull_limit": 0,  # nothing is evicted behind our back: see `DiskStore._evict`
+    "disk_min_file_size": 256 * 1024,  # smaller values are faster, and safer in a crash, inside of the database
+    "sqlite_mmap_size": 0,  # a mapped file that is cut short kills the process
+    "statistics": 0,
+    "tag_index": 0,
+}
+"""Settings of diskcache; every process that opens the folder uses the same."""
+
+
+class StrictCache(diskcache.Cache):  # type: ignore[misc]
+    """A cache whose pragmas are ours, whatever stands in its database.
+
+    diskcache reads settings from the database for every new connection, and executes those that begin with `sqlite_`.
+    """
+
+    def reset(self, key: str, value: Any = ENOVAL, update: bool = True) -> Any:
+        """As diskcache, with pragmas from our own table; one that is unknown is not executed."""
+        if key.startswith("sqlite_"):
+            if key not in DEFAULT_SETTINGS:
+                return None
+            value = SETTINGS.get(key, DEFAULT_SETTINGS[key])
+        return super().reset(key, value, update)
 
 
 class StrictDisk(diskcache.Disk):  # type: ignore[misc]
@@ -79,6 +105,7 @@ class StrictDisk(diskcache.Disk):  # type: ignore[misc]
         if len(value) < self.min_file_size:
             return 0, MODE_RAW, None, sqlite3.Binary(value)
         name, path = self.filename(key, value)
+        self._inside(name)
         try:
             self._write(path, iter([value]), "xb")
         except OSError:

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
-from kalm_rag.cache.disk import DEFAULT_LIMIT, DiskStore
-from kalm_rag.cache.frame import FrameError, pack, unpack
+from kalm_rag.cache.disk import DiskStore
+from kalm_rag.cache.frame import Frame, FrameError, pack, unpack
 from kalm_rag.cache.keys import KeySpace
 from kalm_rag.cache.memory import MemoryStore
 from kalm_rag.cache.store import Store, StoreStats
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Storage = Literal["native", "int8"]
+Keep = Literal["states", "prefilled"]
 
 DEFAULT_MEMORY = 256_000_000
 """Bytes of encoded passages kept in memory: about 2,600 passages of 300 tokens of Nano."""
@@ -33,6 +34,7 @@ DEFAULT_MEMORY = 256_000_000
 _PENDING_BYTES = 256_000_000
 _EMPTY = StoreStats(None, None, None)
 R = TypeVar("R")
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -44,9 +46,9 @@ class LevelCounters:
         misses: not there.
         corrupt: there, and not what was asked for: a flipped bit, a swapped value, a wrong tag, another format.
         read_failed: the store failed.
-        write_failed: not kept because the store failed.
+        write_failed: not kept: the store failed, is read-only, or refused them.
         bytes_read: of hits.
-        bytes_written: of what was kept.
+        bytes_written: of what was kept; an estimate where a store kept a part of a batch.
     """
 
     hits: int = 0
@@ -73,11 +75,13 @@ class CacheStats:
     Attributes:
         memory: the level in memory.
         store: the level behind it, on disk or elsewhere.
+        prefilled: prefilled passages in that store; its size is part of the store's.
         encoded: passages that had to be encoded.
     """
 
     memory: LevelStats
     store: LevelStats
+    prefilled: LevelCounters
     encoded: int
 
 
@@ -85,6 +89,7 @@ class CacheStats:
 class _Counts:
     memory: LevelCounters = field(default_factory=LevelCounters)
     store: LevelCounters = field(default_factory=LevelCounters)
+    prefilled: LevelCounters = field(default_factory=LevelCounters)
     encoded: int = 0
 
 
@@ -95,16 +100,19 @@ class PassageCache:
         where: a folder, a `Store`, or None for memory alone. Default: the folder `passages` in the user's cache
             folder (`KALM_RAG_CACHE` moves it).
         memory: bytes kept in memory in front of it; 0 turns that level off.
-        limit: bytes a folder may take before the least recently stored passages are evicted.
+        limit: bytes a folder may take before the least recently stored passages are evicted. It is kept in the folder:
+            None leaves it as it is, 10 GB for a new one.
         base_ratio: the ratio at which states are kept. Multiples are derived exactly; other ratios are encoded anew.
+        keep: `states`, or `prefilled` to keep prefilled passages in the store too: about 25 times the bytes (2.4 MB in
+            bfloat16 for 300 tokens of Nano), for deployments on a CPU, where reading them beats computing them by far.
         storage: `native` keeps the numbers as they are; `int8` keeps a quarter (of float32) or half (of bfloat16) of
             the bytes and changes scores a little.
         secret: authenticate entries with this key: what was written without it is a miss. For folders that others can
             write to.
         read_only: write nothing to a folder.
 
-    One instance may be used from any number of threads and survives a fork. What is encoded is written behind:
-    `flush()` waits for it, and so does leaving a `with` block, `close()`, or the end of the process.
+    One instance may be used from any number of threads, and after a fork that happens between calls. What is encoded
+    is written behind: `flush()` waits for it, and so does leaving a `with` block, `close()`, or the end of the process.
 
     Raises:
         ValueError, TypeError: an argument is wrong.
@@ -115,17 +123,21 @@ class PassageCache:
         where: str | Path | Store | None = "default",
         *,
         memory: int = DEFAULT_MEMORY,
-        limit: int = DEFAULT_LIMIT,
+        limit: int | None = None,
         base_ratio: int = 4,
+        keep: Keep = "states",
         storage: Storage = "native",
         secret: str | bytes | None = None,
         read_only: bool = False,
     ) -> None:
         check_bytes("memory", memory)
         check_choice("storage", storage, get_args(Storage))
-        check_positive("limit", limit)
+        check_choice("keep", keep, get_args(Keep))
+        if limit is not None:
+            check_positive("limit", limit)
         self.base_ratio = check_positive("base_ratio", base_ratio)
         self.storage: Storage = storage
+        self.keeps_prefilled = keep == "prefilled"
         self.store = _make_store(where, limit, read_only)
         self._secret = secret.encode("utf-8") if isinstance(secret, str) else secret
         if self._secret is not None and len(self._secret) < 16:
@@ -143,7 +155,9 @@ class PassageCache:
         place = self.store.folder if isinstance(self.store, DiskStore) else self.store
         return f"PassageCache({str(place)!r}, base_ratio={self.base_ratio}, storage={self.storage!r})"
 
-    def lookup(self, space: KeySpace, texts: Iterable[str], ratio: int, dtype: torch.dtype) -> dict[str, PassageStates]:
+    def lookup(
+        self, space: KeySpace, texts: Iterable[str], ratio: int, dtype: torch.dtype, width: int
+    ) -> dict[str, PassageStates]:
         """The passages that are known, at `ratio`, in one batch; the rest is left out.
 
         Args:
@@ -151,48 +165,67 @@ class PassageCache:
             texts: passages, cleaned.
             ratio: what the states are needed at.
             dtype: what they are needed in.
+            width: of the model's states.
         """
         keys = {space.key(text): text for text in texts}
-        found: dict[str, PassageStates] = {}
-        self._take(self._memory, self._counts.memory, keys, found, ratio, dtype)
-        missing = [key for key, text in keys.items() if text not in found]
+
+        def decode(frame: Frame) -> PassageStates | None:
+            if frame.width != width:
+                msg = f"states of width {frame.width}, the model has {width}"
+                raise FrameError(msg)
+            return frame.states(dtype).at(ratio) if ratio % frame.ratio == 0 else None
+
+        found, _ = self._take(self._memory, self._counts.memory, list(keys), decode)
+        missing = [key for key in keys if key not in found]
         if missing and self.store is not None:
-            frames = self._take(
-                self.store, self._counts.store, {key: keys[key] for key in missing}, found, ratio, dtype
-            )
+            stored, frames = self._take(self.store, self._counts.store, missing, decode)
             self._memory.put_many(frames)
-        return found
+            found |= stored
+        return {keys[key]: states for key, states in found.items()}
+
+    def lookup_prefilled(self, keys: Iterable[str], decode: Callable[[Frame], T]) -> dict[str, T]:
+        """The prefilled passages that the store holds, in one batch; the rest is left out.
+
+        Args:
+            keys: of `KeySpace.prefilled_key`.
+            decode: makes a passage of a verified frame, or raises `FrameError`.
+        """
+        if not self.keeps_prefilled or self.store is None:
+            return {}
+        return self._take(self.store, self._counts.prefilled, list(keys), decode)[0]
 
     def _take(
-        self,
-        store: Store,
-        counters: LevelCounters,
-        keys: Mapping[str, str],
-        found: dict[str, PassageStates],
-        ratio: int,
-        dtype: torch.dtype,
-    ) -> dict[str, bytes]:
-        """Read one level into `found`; returns the frames that verified."""
-        frames = self._attempt("read", lambda: store.get_many(list(keys)))
+        self, store: Store, counters: LevelCounters, keys: list[str], decode: Callable[[Frame], T | None]
+    ) -> tuple[dict[str, T], dict[str, bytes]]:
+        """Read one level; returns what was decoded, and the frames that verified. What decodes to None is a miss."""
+        if not keys:
+            return {}, {}
+
+        def read() -> dict[str, bytes]:
+            answer = store.get_many(keys)
+            return {key: answer[key] for key in keys if key in answer}
+
+        frames = self._attempt("read", read)
         failed = frames is None
+        found: dict[str, T] = {}
         good: dict[str, bytes] = {}
         corrupt = 0
         for key, data in (frames or {}).items():
             try:
-                frame = unpack(data, key, self._secret)
-                if ratio % frame.ratio == 0:
-                    found[keys[key]] = frame.states(dtype).at(ratio)
-                    good[key] = data
-            except (FrameError, KeyError, TypeError) as error:
+                value = decode(unpack(data, key, self._secret))
+            except Exception as error:  # noqa: BLE001 - bytes that no reader foresaw are as wrong as any others
                 corrupt += 1
-                self._fault("corrupt", f"a cached passage does not verify ({error}); it is encoded again")
+                self._fault("corrupt", f"a cached passage does not verify ({error}); it is computed again")
+                continue
+            if value is not None:
+                found[key], good[key] = value, data
         with self._counting:
             counters.hits += len(good)
             counters.corrupt += corrupt
             counters.read_failed += len(keys) if failed else 0
             counters.misses += 0 if failed else len(keys) - len(good) - corrupt
             counters.bytes_read += sum(map(len, good.values()))
-        return good
+        return found, good
 
     def keep(self, space: KeySpace, passages: Mapping[str, PassageStates]) -> dict[str, PassageStates]:
         """Keep what was just encoded, in memory now and in the store behind the caller's back.
@@ -218,20 +251,37 @@ class PassageCache:
             self._counts.encoded += len(passages)
         self._memory.put_many(frames)
         if self.store is not None and frames:
-            self._submit(frames)
+            self._submit(frames, self._counts.store)
         return kept
 
-    def forget(self, space: KeySpace, texts: Iterable[str]) -> None:
-        """Drop passages that turned out to be unusable, and count them as corrupt."""
-        keys = [space.key(text) for text in texts]
-        self._memory.delete(keys)
-        with self._counting:
-            self._counts.store.corrupt += len(keys)
-        if self.store is not None:
-            store = self.store
-            self._attempt("delete from", lambda: store.delete(keys))
+    def keep_prefilled(self, makers: Mapping[str, Callable[[bytes | None], bytes]]) -> None:
+        """Keep prefilled passages in the store, behind the caller's back.
 
-    def _submit(self, frames: dict[str, bytes]) -> None:
+        Args:
+            makers: by key, what makes the frame, given the secret of this cache.
+        """
+        if not self.keeps_prefilled or self.store is None:
+            return
+        frames = {}
+        for key, make in makers.items():
+            try:
+                frames[key] = make(self._secret)
+            except ValueError as error:
+                self._fault("unkept", f"a prefilled passage is not kept: {error}")
+        if frames:
+            self._submit(frames, self._counts.prefilled)
+
+    def forget(self, keys: list[str]) -> None:
+        """Drop entries that turned out to be unusable, and count them as corrupt."""
+        self._memory.delete(keys)
+        if self.store is None:
+            return
+        store = self.store
+        dropped = self._attempt("delete from", lambda: store.delete(keys)) or 0
+        with self._counting:
+            self._counts.store.corrupt += dropped
+
+    def _submit(self, frames: dict[str, bytes], counters: LevelCounters) -> None:
         size = sum(map(len, frames.values()))
         with self._counting:
             if self._writer is None or self._writer_pid != os.getpid():
@@ -242,7 +292,11 @@ class PassageCache:
             waiting = list(self._pending) if sum(self._pending.values()) + size > _PENDING_BYTES else []
         for future in waiting:  # the store is slower than the encoder: wait, rather than grow or drop
             future.result()
-        future = writer.submit(self._write, frames)
+        try:
+            future = writer.submit(self._write, frames, counters)
+        except RuntimeError:  # the cache was closed, or the interpreter ends, while this call was running
+            self._write(frames, counters)
+            return
         with self._counting:
             self._pending[future] = size
         future.add_done_callback(self._forget_future)
@@ -251,16 +305,15 @@ class PassageCache:
         with self._counting:
             self._pending.pop(future, None)
 
-    def _write(self, frames: dict[str, bytes]) -> None:
+    def _write(self, frames: dict[str, bytes], counters: LevelCounters) -> None:
         store = self.store
         if store is None:
             return
         kept = self._attempt("write to", lambda: store.put_many(frames))
         with self._counting:
-            if kept is None:
-                self._counts.store.write_failed += len(frames)
-            else:
-                self._counts.store.bytes_written += sum(map(len, frames.values())) if kept == len(frames) else 0
+            counters.write_failed += len(frames) - (kept or 0)
+            if kept:
+                counters.bytes_written += sum(map(len, frames.values())) * kept // len(frames)
 
     def flush(self) -> None:
         """Wait until everything that was encoded is in the store, or has failed to get there."""
@@ -296,6 +349,7 @@ class PassageCache:
             return CacheStats(
                 LevelStats(replace(counts.memory), self._memory.stats()),
                 LevelStats(replace(counts.store), size),
+                replace(counts.prefilled),
                 counts.encoded,
             )
 
@@ -317,7 +371,7 @@ class PassageCache:
         self.close()
 
 
-def _make_store(where: Any, limit: int, read_only: bool) -> Store | None:
+def _make_store(where: Any, limit: int | None, read_only: bool) -> Store | None:
     if where is None:
         return None
     if isinstance(where, (str, Path)):

@@ -49,7 +49,7 @@ def main() -> None:
     """Run the command line; an expected error is one line on standard error and exit code 2."""
     try:
         app()
-    except (KaLMError, ValueError, TypeError, OSError) as error:
+    except (KaLMError, ValueError, TypeError, OSError, OverflowError) as error:
         if _debug:
             raise
         typer.echo(f"error: {error}", err=True)

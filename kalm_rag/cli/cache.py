@@ -23,9 +23,10 @@ ModelFilter = Annotated[
 
 def _disk(cache: str) -> DiskStore:
     from kalm_rag.cache import DiskStore, PassageCache
+    from kalm_rag.cache.disk import MANIFEST
 
     store = PassageCache(cache).store
-    if not isinstance(store, DiskStore) or not store.folder.is_dir():
+    if not isinstance(store, DiskStore) or not (store.folder / MANIFEST).is_file():
         msg = f"there is no cache in {store.folder if isinstance(store, DiskStore) else cache}"
         raise FileNotFoundError(msg)
     return store
@@ -35,11 +36,10 @@ def _digest(model: str | None, revision: str | None) -> bytes | None:
     """The digest of a model that stands in every entry of it."""
     if model is None:
         return None
-    from kalm_rag.cache.keys import model_mark
     from kalm_rag.checkpoint import find_checkpoint
     from kalm_rag.identity import identify
 
-    return model_mark(identify(find_checkpoint(model, revision=revision)))
+    return identify(find_checkpoint(model, revision=revision)).mark
 
 
 @app.command("info")
@@ -160,6 +160,10 @@ def import_(
     if not isinstance(store, DiskStore):
         msg = f"the cache must be a folder, got {cache!r}"
         raise TypeError(msg)
+    store.stats()
+    if store.read_only:
+        msg = f"the cache in {store.folder} is read-only, so nothing can be imported into it"
+        raise PermissionError(msg)
     report = import_shards(store, sources, model=_digest(model, revision))
     store.close()
     if as_json:

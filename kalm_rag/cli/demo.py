@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 import time
 from pathlib import Path
 from typing import Annotated
@@ -85,6 +87,10 @@ def _untrained_model() -> Path:
     from kalm_rag.testing import build_checkpoint
 
     folder = default_cache_dir() / "models" / f"untrained-{__version__}"
-    if not (folder / "model.safetensors").is_file():
-        build_checkpoint(folder)
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as partial:
+            build_checkpoint(Path(partial) / "model")
+            with contextlib.suppress(OSError):  # another process was faster
+                (Path(partial) / "model").rename(folder)
     return folder

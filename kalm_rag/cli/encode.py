@@ -23,7 +23,7 @@ from kalm_rag.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from kalm_rag.cache.tiers import Storage
+    from kalm_rag.cache.tiers import Keep, Storage
     from kalm_rag.reranker import KaLMReranker
 
 _WINDOW = 512
@@ -41,7 +41,12 @@ def encode(
         int, typer.Option("--base-ratio", help="Ratio at which states are kept; its multiples come for free.")
     ] = 4,
     storage: Annotated[str, typer.Option("--storage", help="native, or int8 for a fraction of the bytes.")] = "native",
-    limit_gb: Annotated[float, typer.Option("--limit-gb", help="Most the cache may take on disk.")] = 10.0,
+    keep: Annotated[
+        str, typer.Option("--keep", help="states, or prefilled: 25 times the bytes, for fast cold starts on a CPU.")
+    ] = "states",
+    limit_gb: Annotated[
+        float | None, typer.Option("--limit-gb", help="Most the cache may take on disk. [default: as it was, or 10]")
+    ] = None,
     max_length: Annotated[int, typer.Option("--max-length", help="Tokens of a passage that are read.")] = 1024,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Estimate bytes and time, encode nothing.")] = False,
     revision: RevisionOption = None,
@@ -60,10 +65,12 @@ def encode(
         memory=0,
         base_ratio=base_ratio,
         storage=cast("Storage", storage),
-        limit=int(limit_gb * 1e9),
+        keep=cast("Keep", keep),
+        limit=None if limit_gb is None else int(limit_gb * 1e9),
     )
+    ratio = 4 if 4 % base_ratio == 0 else base_ratio  # what `rank` will ask for
     reranker = KaLMReranker(
-        model, revision=revision, device=device, dtype=dtype, ratio=base_ratio, max_length=max_length, cache=passages
+        model, revision=revision, device=device, dtype=dtype, ratio=ratio, max_length=max_length, cache=passages
     )
     if dry_run:
         _estimate(reranker, corpus, as_json)
@@ -81,7 +88,8 @@ def encode(
                 new, known, truncated = new + report.new, known + report.known, truncated + report.truncated
         except KeyboardInterrupt:
             passages.flush()
-            kept = passages.stats().encoded
+            stats = passages.stats()
+            kept = stats.encoded - stats.store.counters.write_failed
             typer.echo(f"interrupted: {kept} passages encoded by this run are kept; the same command goes on", err=True)
             sys.exit(130)
         seconds = time.perf_counter() - start
@@ -141,6 +149,7 @@ def _estimate(reranker: KaLMReranker, corpus: str, as_json: bool) -> None:
     width = engine.loaded.model.config.decoder.hidden_size
     sizes = [payload_bytes(length, reranker.cache.base_ratio, width, kind) for length in lengths]
     each = sum(sizes) / len(sizes) if sizes else 0.0
+    prefilled = sum(engine.prefilled_bytes(length) for length in lengths) / len(lengths) if lengths else 0.0
     timed = sample[:_TIMED]
     rate = engine.time_encoding(timed) / max(1, sum(lengths[: len(timed)]))
     seconds = rate * mean * (total - known)
@@ -151,6 +160,7 @@ def _estimate(reranker: KaLMReranker, corpus: str, as_json: bool) -> None:
         "mean_tokens": round(mean, 1),
         "bytes_per_passage": round(each),
         "bytes": round(each * (total - known)),
+        "prefilled_bytes": round(prefilled * (total - known)),
         "seconds": round(seconds, 1),
     }
     if as_json:
@@ -161,6 +171,7 @@ def _estimate(reranker: KaLMReranker, corpus: str, as_json: bool) -> None:
     out.print(
         f"About {mean:.0f} tokens and {size_text(each)} each: {size_text(each * (total - known))} and {_time(seconds)}."
     )
+    out.print(f"With --keep prefilled: {size_text(prefilled * (total - known))} more, and more time.")
     out.print(f"Sizes from {len(sample)} of them, time from {len(timed)}.")
 
 

@@ -19,7 +19,9 @@ RevisionOption = Annotated[str | None, typer.Option("--revision", help="Branch, 
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, mps, ... [default: the best]")]
 DtypeOption = Annotated[
     str | None,
-    typer.Option("--dtype", help="float32 or bfloat16. [default: bfloat16 on CUDA, else float32]"),
+    typer.Option(
+        "--dtype", help="float32, bfloat16, float16, or int8 on a CPU. [default: bfloat16 on CUDA, else float32]"
+    ),
 ]
 CacheOption = Annotated[
     str,

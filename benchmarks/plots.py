@@ -1,0 +1,134 @@
+"""The plots of the documentation, from what the benchmark scripts wrote to `benchmarks/results`.
+
+python benchmarks/plots.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+TARGET = Path(__file__).parent.parent / "docs" / "assets"
+GREY, BLUE, ORANGE, GREEN = "#808895", "#3b82f6", "#f59e0b", "#10b981"
+
+
+def axes(title: str, height: float = 2.6) -> Any:
+    """An empty figure that is readable on a light and on a dark page."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams |= {"svg.hashsalt": "kalm-rag", "font.size": 9, "svg.fonttype": "none"}
+    plt.rcParams |= dict.fromkeys(
+        ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), GREY
+    )
+    figure, ax = plt.subplots(figsize=(6.4, height))
+    figure.patch.set_alpha(0)
+    ax.patch.set_alpha(0)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.set_title(title, loc="left", fontsize=10)
+    return figure, ax
+
+
+def save(figure: Any, name: str) -> None:
+    """Write an SVG without a date, so that equal data gives an equal file."""
+    figure.tight_layout()
+    figure.savefig(TARGET / name, metadata={"Date": None})
+    print(TARGET / name)
+
+
+def engines(results: list[dict[str, Any]]) -> None:
+    """One candidate list on every engine."""
+    figure, ax = axes("32 passages of about 300 tokens, one query (seconds, logarithmic)")
+    names = [
+        ("reference", "reference"),
+        ("states_kept", "states kept"),
+        ("cold", "kalm-rag, cold"),
+        ("warm", "kalm-rag, warm"),
+    ]
+    base = [item for item in results if "reference" in item]
+    for offset, (item, colour) in enumerate(zip(base, (BLUE, ORANGE), strict=False)):
+        values = [item[key]["p50"] if key == "warm" else item[key] for key, _ in names]
+        places = [place + 0.38 * offset for place in range(len(names))]
+        bars = ax.barh(places, values, 0.36, color=colour, label=item["dtype"])
+        ax.bar_label(bars, [f"{value:.2f}" for value in values], padding=3, color=GREY, fontsize=8)
+    ax.set_yticks([place + 0.19 for place in range(len(names))], [label for _, label in names])
+    ax.invert_yaxis()
+    ax.set_xscale("log")
+    ax.margins(x=0.12)
+    ax.legend(frameon=False, loc="lower right")
+    save(figure, "bench-engines.svg")
+
+
+def growth(results: list[dict[str, Any]]) -> None:
+    """Warm time against candidates, new tokens and passage length."""
+    import matplotlib.pyplot as plt
+
+    figure, ax = axes("")
+    plt.close(figure)
+    figure, panels = plt.subplots(1, 3, figsize=(6.8, 2.6), sharey=True)
+    figure.patch.set_alpha(0)
+    middle = [item for item in results if item["ratio"] == 4]
+    kinds = (("float32", BLUE), ("bfloat16", ORANGE), ("int8", GREEN))
+    for ax, axis, label in zip(
+        panels, ("candidates", "new", "tokens"), ("candidates", "new tokens", "passage tokens (r = 32)"), strict=True
+    ):
+        ax.patch.set_alpha(0)
+        ax.spines[["top", "right"]].set_visible(False)
+        for dtype, colour in kinds:
+            if axis == "tokens":
+                items = [item for item in results if item["ratio"] == 32 and item["dtype"] == dtype]
+            else:
+                other = "new" if axis == "candidates" else "candidates"
+                fixed = {"new": 15, "candidates": 32}[other]
+                items = [item for item in middle if item["dtype"] == dtype and item[other] == fixed]
+            items = sorted(items, key=lambda item: item[axis])
+            if items:
+                ax.plot(
+                    [item[axis] for item in items],
+                    [item["warm"]["p50"] for item in items],
+                    "o-",
+                    ms=3,
+                    color=colour,
+                    label=dtype,
+                )
+        ax.set_xlabel(label)
+        ax.set_ylim(bottom=0)
+    panels[0].set_ylabel("warm seconds")
+    panels[0].legend(frameon=False, fontsize=8)
+    save(figure, "bench-growth.svg")
+
+
+def peers(results: list[dict[str, Any]]) -> None:
+    """Total time over queries on the same candidates."""
+    figure, ax = axes("Seconds for all queries so far over the same 32 passages of 304 tokens, float32")
+    items = [item for item in results if item["dtype"] == "float32" and item["tokens"] == 304]
+    queries = list(range(1, 31))
+    for item, colour in zip(items, (GREY, ORANGE), strict=False):
+        ax.plot(queries, [number * item["peer_seconds"] for number in queries], color=colour, label=item["peer"])
+    ax.plot(
+        queries,
+        [items[0]["cold"] + (number - 1) * items[0]["warm"] for number in queries],
+        color=BLUE,
+        label="kalm-rag, Nano",
+    )
+    ax.set_xlabel("queries")
+    ax.set_ylim(bottom=0)
+    ax.legend(frameon=False)
+    save(figure, "bench-peers.svg")
+
+
+def main() -> None:
+    """Draw what there are results for."""
+    for name, draw in (("warm", (engines, growth)), ("peers", (peers,))):
+        file = RESULTS / f"{name}.json"
+        if file.is_file():
+            for function in draw:
+                function(json.loads(file.read_text())["results"])
+
+
+if __name__ == "__main__":
+    main()
