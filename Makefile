@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test faults test-lowest lint types docs dist check clean
+.PHONY: demo test bench faults test-lowest lint types docs dist check clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/kalm-rag demo
 
 test: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest
+
+# Every figure of the documentation; about half an hour on 2 cores.
+bench: $(VENV)/.dev
+	for name in startup warm memory cache precision peers; do $(VENV)/bin/python benchmarks/$$name.py $(BENCH) || exit 1; done
 
 # The fault tests with large counts: at least 1,000 kills and 10,000 bit flips.
 faults: $(VENV)/.dev
@@ -25,13 +29,14 @@ lint: $(VENV)/.dev
 
 types: $(VENV)/.dev
 	$(VENV)/bin/mypy
+	cd integrations/langchain && ../../$(VENV)/bin/mypy --strict --ignore-missing-imports langchain_kalm
 
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 dist: $(VENV)/.dev
 	rm -rf dist
-	$(VENV)/bin/python -m build --quiet .
+	for place in . integrations/*; do $(VENV)/bin/python -m build --quiet --outdir dist $$place || exit 1; done
 	$(VENV)/bin/twine check --strict dist/*
 
 check: lint types test docs dist
@@ -48,6 +53,7 @@ $(VENV)/.demo: $(VENV)/.base pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.base pyproject.toml constraints.txt
 	$(PIP) --editable '.[demo]' --group dev
+	$(PIP) --no-deps --editable integrations/langchain
 	touch $@
 
 $(VENV)-lowest/.ready: pyproject.toml constraints.txt

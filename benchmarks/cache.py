@@ -59,11 +59,11 @@ def reading(folder: Path) -> dict[str, list[float]]:
     warm = PassageCache(store)
     read = store.get_many(keys)
     cases = {
-        "cache: read, verified, as tensors": lambda: cache.lookup(space, texts, 4, torch.bfloat16),
+        "cache: read, verified, as tensors": lambda: cache.lookup(space, texts, 4, torch.bfloat16, 640),
         "store alone: read": lambda: store.get_many(keys),
         "verification alone": lambda: [unpack(data, key) for key, data in read.items()],
         "plain files: read": lambda: [(plain / key).read_bytes() for key in keys],
-        "memory level: verified, as tensors": lambda: warm.lookup(space, texts, 4, torch.bfloat16),
+        "memory level: verified, as tensors": lambda: warm.lookup(space, texts, 4, torch.bfloat16, 640),
     }
     for action in cases.values():
         action()

@@ -208,7 +208,7 @@ def measure(
     return result
 
 
-HEADER = ["case", "reference", "kept", "cold", "warm", "p99", "ref/warm", "kept/warm", "peak"]
+HEADER = ["case", "ref", "kept", "cold", "warm", "p99", "ref/warm", "kept/warm", "peak"]
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "int8": "int8"}
 
 
@@ -234,6 +234,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", help="a tokenizer.json, for lengths at true vocabulary size")
     parser.add_argument("--full", action="store_true", help="every combination; hours on a CPU")
     parser.add_argument("--small", action="store_true", help="small checkpoint: checks the script in seconds")
+    parser.add_argument("--only", help="dtypes, separated by commas")
     parser.add_argument("--output", help="also write the JSON here")
     options = parser.parse_args()
     from kalm_rag.corpus import read_passages
@@ -253,6 +254,8 @@ def main() -> None:
         cases += [(dtype, (other, tokens, new), False, 4) for dtype in dtypes for other in CANDIDATES if other != count]
         cases += [(dtype, (count, tokens, other), False, 4) for dtype in dtypes for other in NEW if other != new]
         cases += [("bfloat16", (count, other, new), False, 32) for other in TOKENS]
+    if options.only:
+        cases = [case for case in cases if case[0] in options.only.split(",")]
     results = []
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), texts, options.small, options.tokenizer)

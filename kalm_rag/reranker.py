@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import gc
+import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kalm_rag.cache import PassageCache, Store
 from kalm_rag.checkpoint import Checkpoint, find_checkpoint
@@ -31,6 +36,8 @@ if TYPE_CHECKING:
     import torch
 
     from kalm_rag.engine import Engine
+
+T = TypeVar("T")
 
 _WINDOW = 2048
 """Distinct passages held at once: bounds memory on long inputs, and is enough to batch by length."""
@@ -121,6 +128,8 @@ class KaLMReranker:
         self._show_progress = show_progress
         self._lock = threading.RLock()
         self._engine: Engine | None = None
+        self._thread: ThreadPoolExecutor | None = None
+        self._thread_pid = 0
 
     def __repr__(self) -> str:
         state = "not loaded" if self._engine is None else "loaded"
@@ -287,6 +296,32 @@ class KaLMReranker:
                 self.cache.flush()
                 new, known, truncated = new + report.new, known + report.known, truncated + report.truncated
         return EncodeReport(new, known, truncated)
+
+    async def arank(self, query: str, documents: Iterable[Document], *args: Any, **options: Any) -> list[RankedPassage]:
+        """`rank` for asynchronous programs: the event loop stays free while the model runs.
+
+        Calls wait in a thread of this instance's own, so that they do not fill the pool that other work shares. A call
+        that is cancelled before its turn does not run. Nothing is bound to an event loop.
+        """
+        return await self._in_thread(self.rank, query, documents, *args, **options)
+
+    async def apredict(self, pairs: Iterable[Sequence[Any]], *args: Any, **options: Any) -> list[float]:
+        """`predict` for asynchronous programs; see `arank`."""
+        return await self._in_thread(self.predict, pairs, *args, **options)
+
+    async def aencode(self, documents: Iterable[Document], *args: Any, **options: Any) -> EncodeReport:
+        """`encode` for asynchronous programs; see `arank`."""
+        return await self._in_thread(self.encode, documents, *args, **options)
+
+    async def _in_thread(self, action: Callable[..., T], *args: Any, **options: Any) -> T:
+        with self._lock:
+            if self._thread is None or self._thread_pid != os.getpid():
+                self._thread = ThreadPoolExecutor(1, thread_name_prefix="kalm-rag")
+                self._thread_pid = os.getpid()
+            thread = self._thread
+        context = contextvars.copy_context()
+        call = partial(context.run, action, *args, **options)
+        return await asyncio.get_running_loop().run_in_executor(thread, call)
 
     def prefill_stats(self) -> PrefillStats | None:
         """Hits, misses and size of the prefilled passages in memory; None while the model is not loaded."""

@@ -49,7 +49,9 @@ def test_demo_says_that_its_model_is_untrained_and_fits_80_columns() -> None:
     done = run("demo")
     assert done.returncode == 0, done.stderr
     assert "UNTRAINED" in done.stdout
-    assert "reranking" in done.stdout
+    assert "rerank, all passages known" in done.stdout
+    asked, encoded, ready = map(int, re.findall(r"(\d+) (?:passages were asked|were encoded|were found)", done.stdout))
+    assert asked == encoded + ready
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 

@@ -1,0 +1,66 @@
+"""What the classes of this package share: the arguments that name a model, and the text of a document."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from langchain_core.documents import Document
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+
+from kalm_rag import KaLMReranker
+from kalm_rag.shared import SharedHandle
+
+
+class KalmModel(BaseModel):
+    """Names a model and the cache of its encoded passages.
+
+    Classes with equal arguments share one loaded model, which loads at first use.
+    """
+
+    model: str | Path = "nano"
+    """`nano`, `small`, `large`, a folder, or a hub id."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    cache: Any = "default"
+    """A folder, a `kalm_rag.PassageCache`, a store, or None; by default the user's cache folder."""
+    device: str | None = None
+    """`cpu`, `cuda`, ...; by default the best there is."""
+    dtype: str | None = None
+    """`float32`, `bfloat16`, `int8`; by default bfloat16 on CUDA, else float32."""
+    max_length: int = Field(1024, ge=1)
+    """Tokens of a document that are read."""
+
+    _handle: SharedHandle = PrivateAttr(default_factory=SharedHandle)
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", protected_namespaces=())
+
+    @property
+    def reranker(self) -> KaLMReranker:
+        """The shared `kalm_rag.KaLMReranker`."""
+        return self._handle.get(
+            self.model,
+            cache=self.cache,
+            revision=self.revision,
+            device=self.device,
+            dtype=self.dtype,
+            max_length=self.max_length,
+        )
+
+
+def passage_text(document: Document) -> str:
+    """The text that is ranked and encoded: `page_content`, at ingestion and at query time alike.
+
+    Raises:
+        TypeError: it is no `Document`.
+    """
+    if not isinstance(document, Document):
+        msg = f"expected a langchain_core Document, got {type(document).__name__}: {document!r:.80}"
+        raise TypeError(msg)
+    return document.page_content
+
+
+def passage_texts(documents: Sequence[Document]) -> list[str]:
+    """`passage_text` of each."""
+    return [passage_text(document) for document in documents]

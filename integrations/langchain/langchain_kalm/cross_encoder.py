@@ -1,0 +1,24 @@
+"""KaLM-Reranker as a cross-encoder, for what takes one."""
+
+from __future__ import annotations
+
+from langchain_core.cross_encoders import BaseCrossEncoder
+from pydantic import Field
+
+from langchain_kalm.base import KalmModel
+
+
+class KalmCrossEncoder(KalmModel, BaseCrossEncoder):
+    """Scores `(query, passage)` pairs, for example for LangChain's `CrossEncoderReranker`.
+
+    That class keeps no scores; `KalmReranker` does.
+    """
+
+    instruction: str | None = None
+    """What "relevant" means, in a sentence; by default the model's own."""
+    ratio: int | None = Field(None, ge=1)
+    """Encoder states averaged into one; by default 4."""
+
+    def score(self, text_pairs: list[tuple[str, str]]) -> list[float]:
+        """`P(yes)` of each pair, in input order."""
+        return self.reranker.predict(text_pairs, self.instruction, self.ratio) if text_pairs else []

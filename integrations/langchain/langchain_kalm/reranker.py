@@ -1,0 +1,106 @@
+"""The document compressor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from langchain_core.callbacks import Callbacks
+from langchain_core.documents import BaseDocumentCompressor, Document
+from langchain_core.runnables import RunnableLambda
+from pydantic import Field
+
+from kalm_rag import RankedPassage
+from langchain_kalm.base import KalmModel, passage_texts
+
+
+class KalmReranker(KalmModel, BaseDocumentCompressor):
+    """Reranks documents with KaLM-Reranker; encoded documents are kept and reused by every later query.
+
+    Example:
+        ```python
+        from langchain_classic.retrievers import ContextualCompressionRetriever
+        from langchain_kalm import KalmReranker
+
+        retriever = ContextualCompressionRetriever(
+            base_compressor=KalmReranker(model="nano", top_n=5), base_retriever=vector_store.as_retriever()
+        )
+        ```
+
+    Documents come back as copies, best first, with their score, `P(yes)`, in `metadata["relevance_score"]`; ids and all
+    other metadata are kept. An empty list comes back empty, and the model is not loaded for it.
+    """
+
+    top_n: int | None = Field(3, ge=1)
+    """How many documents to return; None for all."""
+    score_threshold: float | None = Field(None, ge=0, le=1)
+    """Documents with a lower score are left out."""
+    instruction: str | None = None
+    """What "relevant" means, in a sentence; by default the model's own."""
+    ratio: int | None = Field(None, ge=1)
+    """Encoder states averaged into one; by default 4."""
+
+    def compress_documents(
+        self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
+    ) -> Sequence[Document]:
+        """Rerank; a step named `KalmReranker` shows in traces.
+
+        Raises:
+            TypeError: the query is no string, or an item is no document.
+        """
+        if not documents:
+            return []
+        return self._step().invoke({"documents": documents, "query": query}, config={"callbacks": callbacks})
+
+    async def acompress_documents(
+        self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
+    ) -> Sequence[Document]:
+        """Rerank without blocking the event loop."""
+        if not documents:
+            return []
+        return await self._step().ainvoke({"documents": documents, "query": query}, config={"callbacks": callbacks})
+
+    def as_runnable(self) -> RunnableLambda[dict[str, Any], list[Document]]:
+        """A runnable for LCEL.
+
+        It takes `{"query": ..., "documents": [...]}`, and maybe `"instruction"`, `"top_n"`, `"score_threshold"` and
+        `"ratio"` in place of the instance's.
+        """
+        return self._step()
+
+    def _step(self) -> RunnableLambda[dict[str, Any], list[Document]]:
+        return RunnableLambda(self._rank, afunc=self._arank, name="KalmReranker")
+
+    def _rank(self, call: dict[str, Any]) -> list[Document]:
+        documents, query, options = self._arguments(call)
+        return _copies(documents, self.reranker.rank(query, passage_texts(documents), **options)) if documents else []
+
+    async def _arank(self, call: dict[str, Any]) -> list[Document]:
+        documents, query, options = self._arguments(call)
+        if not documents:
+            return []
+        return _copies(documents, await self.reranker.arank(query, passage_texts(documents), **options))
+
+    def _arguments(self, call: dict[str, Any]) -> tuple[list[Document], Any, dict[str, Any]]:
+        unknown = call.keys() - {"query", "documents", "instruction", "top_n", "score_threshold", "ratio"}
+        if unknown or not {"query", "documents"} <= call.keys():
+            maybe = "instruction, top_n, score_threshold, ratio"
+            msg = f"expected a query and documents (and maybe {maybe}), got {sorted(call)}"
+            raise ValueError(msg)
+        options = {
+            "top_k": call.get("top_n", self.top_n),
+            "threshold": call.get("score_threshold", self.score_threshold),
+            "instruction": call.get("instruction", self.instruction),
+            "ratio": call.get("ratio", self.ratio),
+        }
+        return list(call["documents"]), call["query"], options
+
+
+def _copies(documents: Sequence[Document], ranking: Sequence[RankedPassage]) -> list[Document]:
+    """The ranked documents as copies, in order, with their scores."""
+    found = []
+    for hit in ranking:
+        document = documents[hit.index]
+        metadata = {**document.metadata, "relevance_score": hit.score}
+        found.append(document.model_copy(update={"metadata": metadata}))
+    return found
