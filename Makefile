@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test bench faults test-lowest lint types docs dist check clean
+.PHONY: demo test bench faults test-lowest test-floors lint types docs dist check clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/kalm-rag demo
@@ -21,7 +21,12 @@ faults: $(VENV)/.dev
 
 # The oldest transformers that pyproject.toml allows.
 test-lowest: $(VENV)-lowest/.ready
-	$(VENV)-lowest/bin/python -m pytest
+	$(VENV)-lowest/bin/python -m pytest tests \
+	  --ignore tests/test_frameworks.py --ignore tests/test_examples.py --ignore tests/test_benchmarks.py
+
+# The oldest frameworks that the integrations allow.
+test-floors: $(VENV)-floors/.ready
+	$(VENV)-floors/bin/python -m pytest integrations
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
@@ -29,7 +34,9 @@ lint: $(VENV)/.dev
 
 types: $(VENV)/.dev
 	$(VENV)/bin/mypy
-	cd integrations/langchain && ../../$(VENV)/bin/mypy --strict --ignore-missing-imports langchain_kalm
+	cd integrations/langchain && $(CURDIR)/$(VENV)/bin/mypy --config-file pyproject.toml -p langchain_kalm
+	cd integrations/llama-index && $(CURDIR)/$(VENV)/bin/mypy --config-file pyproject.toml -p llama_index.postprocessor.kalm_rerank
+	cd integrations/haystack/src && $(CURDIR)/$(VENV)/bin/mypy --config-file ../pyproject.toml -p haystack_integrations.components.rankers.kalm
 
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
@@ -53,7 +60,7 @@ $(VENV)/.demo: $(VENV)/.base pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.base pyproject.toml constraints.txt
 	$(PIP) --editable '.[demo]' --group dev
-	$(PIP) --no-deps --editable integrations/langchain
+	for place in integrations/*; do $(PIP) --no-deps --editable $$place || exit 1; done
 	touch $@
 
 $(VENV)-lowest/.ready: pyproject.toml constraints.txt
@@ -63,5 +70,14 @@ $(VENV)-lowest/.ready: pyproject.toml constraints.txt
 	  torch==2.13.0 transformers==5.3.0 --editable '.[demo]' --group test
 	touch $@
 
+$(VENV)-floors/.ready: pyproject.toml constraints.txt integrations/*/pyproject.toml
+	$(PYTHON) -m venv $(VENV)-floors
+	$(VENV)-floors/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	$(VENV)-floors/bin/pip install --quiet --disable-pip-version-check --group test torch==2.13.0 --editable . \
+	  langchain-core==1.2.20 'langchain-classic>=1' langchain-tests llama-index-core==0.13.0 \
+	  llama-index-retrievers-bm25 haystack-ai==2.24.0
+	for place in integrations/*; do $(VENV)-floors/bin/pip install --quiet --no-deps --editable $$place || exit 1; done
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-lowest dist site
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-floors dist site

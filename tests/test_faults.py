@@ -330,7 +330,7 @@ def test_cache_object_survives_a_fork(tmp_path: Path) -> None:
 
 
 OTHER_USER = """
-import diskcache, xxhash  # the interpreter's own files may be out of this user's reach
+import diskcache, xxhash, kalm_rag.cache.frame, kalm_rag.cache.strict_disk  # may be out of this user's reach
 os.setgid(65534); os.setuid(65534)
 from kalm_rag.cache.store import StoreError
 store = DiskStore(sys.argv[1])

@@ -1,0 +1,86 @@
+"""Encode documents while they are indexed, so that the first query is warm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from haystack import Document, component, default_from_dict, default_to_dict
+from haystack.utils import ComponentDevice, Secret
+from haystack_integrations.components.rankers.kalm.model import KalmModel
+from haystack_integrations.components.rankers.kalm.ranker import restored
+
+
+@component
+class KalmPassageEncoder(KalmModel):
+    """Encodes documents into the cache and hands them on unchanged; stands before the `DocumentWriter`.
+
+    Its `meta_fields_to_embed` and `embedding_separator` must be those of the `KalmRanker`: both build one text.
+    """
+
+    def __init__(
+        self,
+        model: str | Path = "nano",
+        *,
+        revision: str | None = None,
+        cache: str | Path | None = "default",
+        device: ComponentDevice | None = None,
+        dtype: str | None = None,
+        token: Secret | None = Secret.from_env_var(["HF_API_TOKEN", "HF_TOKEN"], strict=False),
+        max_length: int = 1024,
+        meta_fields_to_embed: list[str] | None = None,
+        embedding_separator: str = "\n",
+    ) -> None:
+        """Create an encoder; the arguments are those of `KalmRanker`."""
+        # By name: `@component` makes a new class, which `super()` does not know.
+        KalmModel.__init__(
+            self,
+            model,
+            revision=revision,
+            cache=cache,
+            device=device,
+            dtype=dtype,
+            token=token,
+            max_length=max_length,
+            meta_fields_to_embed=meta_fields_to_embed,
+            embedding_separator=embedding_separator,
+        )
+
+    def warm_up(self) -> None:
+        """Load the model. Calling it again does nothing."""
+        self.reranker.load()
+
+    @component.output_types(documents=list[Document], encoded=int, known=int)
+    def run(self, documents: list[Document]) -> dict[str, Any]:
+        """Encode what the cache does not hold.
+
+        Returns:
+            `documents`: the given ones; `encoded` and `known`: how many were encoded now, and known before.
+
+        Raises:
+            TypeError: it is no list of documents.
+        """
+        texts = self.texts(documents)
+        if not texts:
+            return {"documents": documents, "encoded": 0, "known": 0}
+        report = self.reranker.encode(texts)
+        return {"documents": documents, "encoded": report.new, "known": report.known}
+
+    @component.output_types(documents=list[Document], encoded=int, known=int)
+    async def run_async(self, documents: list[Document]) -> dict[str, Any]:
+        """Encode without blocking the event loop; argument and result are those of `run`."""
+        texts = self.texts(documents)
+        if not texts:
+            return {"documents": documents, "encoded": 0, "known": 0}
+        report = await self.reranker.aencode(texts)
+        return {"documents": documents, "encoded": report.new, "known": report.known}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Serialise the component."""
+        return default_to_dict(self, **self.model_arguments())
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> KalmPassageEncoder:
+        """Deserialise the component."""
+        found: KalmPassageEncoder = default_from_dict(cls, restored(data))
+        return found

@@ -1,0 +1,85 @@
+"""What both components share: the arguments that name a model, and the text of a document."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from haystack import Document
+from haystack.utils import ComponentDevice, Secret
+
+from kalm_rag import KaLMReranker
+from kalm_rag.shared import SharedHandle
+
+
+class KalmModel:
+    """Names a model and the cache of its encoded passages; equal arguments share one loaded model."""
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        revision: str | None,
+        cache: str | Path | None,
+        device: ComponentDevice | None,
+        dtype: str | None,
+        token: Secret | None,
+        max_length: int,
+        meta_fields_to_embed: list[str] | None,
+        embedding_separator: str,
+    ) -> None:
+        self.model = str(model)
+        self.revision = revision
+        self.cache = str(cache) if isinstance(cache, Path) else cache
+        self.device = device
+        self.dtype = dtype
+        self.token = token
+        self.max_length = max_length
+        self.meta_fields_to_embed = list(meta_fields_to_embed or [])
+        self.embedding_separator = embedding_separator
+        self._handle = SharedHandle()
+
+    @property
+    def reranker(self) -> KaLMReranker:
+        """The shared `kalm_rag.KaLMReranker`."""
+        return self._handle.get(
+            self.model,
+            cache=self.cache,
+            revision=self.revision,
+            device=None if self.device is None else self.device.to_torch_str(),
+            dtype=self.dtype,
+            token=None if self.token is None else self.token.resolve_value(),
+            max_length=self.max_length,
+        )
+
+    def model_arguments(self) -> dict[str, Any]:
+        """The arguments for `default_to_dict`."""
+        return {
+            "model": self.model,
+            "revision": self.revision,
+            "cache": self.cache,
+            "device": self.device,
+            "dtype": self.dtype,
+            "token": self.token,
+            "max_length": self.max_length,
+            "meta_fields_to_embed": self.meta_fields_to_embed,
+            "embedding_separator": self.embedding_separator,
+        }
+
+    def texts(self, documents: Sequence[Document]) -> list[str]:
+        """The texts that are ranked and encoded, at ingestion and at query time alike.
+
+        Raises:
+            TypeError: it is no list of documents.
+        """
+        if not isinstance(documents, list) or any(not isinstance(document, Document) for document in documents):
+            msg = "documents must be a list of haystack Documents"
+            raise TypeError(msg)
+        return [passage_text(document, self.meta_fields_to_embed, self.embedding_separator) for document in documents]
+
+
+def passage_text(document: Document, meta_fields: Sequence[str], separator: str) -> str:
+    """Chosen metadata that is not None, then the content; a document without content has an empty one."""
+    chosen = [str(document.meta[name]) for name in meta_fields if document.meta.get(name) is not None]
+    return separator.join([*chosen, document.content or ""])

@@ -1,0 +1,201 @@
+"""The ranker."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from haystack import Document, component, default_from_dict, default_to_dict
+from haystack.utils import ComponentDevice, Secret
+from haystack_integrations.components.rankers.kalm.model import KalmModel
+
+from kalm_rag import RankedPassage
+
+
+@component
+class KalmRanker(KalmModel):
+    """Ranks documents with KaLM-Reranker; encoded documents are kept and reused by every later query.
+
+    Example:
+        ```python
+        from haystack import Document
+        from haystack_integrations.components.rankers.kalm import KalmRanker
+
+        ranker = KalmRanker(model="nano", top_k=2)
+        documents = [Document(content="Paris"), Document(content="Berlin")]
+        print(ranker.run(query="City in Germany", documents=documents)["documents"])
+        ```
+
+    Documents come back best first as copies whose score is `P(yes)`. Of documents with one id the best is kept.
+    """
+
+    def __init__(
+        self,
+        model: str | Path = "nano",
+        *,
+        revision: str | None = None,
+        cache: str | Path | None = "default",
+        device: ComponentDevice | None = None,
+        dtype: str | None = None,
+        token: Secret | None = Secret.from_env_var(["HF_API_TOKEN", "HF_TOKEN"], strict=False),
+        max_length: int = 1024,
+        top_k: int = 10,
+        score_threshold: float | None = None,
+        instruction: str | None = None,
+        ratio: int | None = None,
+        meta_fields_to_embed: list[str] | None = None,
+        embedding_separator: str = "\n",
+    ) -> None:
+        """Create a ranker; the model loads at `warm_up` or at the first run.
+
+        Args:
+            model: `nano`, `small`, `large`, a folder, or a hub id.
+            revision: branch, tag or commit on the hub.
+            cache: folder of encoded documents; by default the user's cache folder, None keeps them in the process.
+            device: by default the best there is.
+            dtype: `float32`, `bfloat16`, `int8`; by default bfloat16 on CUDA, else float32.
+            token: hub token, if the model needs one.
+            max_length: tokens of a document that are read.
+            top_k: how many documents to return.
+            score_threshold: documents with a lower score are left out.
+            instruction: what "relevant" means, in a sentence; by default the model's own.
+            ratio: encoder states averaged into one; by default 4.
+            meta_fields_to_embed: metadata put in front of the content.
+            embedding_separator: what stands between them.
+
+        Raises:
+            ValueError: `top_k` is not above 0.
+        """
+        # By name: `@component` makes a new class, which `super()` does not know.
+        KalmModel.__init__(
+            self,
+            model,
+            revision=revision,
+            cache=cache,
+            device=device,
+            dtype=dtype,
+            token=token,
+            max_length=max_length,
+            meta_fields_to_embed=meta_fields_to_embed,
+            embedding_separator=embedding_separator,
+        )
+        self.top_k = _positive(top_k)
+        self.score_threshold = score_threshold
+        self.instruction = instruction
+        self.ratio = ratio
+
+    def warm_up(self) -> None:
+        """Load the model. Calling it again does nothing."""
+        self.reranker.load()
+
+    @component.output_types(documents=list[Document])
+    def run(
+        self,
+        query: str,
+        documents: list[Document],
+        top_k: int | None = None,
+        score_threshold: float | None = None,
+        instruction: str | None = None,
+        ratio: int | None = None,
+    ) -> dict[str, list[Document]]:
+        """Rank documents.
+
+        Args:
+            query: the query.
+            documents: what to rank.
+            top_k: for this run, instead of the instance's; so are the following.
+            score_threshold: documents with a lower score are left out.
+            instruction: what "relevant" means.
+            ratio: encoder states averaged into one.
+
+        Returns:
+            `documents`: copies, best first.
+
+        Raises:
+            ValueError: the query is empty, or `top_k` is not above 0.
+            TypeError: the query is no string, or the documents are no list of documents.
+        """
+        texts, options = self._checked(query, documents, top_k, instruction, ratio)
+        if not texts:
+            return {"documents": []}
+        ranking = self.reranker.rank(query, texts, **options)
+        return {"documents": self._chosen(documents, ranking, top_k, score_threshold)}
+
+    @component.output_types(documents=list[Document])
+    async def run_async(
+        self,
+        query: str,
+        documents: list[Document],
+        top_k: int | None = None,
+        score_threshold: float | None = None,
+        instruction: str | None = None,
+        ratio: int | None = None,
+    ) -> dict[str, list[Document]]:
+        """Rank documents without blocking the event loop; arguments and result are those of `run`."""
+        texts, options = self._checked(query, documents, top_k, instruction, ratio)
+        if not texts:
+            return {"documents": []}
+        ranking = await self.reranker.arank(query, texts, **options)
+        return {"documents": self._chosen(documents, ranking, top_k, score_threshold)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Serialise the component."""
+        return default_to_dict(
+            self,
+            **self.model_arguments(),
+            top_k=self.top_k,
+            score_threshold=self.score_threshold,
+            instruction=self.instruction,
+            ratio=self.ratio,
+        )
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> KalmRanker:
+        """Deserialise the component."""
+        found: KalmRanker = default_from_dict(cls, restored(data))
+        return found
+
+    def _checked(
+        self, query: Any, documents: Any, top_k: int | None, instruction: str | None, ratio: int | None
+    ) -> tuple[list[str], dict[str, Any]]:
+        if not isinstance(query, str):
+            msg = f"query must be a string, got {type(query).__name__}"
+            raise TypeError(msg)
+        if not query:
+            msg = "query must not be empty"
+            raise ValueError(msg)
+        if top_k is not None:
+            _positive(top_k)
+        return self.texts(documents), {
+            "instruction": self.instruction if instruction is None else instruction,
+            "ratio": self.ratio if ratio is None else ratio,
+        }
+
+    def _chosen(
+        self, documents: list[Document], ranking: list[RankedPassage], top_k: int | None, threshold: float | None
+    ) -> list[Document]:
+        threshold = self.score_threshold if threshold is None else threshold
+        found: dict[str, Document] = {}
+        for hit in ranking:
+            document = documents[hit.index]
+            if document.id not in found and (threshold is None or hit.score >= threshold):
+                found[document.id] = replace(document, score=hit.score)
+        return list(found.values())[: self.top_k if top_k is None else top_k]
+
+
+def restored(data: dict[str, Any]) -> dict[str, Any]:
+    """Serialised arguments with device and token made objects again, whichever release of Haystack wrote them."""
+    arguments = dict(data.get("init_parameters", {}))
+    if isinstance(arguments.get("device"), dict):
+        arguments["device"] = ComponentDevice.from_dict(arguments["device"])
+    if isinstance(arguments.get("token"), dict):
+        arguments["token"] = Secret.from_dict(arguments["token"])
+    return {**data, "init_parameters": arguments}
+
+
+def _positive(top_k: int) -> int:
+    if top_k <= 0:
+        msg = f"top_k must be > 0, but got {top_k}"
+        raise ValueError(msg)
+    return top_k

@@ -1,0 +1,20 @@
+"""The adapter's tests run on a small random checkpoint, offline, with a cache of their own."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["KALM_RAG_CACHE"] = tempfile.mkdtemp(prefix="kalm-rag-tests-")
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from kalm_rag.testing import build_checkpoint
+
+    return build_checkpoint(tmp_path_factory.mktemp("models") / "tiny")

@@ -1,0 +1,278 @@
+"""Haystack's contract, on the real framework and a real (random) model."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from haystack import Document, Pipeline
+from haystack.components.joiners import DocumentJoiner
+from haystack.components.retrievers.in_memory import InMemoryBM25Retriever, InMemoryEmbeddingRetriever
+from haystack.components.writers import DocumentWriter
+from haystack.document_stores.in_memory import InMemoryDocumentStore
+from haystack.utils import ComponentDevice, Secret
+from haystack_integrations.components.rankers.kalm import KalmPassageEncoder, KalmRanker
+
+from kalm_rag import KaLMReranker
+
+QUERY = "How do I sort a list?"
+TEXTS = [
+    "list.sort() sorts in place and returns None.",
+    "sorted() returns a new list.",
+    "A tuple cannot be changed.",
+    "Dictionaries keep their insertion order.",
+    "Use key= to sort by something else.",
+]
+MODES = pytest.mark.parametrize("mode", ["sync", "async"])
+TYPE = "haystack_integrations.components.rankers.kalm.ranker.KalmRanker"
+
+
+def documents() -> list[Document]:
+    return [
+        Document(
+            content=text,
+            meta={"number": number, "title": f"T{number}", "none": None, "zero": 0},
+            embedding=[float(number), 1.0],
+        )
+        for number, text in enumerate(TEXTS)
+    ]
+
+
+def run(component: Any, mode: str, **arguments: Any) -> dict[str, Any]:
+    return component.run(**arguments) if mode == "sync" else asyncio.run(component.run_async(**arguments))
+
+
+def numbers(found: list[Document]) -> list[int]:
+    return [document.meta["number"] for document in found]
+
+
+@pytest.fixture
+def options(checkpoint: Path, tmp_path: Path) -> dict[str, Any]:
+    return {"model": checkpoint, "cache": tmp_path / "cache", "device": ComponentDevice.from_str("cpu")}
+
+
+@pytest.fixture
+def expected(checkpoint: Path) -> list[tuple[int, float]]:
+    ranking = KaLMReranker(checkpoint, cache=None, device="cpu").rank(QUERY, TEXTS)
+    return [(hit.index, hit.score) for hit in ranking]
+
+
+def test_init_default() -> None:
+    ranker = KalmRanker()
+    assert (ranker.model, ranker.cache, ranker.top_k, ranker.device, ranker.dtype) == (
+        "nano",
+        "default",
+        10,
+        None,
+        None,
+    )
+    assert ranker.token == Secret.from_env_var(["HF_API_TOKEN", "HF_TOKEN"], strict=False)
+
+
+@pytest.mark.parametrize("top_k", [0, -2])
+def test_invalid_top_k(options: dict[str, Any], top_k: int) -> None:
+    with pytest.raises(ValueError, match=f"top_k must be > 0, but got {top_k}"):
+        KalmRanker(top_k=top_k)
+    with pytest.raises(ValueError, match=f"top_k must be > 0, but got {top_k}"):
+        KalmRanker(**options).run(query=QUERY, documents=documents(), top_k=top_k)
+
+
+def test_unknown_arguments_are_refused() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'batch'"):
+        KalmRanker(batch=3)  # type: ignore[call-arg]
+
+
+def test_to_dict_default() -> None:
+    assert KalmRanker().to_dict() == {
+        "type": TYPE,
+        "init_parameters": {
+            "model": "nano",
+            "revision": None,
+            "cache": "default",
+            "device": None,
+            "dtype": None,
+            "token": {"type": "env_var", "env_vars": ["HF_API_TOKEN", "HF_TOKEN"], "strict": False},
+            "max_length": 1024,
+            "meta_fields_to_embed": [],
+            "embedding_separator": "\n",
+            "top_k": 10,
+            "score_threshold": None,
+            "instruction": None,
+            "ratio": None,
+        },
+    }
+
+
+@pytest.mark.parametrize("kind", [KalmRanker, KalmPassageEncoder])
+def test_dict_round_trip(options: dict[str, Any], kind: Any) -> None:
+    arguments = {
+        **options,
+        "dtype": "bfloat16",
+        "meta_fields_to_embed": ["title"],
+        "embedding_separator": " | ",
+        "token": None,
+    }
+    if kind is KalmRanker:
+        arguments |= {"top_k": 3, "score_threshold": 0.1, "instruction": "Find code.", "ratio": 8}
+    first = kind(**arguments)
+    second = kind.from_dict(first.to_dict())
+    assert second.to_dict() == first.to_dict()
+    assert second.device == ComponentDevice.from_str("cpu")
+
+
+@MODES
+def test_order_scores_and_untouched_input(
+    options: dict[str, Any], expected: list[tuple[int, float]], mode: str
+) -> None:
+    given = documents()
+    before = copy.deepcopy(given)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = run(KalmRanker(**options), mode, query=QUERY, documents=given)["documents"]
+    assert numbers(found) == [number for number, _ in expected]
+    assert [document.score for document in found] == pytest.approx([score for _, score in expected], abs=1e-6)
+    assert all(type(document.score) is float for document in found)
+    assert given == before
+    assert {document.id for document in found} == {document.id for document in given}
+
+
+@MODES
+def test_options_at_init_and_at_run(
+    options: dict[str, Any], expected: list[tuple[int, float]], checkpoint: Path, mode: str
+) -> None:
+    ranker = KalmRanker(**options, top_k=3)
+    assert len(run(ranker, mode, query=QUERY, documents=documents())["documents"]) == 3
+    assert len(run(ranker, mode, query=QUERY, documents=documents(), top_k=1)["documents"]) == 1
+    cut = expected[1][1] - 1e-7
+    assert len(run(ranker, mode, query=QUERY, documents=documents(), score_threshold=cut)["documents"]) == 2
+    wanted = KaLMReranker(checkpoint, cache=None, device="cpu").rank(QUERY, TEXTS, instruction="Find code.", ratio=8)
+    for found in (
+        run(KalmRanker(**options, instruction="Find code.", ratio=8), mode, query=QUERY, documents=documents()),
+        run(KalmRanker(**options), mode, query=QUERY, documents=documents(), instruction="Find code.", ratio=8),
+    ):
+        assert [document.score for document in found["documents"]] == pytest.approx(
+            [hit.score for hit in wanted], abs=1e-6
+        )
+
+
+def test_meta_fields(options: dict[str, Any], checkpoint: Path) -> None:
+    ranker = KalmRanker(**options, meta_fields_to_embed=["title", "none", "zero", "missing"], embedding_separator=" / ")
+    found = ranker.run(query=QUERY, documents=documents())["documents"]
+    texts = [f"T{number} / 0 / {text}" for number, text in enumerate(TEXTS)]
+    wanted = KaLMReranker(checkpoint, cache=None, device="cpu").rank(QUERY, texts)
+    assert [document.score for document in found] == pytest.approx([hit.score for hit in wanted], abs=1e-6)
+
+
+@MODES
+def test_empty_documents_without_a_model(mode: str) -> None:
+    assert run(KalmRanker(model="/no/such/model"), mode, query=QUERY, documents=[]) == {"documents": []}
+    assert run(KalmPassageEncoder(model="/no/such/model"), mode, documents=[])["documents"] == []
+
+
+@MODES
+def test_wrong_calls(options: dict[str, Any], mode: str) -> None:
+    ranker = KalmRanker(**options)
+    with pytest.raises(ValueError, match="query must not be empty"):
+        run(ranker, mode, query="", documents=documents())
+    with pytest.raises(TypeError, match="query must be a string, got NoneType"):
+        run(ranker, mode, query=None, documents=documents())
+    for wrong in (None, "text", [*documents(), "text"], documents()[0]):
+        with pytest.raises(TypeError, match="documents must be a list of haystack Documents"):
+            run(ranker, mode, query=QUERY, documents=wrong)
+    with pytest.raises(TypeError, match="instruction must be a string"):
+        run(ranker, mode, query=QUERY, documents=documents(), instruction=7)
+
+
+def test_duplicates_and_missing_content(options: dict[str, Any]) -> None:
+    one = documents()[0]
+    given = [one, Document(content=None, meta={"number": 9}), Document(content="  ", meta={"number": 8}), one]
+    found = KalmRanker(**options).run(query=QUERY, documents=given)["documents"]
+    assert sorted(numbers(found)) == [0, 8, 9]
+
+
+def test_warm_up_is_idempotent_and_init_is_light(options: dict[str, Any]) -> None:
+    ranker = KalmRanker(**options)
+    assert "not loaded" in repr(ranker.reranker)
+    ranker.warm_up()
+    ranker.warm_up()
+    assert "not loaded" not in repr(ranker.reranker)
+    assert KalmRanker(**options).reranker is ranker.reranker
+
+
+def pipeline(store: InMemoryDocumentStore, options: dict[str, Any]) -> Pipeline:
+    made = Pipeline()
+    made.add_component("retriever", InMemoryBM25Retriever(store, top_k=5))
+    made.add_component("ranker", KalmRanker(**options, top_k=2))
+    made.connect("retriever.documents", "ranker.documents")
+    return made
+
+
+def test_pipeline_dumps_loads_and_runs(options: dict[str, Any]) -> None:
+    store = InMemoryDocumentStore()
+    store.write_documents(documents())
+    first = pipeline(store, options)
+    second = Pipeline.loads(first.dumps())
+    assert second.dumps() == first.dumps()
+    data = {"retriever": {"query": "sort list"}, "ranker": {"query": QUERY}}
+    found = first.run(data)["ranker"]["documents"]
+    assert len(found) == 2
+    retrieved = InMemoryBM25Retriever(store, top_k=5).run(query="sort list")["documents"]
+    assert numbers(found) == numbers(KalmRanker(**options, top_k=2).run(query=QUERY, documents=retrieved)["documents"])
+    if hasattr(first, "run_async"):
+        assert asyncio.run(first.run_async(data))["ranker"]["documents"] == found
+
+
+def test_hybrid_join(options: dict[str, Any]) -> None:
+    store = InMemoryDocumentStore()
+    store.write_documents(documents())
+    made = Pipeline()
+    made.add_component("words", InMemoryBM25Retriever(store, top_k=4))
+    made.add_component("vectors", InMemoryEmbeddingRetriever(store, top_k=4))
+    made.add_component("join", DocumentJoiner())
+    made.add_component("ranker", KalmRanker(**options))
+    made.connect("words", "join")
+    made.connect("vectors", "join")
+    made.connect("join", "ranker")
+    found = made.run(
+        {"words": {"query": "sort"}, "vectors": {"query_embedding": [1.0, 1.0]}, "ranker": {"query": QUERY}}
+    )
+    identifiers = [document.id for document in found["ranker"]["documents"]]
+    assert len(identifiers) == len(set(identifiers)) >= 4
+
+
+@MODES
+def test_ingestion_makes_the_first_query_warm(options: dict[str, Any], mode: str) -> None:
+    store = InMemoryDocumentStore()
+    if mode == "sync":
+        made = Pipeline()
+        made.add_component("encoder", KalmPassageEncoder(**options, meta_fields_to_embed=["title"]))
+        made.add_component("writer", DocumentWriter(store))
+        made.connect("encoder.documents", "writer.documents")
+        done = made.run({"encoder": {"documents": documents()}})
+        assert (done["encoder"]["encoded"], done["encoder"]["known"]) == (5, 0)
+    else:
+        encoder = KalmPassageEncoder(**options, meta_fields_to_embed=["title"])
+        given = documents()
+        assert run(encoder, mode, documents=given)["documents"] is given
+        store.write_documents(documents())
+    ranker = KalmRanker(**options, meta_fields_to_embed=["title"])
+    before = ranker.reranker.cache.stats().encoded
+    retrieved = InMemoryBM25Retriever(store, top_k=5).run(query="sort")["documents"]
+    ranker.run(query=QUERY, documents=retrieved)
+    assert ranker.reranker.cache.stats().encoded == before
+
+
+def test_fifty_concurrent_runs_on_one_instance(options: dict[str, Any]) -> None:
+    ranker = KalmRanker(**options)
+    queries = [f"query {number % 7}" for number in range(50)]
+    wanted = {query: ranker.run(query=query, documents=documents()) for query in set(queries)}
+
+    async def main() -> list[dict[str, Any]]:
+        return await asyncio.gather(*(ranker.run_async(query=query, documents=documents()) for query in queries))
+
+    for query, found in zip(queries, asyncio.run(main()), strict=True):
+        assert found == wanted[query]

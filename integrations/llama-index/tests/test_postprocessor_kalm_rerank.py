@@ -1,0 +1,248 @@
+"""LlamaIndex's contract, on the real framework and a real (random) model."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from llama_index.core import MockEmbedding, VectorStoreIndex
+from llama_index.core.callbacks import CallbackManager, CBEventType, LlamaDebugHandler
+from llama_index.core.ingestion import IngestionPipeline
+from llama_index.core.instrumentation import get_dispatcher
+from llama_index.core.instrumentation.event_handlers import BaseEventHandler
+from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
+from llama_index.core.llms import MockLLM
+from llama_index.core.postprocessor.types import BaseNodePostprocessor
+from llama_index.core.schema import Document, MetadataMode, NodeWithScore, TextNode
+from llama_index.postprocessor.kalm_rerank import KalmPassageEncoder, KalmRerank
+from llama_index.retrievers.bm25 import BM25Retriever
+
+from kalm_rag import KaLMReranker
+
+QUERY = "How do I sort a list?"
+TEXTS = [
+    "list.sort() sorts in place and returns None.",
+    "sorted() returns a new list.",
+    "A tuple cannot be changed.",
+    "Dictionaries keep their insertion order.",
+    "Use key= to sort by something else.",
+]
+MODES = pytest.mark.parametrize("mode", ["sync", "async"])
+
+
+def nodes() -> list[NodeWithScore]:
+    return [
+        NodeWithScore(node=TextNode(id_=f"id-{number}", text=text, metadata={"source": f"page {number}"}), score=0.5)
+        for number, text in enumerate(TEXTS)
+    ]
+
+
+def embed_texts() -> list[str]:
+    return [node.node.get_content(MetadataMode.EMBED) for node in nodes()]
+
+
+def rerank(reranker: KalmRerank, given: list[NodeWithScore], query: str | None, mode: str) -> list[NodeWithScore]:
+    if mode == "sync":
+        return reranker.postprocess_nodes(given, query_str=query)
+    return asyncio.run(reranker.apostprocess_nodes(given, query_str=query))
+
+
+@pytest.fixture
+def options(checkpoint: Path, tmp_path: Path) -> dict[str, Any]:
+    return {"model": checkpoint, "cache": tmp_path / "cache", "device": "cpu"}
+
+
+@pytest.fixture
+def expected(checkpoint: Path) -> list[tuple[int, float]]:
+    ranking = KaLMReranker(checkpoint, cache=None, device="cpu").rank(QUERY, embed_texts())
+    return [(hit.index, hit.score) for hit in ranking]
+
+
+def test_class() -> None:
+    assert BaseNodePostprocessor.__name__ in [base.__name__ for base in KalmRerank.__mro__]
+
+
+def test_defaults() -> None:
+    reranker = KalmRerank()
+    assert (reranker.model, reranker.cache, reranker.top_n, reranker.metadata_mode) == (
+        "nano",
+        "default",
+        5,
+        MetadataMode.EMBED,
+    )
+
+
+@MODES
+def test_order_scores_and_untouched_input(
+    options: dict[str, Any], expected: list[tuple[int, float]], mode: str
+) -> None:
+    given = nodes()
+    before = copy.deepcopy(given)
+    for _ in range(2):
+        found = rerank(KalmRerank(**options, top_n=None), given, QUERY, mode)
+        assert [node.node.node_id for node in found] == [f"id-{number}" for number, _ in expected]
+        assert [node.score for node in found] == pytest.approx([score for _, score in expected], abs=1e-6)
+        assert all(type(node.score) is float for node in found)
+        assert given == before
+    assert len(rerank(KalmRerank(**options, top_n=2), given, QUERY, mode)) == 2
+
+
+@pytest.mark.parametrize("metadata_mode", list(MetadataMode))
+def test_metadata_mode_instruction_and_ratio(
+    options: dict[str, Any], checkpoint: Path, metadata_mode: MetadataMode
+) -> None:
+    texts = [node.node.get_content(metadata_mode) for node in nodes()]
+    core = KaLMReranker(checkpoint, cache=None, device="cpu")
+    wanted = core.rank(QUERY, texts, instruction="Find code.", ratio=8)
+    reranker = KalmRerank(**options, top_n=None, metadata_mode=metadata_mode, instruction="Find code.", ratio=8)
+    found = reranker.postprocess_nodes(nodes(), query_str=QUERY)
+    assert [node.score for node in found] == pytest.approx([hit.score for hit in wanted], abs=1e-6)
+
+
+def test_retrieval_score_is_kept_outside_of_the_text(options: dict[str, Any]) -> None:
+    reranker = KalmRerank(**options, top_n=None, keep_retrieval_score=True)
+    given = nodes()
+    first = reranker.postprocess_nodes(given, query_str=QUERY)
+    assert all(node.node.metadata["retrieval_score"] == 0.5 for node in first)
+    assert "retrieval_score" not in given[0].node.metadata
+    assert sorted(node.node.get_content(MetadataMode.EMBED) for node in first) == sorted(embed_texts())
+    assert sorted(node.node.get_content(MetadataMode.LLM) for node in first) == sorted(
+        node.node.get_content(MetadataMode.LLM) for node in given
+    )
+    encoded = reranker.reranker.cache.stats().encoded
+    again = reranker.postprocess_nodes(first, query_str=QUERY)
+    assert reranker.reranker.cache.stats().encoded == encoded, "the kept score does not change the key"
+    assert [node.node.node_id for node in again] == [node.node.node_id for node in first]
+
+
+@MODES
+def test_empty_in_empty_out_without_a_model(mode: str) -> None:
+    assert rerank(KalmRerank(model="/no/such/model"), [], QUERY, mode) == []
+
+
+@MODES
+def test_missing_query_and_wrong_nodes(options: dict[str, Any], mode: str) -> None:
+    with pytest.raises(ValueError, match="Missing query bundle in extra info"):
+        rerank(KalmRerank(**options), nodes(), None, mode)
+    with pytest.raises(TypeError, match="expected a node, got str"):
+        KalmRerank(**options).warm(["text"])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("wrong", [{"top_n": 0}, {"ratio": 0}, {"unknown": 1}, {"instruction": 7}, {"max_length": 0}])
+def test_wrong_arguments_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        KalmRerank(**wrong)
+
+
+def test_dict_json_and_pickle_round_trips(options: dict[str, Any]) -> None:
+    reranker = KalmRerank(**options, top_n=2, instruction="Find code.", keep_retrieval_score=True)
+    wanted = reranker.postprocess_nodes(nodes(), query_str=QUERY)
+    for other in (
+        KalmRerank.from_dict(reranker.to_dict()),
+        KalmRerank.from_json(reranker.to_json()),
+        pickle.loads(pickle.dumps(reranker)),
+        copy.deepcopy(reranker),
+    ):
+        assert other.to_dict() == reranker.to_dict()
+        assert other.postprocess_nodes(nodes(), query_str=QUERY) == wanted
+    assert reranker.to_dict()["class_name"] == "KalmRerank"
+
+
+class Events(BaseEventHandler):
+    """The rerank events that were dispatched."""
+
+    seen: list[Any] = []  # noqa: RUF012 - pydantic copies it
+
+    def handle(self, event: Any, **kwargs: Any) -> None:
+        if isinstance(event, (ReRankStartEvent, ReRankEndEvent)):
+            self.seen.append(event)
+
+
+@MODES
+def test_events_come_in_pairs(options: dict[str, Any], mode: str) -> None:
+    handler = Events()
+    debug = LlamaDebugHandler(print_trace_on_end=False)
+    dispatcher = get_dispatcher()
+    dispatcher.add_event_handler(handler)
+    try:
+        reranker = KalmRerank(**options, top_n=None, callback_manager=CallbackManager([debug]))
+        rerank(reranker, nodes(), QUERY, mode)
+        rerank(reranker, [], QUERY, mode)
+    finally:
+        dispatcher.event_handlers.remove(handler)
+    assert [type(event) for event in handler.seen] == [ReRankStartEvent, ReRankEndEvent]
+    assert (handler.seen[0].top_n, handler.seen[0].model_name, len(handler.seen[1].nodes)) == (
+        5,
+        str(options["model"]),
+        5,
+    )
+    assert len(debug.get_event_pairs(CBEventType.RERANKING)) == 1
+
+
+def test_fifty_concurrent_calls_on_one_instance(options: dict[str, Any]) -> None:
+    reranker = KalmRerank(**options)
+    queries = [f"query {number % 7}" for number in range(50)]
+    wanted = {query: reranker.postprocess_nodes(nodes(), query_str=query) for query in set(queries)}
+
+    async def main() -> list[list[NodeWithScore]]:
+        return await asyncio.gather(*(reranker.apostprocess_nodes(nodes(), query_str=query) for query in queries))
+
+    for query, found in zip(queries, asyncio.run(main()), strict=True):
+        assert found == wanted[query]
+
+
+def test_query_engine_over_a_vector_index(options: dict[str, Any], expected: list[tuple[int, float]]) -> None:
+    index = VectorStoreIndex([node.node for node in nodes()], embed_model=MockEmbedding(embed_dim=8))
+    engine = index.as_query_engine(
+        llm=MockLLM(), similarity_top_k=5, node_postprocessors=[KalmRerank(**options, top_n=3)]
+    )
+    found = engine.query(QUERY).source_nodes
+    assert [node.score for node in found] == pytest.approx([score for _, score in expected[:3]], abs=1e-6)
+    assert [node.node.node_id for node in asyncio.run(engine.aquery(QUERY)).source_nodes] == [
+        node.node.node_id for node in found
+    ]
+
+
+def test_bm25_retriever(options: dict[str, Any], checkpoint: Path) -> None:
+    retriever = BM25Retriever.from_defaults(nodes=[node.node for node in nodes()], similarity_top_k=3)
+    retrieved = retriever.retrieve("sort list")
+    found = KalmRerank(**options, top_n=None).postprocess_nodes(retrieved, query_str=QUERY)
+    core = KaLMReranker(checkpoint, cache=None, device="cpu")
+    wanted = core.rank(QUERY, [node.node.get_content(MetadataMode.EMBED) for node in retrieved])
+    assert [node.node.node_id for node in found] == [retrieved[hit.index].node.node_id for hit in wanted]
+
+
+@MODES
+def test_ingestion_makes_the_first_query_warm(options: dict[str, Any], mode: str) -> None:
+    encoder = KalmPassageEncoder(**options)
+    pipeline = IngestionPipeline(transformations=[encoder], disable_cache=False)
+    documents = [
+        Document(id_=f"id-{number}", text=text, metadata={"source": f"page {number}"})
+        for number, text in enumerate(TEXTS)
+    ]
+    for _ in range(2):  # the second time the pipeline's own cache answers
+        done = pipeline.run(documents=documents) if mode == "sync" else asyncio.run(pipeline.arun(documents=documents))
+        assert len(done) == 5
+    reranker = KalmRerank(**options)
+    encoded = reranker.reranker.cache.stats().encoded
+    assert encoded == 5
+    reranker.postprocess_nodes(nodes(), query_str=QUERY)
+    assert reranker.reranker.cache.stats().encoded == encoded
+
+
+def test_ingestion_with_worker_processes(options: dict[str, Any]) -> None:
+    pipeline = IngestionPipeline(transformations=[KalmPassageEncoder(**options)])
+    documents = [Document(text=text, metadata={"source": f"page {number}"}) for number, text in enumerate(TEXTS)]
+    assert len(pipeline.run(documents=documents, num_workers=2)) == 5
+    assert KalmRerank(**options).warm(nodes()).known == 5
+
+
+def test_warm_encodes_what_is_indexed_already(options: dict[str, Any]) -> None:
+    reranker = KalmRerank(**options)
+    report = reranker.warm([node.node for node in nodes()])
+    assert (report.new, report.known) == (5, 0)
+    assert reranker.warm(nodes()).known == 5
