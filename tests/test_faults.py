@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -345,12 +346,18 @@ print(json.dumps(result))
 """
 
 
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that every user may enter; pytest's own are closed to others."""
+    with tempfile.TemporaryDirectory(prefix="kalm-rag-open-") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
 @pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root can become another user")
 @pytest.mark.parametrize("mode", [0o755, 0o555, 0o700, 0o000])
-def test_folder_of_another_user(tmp_path: Path, tally: Tally, mode: int) -> None:
-    for parent in (tmp_path, *tmp_path.parents[:3]):
-        parent.chmod(0o755)
-    folder = tmp_path / "store"
+def test_folder_of_another_user(open_folder: Path, tally: Tally, mode: int) -> None:
+    folder = open_folder / "store"
     store = DiskStore(folder)
     store.put_many({key_of(0): value_of(key_of(0), 5000)})
     store.close()
