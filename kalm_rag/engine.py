@@ -96,7 +96,7 @@ class Engine:
         self._beginnings: dict[str, Beginning] = {}
         self.prefill_counters = PrefillCounters()
         self._check_lengths()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._warned_ratios: set[int] = set()
 
     @classmethod
@@ -115,21 +115,23 @@ class Engine:
         return cls(loaded, checkpoint, settings, cache)
 
     def encode(self, texts: Sequence[str], progress: Progress | None = None) -> EncodeReport:
-        """Encode the passages that the cache does not hold, and keep them batch by batch."""
-        with self._lock:
-            ratio = self._cache.base_ratio
-            clean = [self.loaded.tokenizer.clean(text) for text in texts]
-            unique = list(dict.fromkeys(clean))
-            cut = {text: known.truncated for text, known in self._lookup(unique, ratio).items()}
-            missing = [text for text in unique if text not in cut]
+        """Encode the passages that the cache does not hold, and keep them batch by batch.
+
+        The lock is taken for one batch at a time, so that queries of other threads come in between.
+        """
+        ratio = self._cache.base_ratio
+        clean = [self.loaded.tokenizer.clean(text) for text in texts]
+        unique = list(dict.fromkeys(clean))
+        cut = {text: known.truncated for text, known in self._lookup(unique, ratio).items()}
+        missing = [text for text in unique if text not in cut]
+        if progress is not None:
+            progress.advance(len(texts) - len(missing))
+        for encoded in self._encode(missing, ratio):
+            cut |= {text: states.truncated for text, states in encoded.items()}
             if progress is not None:
-                progress.advance(len(texts) - len(missing))
-            for encoded in self._encode(missing, ratio):
-                cut |= {text: states.truncated for text, states in encoded.items()}
-                if progress is not None:
-                    progress.advance(len(encoded))
-            self._prefill_ahead(unique)
-            return EncodeReport(len(missing), len(texts) - len(missing), sum(cut[text] for text in clean))
+                progress.advance(len(encoded))
+        self._prefill_ahead(unique)
+        return EncodeReport(len(missing), len(texts) - len(missing), sum(cut[text] for text in clean))
 
     def _prefill_ahead(self, texts: Sequence[str]) -> None:
         """Where the store keeps prefilled passages, prefill what it lacks, for the default instruction and ratio."""
@@ -143,7 +145,8 @@ class Engine:
             known = self._lookup(missing, ratio)
             states = known | self._encode_all([text for text in missing if text not in known], ratio)
             for group in self._groups(missing, {}, states, len(beginning.ids)):
-                self._prefill(group, states, beginning, ratio)
+                with self._lock:
+                    self._prefill(group, states, beginning, ratio)
 
     def unknown(self, texts: Sequence[str]) -> list[str]:
         """The passages that `encode` would encode."""
@@ -379,7 +382,13 @@ class Engine:
                 base,
                 ratio,
             )
-        for batch, states in self._encoder.encode(self._prompts.passages(texts), base if keep else ratio):
+        batches = self._encoder.encode(self._prompts.passages(texts), base if keep else ratio)
+        while True:
+            with self._lock:
+                item = next(batches, None)
+            if item is None:
+                return
+            batch, states = item
             encoded = dict(zip([texts[place] for place in batch], states, strict=True))
             if keep:
                 encoded = self._cache.keep(self._space, encoded)

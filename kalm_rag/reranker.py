@@ -116,7 +116,7 @@ class KaLMReranker:
             prefill_memory=prefill_memory,
             prefill_storage=prefill_storage,
         )
-        self._owns_cache = not isinstance(cache, PassageCache)
+        self._owns_cache = cache is None or isinstance(cache, (str, Path))
         self.cache = (
             cache if isinstance(cache, PassageCache) else PassageCache(cache, base_ratio=_base_ratio(self.settings))
         )
@@ -128,8 +128,9 @@ class KaLMReranker:
         self._show_progress = show_progress
         self._lock = threading.RLock()
         self._engine: Engine | None = None
-        self._thread: ThreadPoolExecutor | None = None
-        self._thread_pid = 0
+        self._threads: dict[str, ThreadPoolExecutor] = {}
+        self._threads_pid = 0
+        self._threads_lock = threading.Lock()
 
     def __repr__(self) -> str:
         state = "not loaded" if self._engine is None else "loaded"
@@ -171,7 +172,7 @@ class KaLMReranker:
     def close(self) -> None:
         """Free the model's memory, once the calls that are running have ended. A later call loads it again.
 
-        A cache that was made here is written out and closed; one that was handed in stays open.
+        A cache that was made here is written out and closed; a cache or store that was handed in stays open.
         """
         if self._owns_cache:
             self.cache.close()
@@ -303,22 +304,25 @@ class KaLMReranker:
         Calls wait in a thread of this instance's own, so that they do not fill the pool that other work shares. A call
         that is cancelled before its turn does not run. Nothing is bound to an event loop.
         """
-        return await self._in_thread(self.rank, query, documents, *args, **options)
+        return await self._in_thread("rank", self.rank, query, documents, *args, **options)
 
     async def apredict(self, pairs: Iterable[Sequence[Any]], *args: Any, **options: Any) -> list[float]:
         """`predict` for asynchronous programs; see `arank`."""
-        return await self._in_thread(self.predict, pairs, *args, **options)
+        return await self._in_thread("rank", self.predict, pairs, *args, **options)
 
     async def aencode(self, documents: Iterable[Document], *args: Any, **options: Any) -> EncodeReport:
         """`encode` for asynchronous programs; see `arank`."""
-        return await self._in_thread(self.encode, documents, *args, **options)
+        return await self._in_thread("encode", self.encode, documents, *args, **options)
 
-    async def _in_thread(self, action: Callable[..., T], *args: Any, **options: Any) -> T:
-        with self._lock:
-            if self._thread is None or self._thread_pid != os.getpid():
-                self._thread = ThreadPoolExecutor(1, thread_name_prefix="kalm-rag")
-                self._thread_pid = os.getpid()
-            thread = self._thread
+    async def _in_thread(self, kind: str, action: Callable[..., T], *args: Any, **options: Any) -> T:
+        # A lock of its own: the other one is held while the model loads, and this runs on the event loop.
+        with self._threads_lock:
+            if self._threads_pid != os.getpid():
+                self._threads, self._threads_pid = {}, os.getpid()
+            # Queries and encoding each have a thread, so that a corpus being encoded does not hold up the queries.
+            thread = self._threads.get(kind)
+            if thread is None:
+                thread = self._threads[kind] = ThreadPoolExecutor(1, thread_name_prefix=f"kalm-rag-{kind}")
         context = contextvars.copy_context()
         call = partial(context.run, action, *args, **options)
         return await asyncio.get_running_loop().run_in_executor(thread, call)

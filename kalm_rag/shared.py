@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import threading
 import weakref
 from pathlib import Path
 from typing import Any
 
-from kalm_rag.cache import PassageCache
+from kalm_rag.paths import default_cache_dir
 from kalm_rag.reranker import KaLMReranker
 
 _instances: weakref.WeakValueDictionary[tuple[Any, ...], KaLMReranker] = weakref.WeakValueDictionary()
@@ -27,9 +29,7 @@ def shared_reranker(model: str | Path, *, cache: Any = "default", **options: Any
     Raises:
         ValueError, TypeError: an argument is wrong.
     """
-    place = str(Path(cache).expanduser().absolute()) if isinstance(cache, Path) else cache
-    mark = id(place) if isinstance(place, PassageCache) or not isinstance(place, (str, type(None))) else place
-    key = (str(model), mark, *sorted((name, str(value)) for name, value in options.items() if value is not None))
+    key = _key(model, cache, options)
     with _lock:
         found = _instances.get(key)
         if found is None:
@@ -37,16 +37,37 @@ def shared_reranker(model: str | Path, *, cache: Any = "default", **options: Any
         return found
 
 
+def _key(model: str | Path, cache: Any, options: dict[str, Any]) -> tuple[Any, ...]:
+    place: Any = cache
+    if cache == "default":
+        place = str(default_cache_dir() / "passages")
+    elif isinstance(cache, (str, Path)):
+        place = str(Path(os.path.expandvars(cache)).expanduser().absolute())
+    elif cache is not None:
+        place = id(cache)
+    shown = {name: _unreadable(value) if name == "token" else str(value) for name, value in options.items()}
+    return (str(model), place, *sorted(shown.items()))
+
+
+def _unreadable(token: object) -> str:
+    return hashlib.sha256(str(token).encode()).hexdigest()
+
+
 class SharedHandle:
-    """What an adapter keeps of a shared reranker: nothing until it is used, and nothing in a copy or a pickle."""
+    """What an adapter keeps of shared rerankers: none until one is used, and none in a deep copy or a pickle.
+
+    A shallow copy shares the handle; it may name another model, so the handle keeps one for each set of arguments.
+    """
 
     def __init__(self) -> None:
-        self._held: KaLMReranker | None = None
+        self._held: dict[tuple[Any, ...], KaLMReranker] = {}
 
-    def get(self, model: str | Path, **options: Any) -> KaLMReranker:
-        """The shared reranker for these arguments, kept alive by this handle."""
-        self._held = shared_reranker(model, **options)
-        return self._held
+    def get(self, model: str | Path, *, cache: Any = "default", **options: Any) -> KaLMReranker:
+        """The shared reranker for these arguments, kept alive by this handle; an option that is None is left out."""
+        given = {name: value for name, value in options.items() if value is not None}
+        found = shared_reranker(model, cache=cache, **given)
+        self._held[_key(model, cache, given)] = found
+        return found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedHandle:
         return SharedHandle()

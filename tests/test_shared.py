@@ -16,12 +16,65 @@ from kalm_rag.shared import shared_reranker
 
 def test_equal_arguments_share_and_others_do_not(checkpoint: Path, tmp_path: Path) -> None:
     first = shared_reranker(checkpoint, cache=tmp_path, device="cpu")
-    assert shared_reranker(str(checkpoint), cache=tmp_path, device="cpu", revision=None) is first
+    assert shared_reranker(str(checkpoint), cache=tmp_path, device="cpu") is first
     assert shared_reranker(checkpoint, cache=tmp_path / "other", device="cpu") is not first
     assert shared_reranker(checkpoint, cache=tmp_path, device="cpu", dtype="bfloat16") is not first
     cache = PassageCache(tmp_path)
     assert shared_reranker(checkpoint, cache=cache) is shared_reranker(checkpoint, cache=cache)
     assert shared_reranker(checkpoint, cache=PassageCache(tmp_path)) is not shared_reranker(checkpoint, cache=cache)
+
+
+def test_places_of_the_cache_are_compared_as_places(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    first = shared_reranker(checkpoint, cache="passages")
+    assert shared_reranker(checkpoint, cache=Path("passages")) is first
+    assert shared_reranker(checkpoint, cache=str(tmp_path / "passages")) is first
+    assert shared_reranker(checkpoint, cache="$PLACE/passages") is first
+    default = shared_reranker(checkpoint)
+    monkeypatch.setenv("KALM_RAG_CACHE", str(tmp_path / "other"))
+    assert shared_reranker(checkpoint) is not default
+    assert shared_reranker(checkpoint, ratio=None).settings.ratio == 1
+    assert shared_reranker(checkpoint).settings.ratio == 4
+
+
+def test_the_loop_stays_free_while_the_model_loads(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reranker = KaLMReranker(checkpoint, cache=None)
+    gate = threading.Event()
+    find = reranker.find
+
+    def slow() -> object:
+        gate.wait(30)
+        return find()
+
+    monkeypatch.setattr(reranker, "find", slow)
+
+    async def main() -> None:
+        calls = [asyncio.create_task(reranker.arank("query", ["passage"])) for _ in range(3)]
+        for _ in range(20):
+            await asyncio.sleep(0.01)
+        assert not any(call.done() for call in calls)
+        gate.set()
+        assert [len(found) for found in await asyncio.gather(*calls)] == [1, 1, 1]
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_queries_come_in_between_while_a_corpus_is_encoded(checkpoint: Path, passages: list[str]) -> None:
+    reranker = KaLMReranker(checkpoint, cache=None, batch_size=1)
+    texts = [f"{number} {text}" for number, text in enumerate(passages * 2)]
+
+    async def main() -> tuple[bool, int]:
+        encoding = asyncio.create_task(reranker.aencode(texts))
+        await asyncio.sleep(0.3)
+        await reranker.arank("query", ["passage"])
+        return encoding.done(), (await encoding).new
+
+    done, new = asyncio.run(main())
+    assert not done
+    assert new == len(texts)
 
 
 def test_nothing_is_held_that_nobody_uses(checkpoint: Path) -> None:

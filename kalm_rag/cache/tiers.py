@@ -151,6 +151,10 @@ class PassageCache:
         self._writer_pid = 0
         self._faults: set[str] = set()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> PassageCache:
+        """The cache itself: a copy of what holds it shares it."""
+        return self
+
     def __repr__(self) -> str:
         place = self.store.folder if isinstance(self.store, DiskStore) else self.store
         return f"PassageCache({str(place)!r}, base_ratio={self.base_ratio}, storage={self.storage!r})"

@@ -97,12 +97,12 @@ def test_to_dict_default() -> None:
             "dtype": None,
             "token": {"type": "env_var", "env_vars": ["HF_API_TOKEN", "HF_TOKEN"], "strict": False},
             "max_length": 1024,
+            "ratio": None,
             "meta_fields_to_embed": [],
             "embedding_separator": "\n",
             "top_k": 10,
             "score_threshold": None,
             "instruction": None,
-            "ratio": None,
         },
     }
 
@@ -276,3 +276,26 @@ def test_fifty_concurrent_runs_on_one_instance(options: dict[str, Any]) -> None:
 
     for query, found in zip(queries, asyncio.run(main()), strict=True):
         assert found == wanted[query]
+
+
+def test_a_token_in_the_environment_does_not_set_it_apart(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = KalmRanker(**options)
+    held = before.reranker
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    assert KalmRanker(**options).reranker is held
+    assert KalmRanker(**options, token=Secret.from_token("hf_other")).reranker is not held
+
+
+def test_results_do_not_share_metadata_with_the_input(options: dict[str, Any]) -> None:
+    given = documents()
+    found = KalmRanker(**options).run(query=QUERY, documents=given)["documents"]
+    found[0].meta["changed"] = True
+    assert all("changed" not in document.meta for document in given)
+
+
+def test_warm_up_leaves_the_event_loop_free(options: dict[str, Any]) -> None:
+    ranker = KalmRanker(**options)
+    asyncio.run(ranker.warm_up_async())
+    assert "not loaded" not in repr(ranker.reranker)

@@ -31,6 +31,8 @@ class KalmModel(BaseModel):
     """`float32`, `bfloat16`, `int8`; by default bfloat16 on CUDA, else float32."""
     max_length: int = Field(1024, ge=1)
     """Tokens of a document that are read."""
+    ratio: int | None = Field(None, ge=1)
+    """Encoder states averaged into one; by default 4. Encoder and reranker must name the same to find each other's."""
 
     _handle: SharedHandle = PrivateAttr(default_factory=SharedHandle)
 
@@ -46,6 +48,7 @@ class KalmModel(BaseModel):
             device=self.device,
             dtype=self.dtype,
             max_length=self.max_length,
+            ratio=self.ratio,
         )
 
 

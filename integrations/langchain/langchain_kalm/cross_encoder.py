@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from langchain_core.cross_encoders import BaseCrossEncoder
-from pydantic import Field
 
 from langchain_kalm.base import KalmModel
 
@@ -16,9 +15,7 @@ class KalmCrossEncoder(KalmModel, BaseCrossEncoder):
 
     instruction: str | None = None
     """What "relevant" means, in a sentence; by default the model's own."""
-    ratio: int | None = Field(None, ge=1)
-    """Encoder states averaged into one; by default 4."""
 
     def score(self, text_pairs: list[tuple[str, str]]) -> list[float]:
         """`P(yes)` of each pair, in input order."""
-        return self.reranker.predict(text_pairs, self.instruction, self.ratio) if text_pairs else []
+        return self.reranker.predict(text_pairs, self.instruction) if text_pairs else []

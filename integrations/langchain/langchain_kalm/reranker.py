@@ -37,8 +37,6 @@ class KalmReranker(KalmModel, BaseDocumentCompressor):
     """Documents with a lower score are left out."""
     instruction: str | None = None
     """What "relevant" means, in a sentence; by default the model's own."""
-    ratio: int | None = Field(None, ge=1)
-    """Encoder states averaged into one; by default 4."""
 
     def compress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None

@@ -146,6 +146,8 @@ def test_dict_json_and_pickle_round_trips(options: dict[str, Any]) -> None:
         KalmRerank.from_json(reranker.to_json()),
         pickle.loads(pickle.dumps(reranker)),
         copy.deepcopy(reranker),
+        KalmRerank.model_validate(reranker.model_dump()),
+        KalmRerank.model_validate_json(reranker.model_dump_json()),
     ):
         assert other.to_dict() == reranker.to_dict()
         assert other.postprocess_nodes(nodes(), query_str=QUERY) == wanted
@@ -246,3 +248,8 @@ def test_warm_encodes_what_is_indexed_already(options: dict[str, Any]) -> None:
     report = reranker.warm([node.node for node in nodes()])
     assert (report.new, report.known) == (5, 0)
     assert reranker.warm(nodes()).known == 5
+
+
+def test_a_kept_score_that_would_become_text_is_refused() -> None:
+    with pytest.raises(ValueError, match="keep_retrieval_score needs a metadata_mode other than ALL"):
+        KalmRerank(keep_retrieval_score=True, metadata_mode=MetadataMode.ALL)

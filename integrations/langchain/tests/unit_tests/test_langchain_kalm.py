@@ -23,7 +23,7 @@ from langchain_kalm import KalmCachingEmbeddings, KalmCrossEncoder, KalmPassageE
 from langchain_tests.integration_tests import RetrieversIntegrationTests
 from pydantic import ValidationError
 
-from kalm_rag import KaLMReranker
+from kalm_rag import KaLMReranker, PassageCache
 
 QUERY = "How do I sort a list?"
 TEXTS = [
@@ -167,6 +167,30 @@ def test_copies_and_pickles_share_the_model(options: dict[str, Any]) -> None:
     ):
         assert other.reranker is reranker.reranker
         assert other.compress_documents(documents(), QUERY) == wanted
+
+
+def test_a_copy_that_names_another_model_evicts_nothing(options: dict[str, Any]) -> None:
+    first = KalmReranker(**options)
+    held = first.reranker
+    other = first.model_copy(update={"dtype": "bfloat16"})
+    assert other.reranker is not held
+    assert first.reranker is held
+
+
+def test_a_cache_object_survives_copies(options: dict[str, Any]) -> None:
+    cache = PassageCache(options.pop("cache"))
+    reranker = KalmReranker(**options, cache=cache)
+    assert copy.deepcopy(reranker).cache is cache
+    assert reranker.model_copy(deep=True).compress_documents(documents(), QUERY)
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 8])
+def test_ingestion_at_another_ratio_is_found(options: dict[str, Any], ratio: int) -> None:
+    KalmPassageEncoder(**options, ratio=ratio).transform_documents(documents())
+    reranker = KalmReranker(**options, ratio=ratio)
+    before = encoded(reranker)
+    reranker.compress_documents(documents(), QUERY)
+    assert encoded(reranker) == before
 
 
 def test_fifty_concurrent_calls_on_one_instance(options: dict[str, Any]) -> None:

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from llama_index.core.bridge.pydantic import Field
+from llama_index.core.bridge.pydantic import Field, model_validator
 from llama_index.core.callbacks import CBEventType, EventPayload
 from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr-defined]
 from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
-from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle
+from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle
 from llama_index.postprocessor.kalm_rerank.model import KalmModel, passage_texts
 
 from kalm_rag import EncodeReport, RankedPassage
@@ -37,11 +37,19 @@ class KalmRerank(KalmModel, BaseNodePostprocessor):
 
     top_n: int | None = Field(default=5, ge=1, description="How many nodes to return; None for all.")
     instruction: str | None = Field(default=None, description="What 'relevant' means, in a sentence.")
-    ratio: int | None = Field(default=None, ge=1, description="Encoder states averaged into one; by default 4.")
     keep_retrieval_score: bool = Field(
         default=False,
         description="Keep the retriever's score in the metadata of a copied node, outside of its text.",
     )
+
+    @model_validator(mode="after")
+    def _keep_the_score_out_of_the_text(self) -> KalmRerank:
+        if self.keep_retrieval_score and self.metadata_mode is MetadataMode.ALL:
+            msg = (
+                "keep_retrieval_score needs a metadata_mode other than ALL, which would make the score part of the text"
+            )
+            raise ValueError(msg)
+        return self
 
     @classmethod
     def class_name(cls) -> str:
@@ -59,7 +67,7 @@ class KalmRerank(KalmModel, BaseNodePostprocessor):
         if not nodes:
             return []
         with self._events(nodes, query) as found:
-            found += self._ranked(nodes, self.reranker.rank(query, texts, self.top_n, self.instruction, self.ratio))
+            found += self._ranked(nodes, self.reranker.rank(query, texts, self.top_n, self.instruction))
         return found
 
     async def _apostprocess_nodes(
@@ -69,7 +77,7 @@ class KalmRerank(KalmModel, BaseNodePostprocessor):
         if not nodes:
             return []
         with self._events(nodes, query) as found:
-            ranking = await self.reranker.arank(query, texts, self.top_n, self.instruction, self.ratio)
+            ranking = await self.reranker.arank(query, texts, self.top_n, self.instruction)
             found += self._ranked(nodes, ranking)
         return found
 

@@ -13,7 +13,8 @@ class KalmPassageEncoder(KalmModel, TransformComponent):
     """A transformation that encodes nodes into the cache and returns them unchanged.
 
     Put it last among those that change text or metadata: metadata added later is part of the text that is ranked. Where
-    the pipeline's own cache answers, this is not called, and need not be: its key holds model and cache folder.
+    the pipeline's own cache answers, this is not called; if the passages have left the cache since, use
+    `KalmRerank.warm`.
     """
 
     @classmethod

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_index.core.bridge.pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
+from llama_index.core.bridge.pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore
 
 from kalm_rag import KaLMReranker
@@ -29,6 +29,9 @@ class KalmModel(BaseModel):
         default=None, description="float32, bfloat16, int8; by default bfloat16 on CUDA, else float32."
     )
     max_length: int = Field(default=1024, ge=1, description="Tokens of a node that are read.")
+    ratio: int | None = Field(
+        default=None, ge=1, description="Encoder states averaged into one; by default 4. The same for all that share."
+    )
     metadata_mode: MetadataMode = Field(
         default=MetadataMode.EMBED,
         description="Which metadata is part of the text; the same for ranking and for encoding.",
@@ -36,6 +39,12 @@ class KalmModel(BaseModel):
     _handle: SharedHandle = PrivateAttr(default_factory=SharedHandle)
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_class_name(cls, values: Any) -> Any:
+        # Serialised forms carry the name of the class, which is no argument.
+        return {k: v for k, v in values.items() if k != "class_name"} if isinstance(values, dict) else values
 
     @field_validator("model", "cache", mode="before")
     @classmethod
@@ -52,6 +61,7 @@ class KalmModel(BaseModel):
             device=self.device,
             dtype=self.dtype,
             max_length=self.max_length,
+            ratio=self.ratio,
         )
 
 

@@ -15,7 +15,7 @@ from haystack_integrations.components.rankers.kalm.ranker import restored
 class KalmPassageEncoder(KalmModel):
     """Encodes documents into the cache and hands them on unchanged; stands before the `DocumentWriter`.
 
-    Its `meta_fields_to_embed` and `embedding_separator` must be those of the `KalmRanker`: both build one text.
+    Its `meta_fields_to_embed`, `embedding_separator` and `ratio` must be those of the `KalmRanker`.
     """
 
     def __init__(
@@ -28,6 +28,7 @@ class KalmPassageEncoder(KalmModel):
         dtype: str | None = None,
         token: Secret | None = Secret.from_env_var(["HF_API_TOKEN", "HF_TOKEN"], strict=False),
         max_length: int = 1024,
+        ratio: int | None = None,
         meta_fields_to_embed: list[str] | None = None,
         embedding_separator: str = "\n",
     ) -> None:
@@ -42,6 +43,7 @@ class KalmPassageEncoder(KalmModel):
             dtype=dtype,
             token=token,
             max_length=max_length,
+            ratio=ratio,
             meta_fields_to_embed=meta_fields_to_embed,
             embedding_separator=embedding_separator,
         )

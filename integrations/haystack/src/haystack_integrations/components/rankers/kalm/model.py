@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ class KalmModel:
         dtype: str | None,
         token: Secret | None,
         max_length: int,
+        ratio: int | None,
         meta_fields_to_embed: list[str] | None,
         embedding_separator: str,
     ) -> None:
@@ -36,6 +38,7 @@ class KalmModel:
         self.dtype = dtype
         self.token = token
         self.max_length = max_length
+        self.ratio = ratio
         self.meta_fields_to_embed = list(meta_fields_to_embed or [])
         self.embedding_separator = embedding_separator
         self._handle = SharedHandle()
@@ -49,9 +52,21 @@ class KalmModel:
             revision=self.revision,
             device=None if self.device is None else self.device.to_torch_str(),
             dtype=self.dtype,
-            token=None if self.token is None else self.token.resolve_value(),
+            token=self._own_token(),
             max_length=self.max_length,
+            ratio=self.ratio,
         )
+
+    def _own_token(self) -> str | None:
+        """The token, unless it is the one that the hub client finds anyway: then nothing sets this instance apart."""
+        from huggingface_hub import get_token
+
+        token = None if self.token is None else self.token.resolve_value()
+        return None if token == get_token() else token
+
+    async def warm_up_async(self) -> None:
+        """Load the model without blocking the event loop."""
+        await asyncio.to_thread(self.reranker.load)
 
     def model_arguments(self) -> dict[str, Any]:
         """The arguments for `default_to_dict`."""
@@ -63,7 +78,8 @@ class KalmModel:
             "dtype": self.dtype,
             "token": self.token,
             "max_length": self.max_length,
-            "meta_fields_to_embed": self.meta_fields_to_embed,
+            "ratio": self.ratio,
+            "meta_fields_to_embed": list(self.meta_fields_to_embed),
             "embedding_separator": self.embedding_separator,
         }
 

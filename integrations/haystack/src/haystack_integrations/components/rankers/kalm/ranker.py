@@ -77,13 +77,13 @@ class KalmRanker(KalmModel):
             dtype=dtype,
             token=token,
             max_length=max_length,
+            ratio=ratio,
             meta_fields_to_embed=meta_fields_to_embed,
             embedding_separator=embedding_separator,
         )
         self.top_k = _positive(top_k)
         self.score_threshold = score_threshold
         self.instruction = instruction
-        self.ratio = ratio
 
     def warm_up(self) -> None:
         """Load the model. Calling it again does nothing."""
@@ -147,7 +147,6 @@ class KalmRanker(KalmModel):
             top_k=self.top_k,
             score_threshold=self.score_threshold,
             instruction=self.instruction,
-            ratio=self.ratio,
         )
 
     @classmethod
@@ -169,7 +168,7 @@ class KalmRanker(KalmModel):
             _positive(top_k)
         return self.texts(documents), {
             "instruction": self.instruction if instruction is None else instruction,
-            "ratio": self.ratio if ratio is None else ratio,
+            "ratio": ratio,
         }
 
     def _chosen(
@@ -180,7 +179,7 @@ class KalmRanker(KalmModel):
         for hit in ranking:
             document = documents[hit.index]
             if document.id not in found and (threshold is None or hit.score >= threshold):
-                found[document.id] = replace(document, score=hit.score)
+                found[document.id] = replace(document, score=hit.score, meta=dict(document.meta))
         return list(found.values())[: self.top_k if top_k is None else top_k]
 
 
