@@ -16,7 +16,7 @@ from cachekit import frames, key_of, lookup, passage, space, texts
 
 from kalm_rag import EncodeReport, KaLMReranker, PassageCache
 from kalm_rag.cache import DiskStore, MemoryStore, StoreStats
-from kalm_rag.cache import disk as disk_module
+from kalm_rag.cache import folder as folder_module
 from kalm_rag.cache.frame import pack, unpack
 from kalm_rag.cache.transfer import WrongModelError, export_shards, import_shards
 
@@ -346,7 +346,7 @@ def test_network_file_system_is_refused_once_and_ranking_goes_on(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(disk_module, "filesystem_of", lambda _: "nfs4")
+    monkeypatch.setattr(folder_module, "filesystem_of", lambda _: "nfs4")
     reranker = KaLMReranker(checkpoint, cache=PassageCache(tmp_path / "share", memory=0))
     assert near(scores(reranker, passages[:3]), scores(KaLMReranker(checkpoint, cache=None), passages[:3]))
     scores(reranker, passages[:3])
@@ -357,8 +357,8 @@ def test_network_file_system_is_refused_once_and_ranking_goes_on(
 
 
 def test_filesystem_of_this_machine() -> None:
-    assert disk_module.filesystem_of(Path("/proc")) in ("proc", None)
-    assert disk_module.filesystem_of(Path("/nowhere/at/all")) == disk_module.filesystem_of(Path("/"))
+    assert folder_module.filesystem_of(Path("/proc")) in ("proc", None)
+    assert folder_module.filesystem_of(Path("/nowhere/at/all")) == folder_module.filesystem_of(Path("/"))
 
 
 def test_export_and_import(checkpoint: Path, tmp_path: Path, passages: list[str]) -> None:

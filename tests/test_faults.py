@@ -25,7 +25,7 @@ from cachekit import finish, frames, key_of, lookup, passage, same, space, spawn
 
 from kalm_rag.cache import DiskStore, PassageCache, StoreError
 from kalm_rag.cache import disk as disk_module
-from kalm_rag.cache.disk import MANIFEST
+from kalm_rag.cache.folder import MANIFEST
 
 Tally = Callable[[str, int, int], None]
 POSIX = pytest.mark.skipif(os.name != "posix", reason="POSIX signals, permissions and mounts")

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import sqlite3
-import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,13 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kalm_rag.cache.keys import FORMAT, KEY_PATTERN
+from kalm_rag.cache.folder import MANIFEST, inspect_database, read_manifest, refuse_network, write_manifest
+from kalm_rag.cache.keys import KEY_PATTERN
 from kalm_rag.cache.store import StoreError, StoreStats
 
 logger = logging.getLogger(__name__)
-
-MANIFEST = "kalm-rag-cache.json"
-"""The file that marks a folder as ours; without it, a folder with a database is somebody else's and is left alone."""
 
 DEFAULT_LIMIT = 10_000_000_000
 """Bytes that a new folder may take before its oldest passages leave: about 100,000 passages of 300 tokens of Nano."""
@@ -29,7 +25,6 @@ DEFAULT_LIMIT = 10_000_000_000
 LOCK_SECONDS = 5.0
 """How long a write waits for another process before it gives up and counts as failed."""
 
-_NETWORK = {"9p", "afs", "ceph", "cifs", "fuse.glusterfs", "fuse.sshfs", "gpfs", "lustre", "nfs", "nfs4", "smb3"}
 _RETRY_SECONDS = 30.0
 _TRANSACTION = 32_000_000
 
@@ -353,7 +348,7 @@ class DiskStore:
         if not self.folder.exists() and self.read_only:
             msg = f"there is no cache in {self.folder}, and a read-only one is not made"
             raise StoreError(msg)
-        _refuse_network(self.folder)
+        refuse_network(self.folder)
         if self.folder.exists() and not self.folder.is_dir():
             msg = f"the cache path {self.folder} is a file; give a folder"
             raise StoreError(msg)
@@ -369,13 +364,13 @@ class DiskStore:
             except (OSError, sqlite3.Error) as error:
                 if not (self.folder / "cache.db").is_file() or "locked" in str(error):
                     raise
-                _read_manifest(self.folder)
+                read_manifest(self.folder)
                 self._go_read_only(str(error))
                 self._write_again_at = time.monotonic() + _RETRY_SECONDS
         if self.read_only:
-            _read_manifest(self.folder)
+            read_manifest(self.folder)
             with contextlib.closing(self._connect()) as connection:
-                _inspect(connection)
+                inspect_database(connection)
                 row = connection.execute("SELECT value FROM Settings WHERE key = 'size_limit'").fetchone()
                 self._limit = int(row[0]) if row else self._limit
         self._inode = self._inode_now()
@@ -387,14 +382,14 @@ class DiskStore:
         names = os.listdir(self.folder)
         if MANIFEST not in names:
             if any(name.endswith((".val", ".db")) for name in names):
-                _read_manifest(self.folder)  # another process may have made it a moment ago; if not, it is foreign
+                read_manifest(self.folder)  # another process may have made it a moment ago; if not, it is foreign
             else:
-                _write_manifest(self.folder)
-        _read_manifest(self.folder)
+                write_manifest(self.folder)
+        read_manifest(self.folder)
         if (self.folder / "cache.db").is_file() and (self.folder / "cache.db").stat().st_size:
             connection = sqlite3.connect(self.folder / "cache.db", timeout=LOCK_SECONDS, isolation_level=None)
             with contextlib.closing(connection):
-                _inspect(connection)
+                inspect_database(connection)
                 # diskcache waits a minute for a lock when it opens a folder; find out sooner.
                 connection.execute("BEGIN IMMEDIATE")
                 connection.execute("ROLLBACK")
@@ -444,88 +439,3 @@ def _written(path: Path) -> float:
         return path.stat().st_mtime
     except OSError:
         return float("inf")
-
-
-def _write_manifest(folder: Path) -> None:
-    handle, name = tempfile.mkstemp(dir=folder, prefix=".manifest-")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump({"what": "encoded passages of kalm-rag", "format": FORMAT}, file)
-    os.chmod(name, 0o644)  # the folder's mode decides who may read; mkstemp's would keep out whom the user lets in
-    os.replace(name, folder / MANIFEST)
-
-
-def _read_manifest(folder: Path) -> None:
-    """Refuse a folder that is not ours, or that a newer version wrote."""
-    try:
-        content = json.loads((folder / MANIFEST).read_text("utf-8"))
-        version = content["format"]
-    except FileNotFoundError:
-        msg = (
-            f"the folder {folder} holds a database but no {MANIFEST}: it belongs to another program and is left alone; "
-            "give the cache a folder of its own"
-        )
-        raise StoreError(msg) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        msg = f"cannot read {folder / MANIFEST} ({error!r}); restore it, or remove the folder to begin anew"
-        raise StoreError(msg) from error
-    if version != FORMAT:
-        msg = (
-            f"the cache in {folder} has format {version!r}; this version of kalm-rag uses {FORMAT}: use another folder"
-        )
-        raise StoreError(msg)
-
-
-_TRIGGERS = {"Settings_count_insert", "Settings_count_delete", "Settings_size_insert", "Settings_size_update"} | {
-    "Settings_size_delete"
-}
-
-
-def _inspect(connection: sqlite3.Connection) -> None:
-    """Refuse a database that would make diskcache do more than keep rows.
-
-    diskcache turns settings that it does not know into attributes and SQL; views and triggers run what they say.
-    """
-    from diskcache.core import DEFAULT_SETTINGS, METADATA
-
-    known = {**DEFAULT_SETTINGS, **METADATA}
-    try:
-        rows = connection.execute("SELECT key, value FROM Settings").fetchall()
-    except sqlite3.OperationalError as error:
-        if "no such table" in str(error):
-            return  # another process is just making it
-        raise
-    for key, value in rows:
-        if key not in known or type(value) is not type(known[key]):
-            msg = f"the cache's database has the setting {key!r:.60} = {value!r:.60}, which is not ours"
-            raise StoreError(msg)
-    for kind, name, sql in connection.execute("SELECT type, name, sql FROM sqlite_master").fetchall():
-        ours = kind in {"table", "index"} or (kind == "trigger" and name in _TRIGGERS and "SELECT" not in sql.upper())
-        if not ours:
-            msg = f"the cache's database has the {kind} {name!r:.60}, which is not ours"
-            raise StoreError(msg)
-
-
-def _refuse_network(folder: Path) -> None:
-    kind = filesystem_of(folder)
-    if kind in _NETWORK:
-        msg = (
-            f"the cache folder {folder} is on a network file system ({kind}), where SQLite's locks do not work; "
-            "use a local folder, and `kalm-rag cache export` and `import` to share"
-        )
-        raise StoreError(msg)
-
-
-def filesystem_of(folder: Path) -> str | None:
-    """The type of the file system that holds a folder, where /proc tells it."""
-    try:
-        lines = Path("/proc/self/mounts").read_text("utf-8").splitlines()
-    except OSError:
-        return None
-    best, kind = "", None
-    target = os.path.realpath(folder)
-    for line in lines:
-        fields = line.split(" ")
-        mount = fields[1].replace("\\040", " ")
-        if len(mount) >= len(best) and (target == mount or target.startswith(mount.rstrip("/") + "/")):
-            best, kind = mount, fields[2]
-    return kind

@@ -23,7 +23,7 @@ ModelFilter = Annotated[
 
 def _disk(cache: str) -> DiskStore:
     from kalm_rag.cache import DiskStore, PassageCache
-    from kalm_rag.cache.disk import MANIFEST
+    from kalm_rag.cache.folder import MANIFEST
 
     store = PassageCache(cache).store
     if not isinstance(store, DiskStore) or not (store.folder / MANIFEST).is_file():
