@@ -284,7 +284,7 @@ class Engine:
 
     def _find_prefilled(self, texts: Sequence[str], beginning: Beginning, ratio: int) -> dict[str, Prefilled]:
         """What is prefilled in memory, or in the store if it keeps prefilled passages."""
-        keys = {self._prefilled_key(text, beginning, ratio): text for text in texts}
+        keys = dict(zip(self._prefilled_keys(texts, beginning, ratio), texts, strict=True))
         found = self._prefilled.get_many(keys)
         self.prefill_counters.hits += len(found)
         missing = [key for key in keys if key not in found]
@@ -302,15 +302,14 @@ class Engine:
         """Prefill passages and keep them where they are kept."""
         made = dict(zip(texts, self._warm.prefill(beginning, [states[text] for text in texts]), strict=True))
         makers = {}
-        for text, passage in made.items():
-            key = self._prefilled_key(text, beginning, ratio)
+        for key, passage in zip(self._prefilled_keys(texts, beginning, ratio), made.values(), strict=True):
             self._prefilled.put(key, passage)
             makers[key] = partial(_frame_of, passage, key, self._space.model)
         self._cache.keep_prefilled(makers)
         return made
 
-    def _prefilled_key(self, text: str, beginning: Beginning, ratio: int) -> str:
-        return self._space.prefilled_key(text, ratio=ratio, beginning=beginning.ids, kind=self._warm.name)
+    def _prefilled_keys(self, texts: Sequence[str], beginning: Beginning, ratio: int) -> list[str]:
+        return self._space.prefilled_keys(texts, ratio=ratio, beginning=beginning.ids, kind=self._warm.name)
 
     def _beginning(self, instruction: str) -> Beginning:
         found = self._beginnings.get(instruction)
@@ -330,7 +329,7 @@ class Engine:
             return
         spoiled = list(dict.fromkeys(row.text for row in bad))
         beginning = self._beginning(instruction)
-        prefilled = [self._prefilled_key(text, beginning, ratio) for text in spoiled]
+        prefilled = self._prefilled_keys(spoiled, beginning, ratio)
         self._prefilled.delete(prefilled)
         self._cache.forget([*map(self._space.key, spoiled), *prefilled])
         fresh = self._encode_all(spoiled, ratio)

@@ -357,7 +357,7 @@ def test_a_damaged_prefilled_entry_is_computed_again(
     with KaLMReranker(checkpoint, cache=PassageCache(tmp_path, keep="prefilled")) as writer:
         writer.rank("query", passages[:3])
         engine = writer._loaded()
-        key = engine._prefilled_key(passages[1], engine._beginning(engine._settings.instruction), 4)
+        [key] = engine._prefilled_keys([passages[1]], engine._beginning(engine._settings.instruction), 4)
         other = engine._space.key(passages[1])
     store = DiskStore(tmp_path)
     data = store.get_many([key])[key]

@@ -43,24 +43,26 @@ class KeySpace:
 
     def key(self, text: str) -> str:
         """64 hexadecimal digits (SHA-256) for the states of one passage."""
-        return _extended(self._prefix, text)
+        return _with(self._prefix, text).hexdigest()
 
-    def prefilled_key(self, text: str, *, ratio: int, beginning: Sequence[int], kind: str) -> str:
-        """64 hexadecimal digits for one prefilled passage.
+    def prefilled_keys(self, texts: Sequence[str], *, ratio: int, beginning: Sequence[int], kind: str) -> list[str]:
+        """64 hexadecimal digits for each prefilled passage.
 
         Args:
-            text: the passage.
+            texts: the passages.
             ratio: of the states that were prefilled from.
             beginning: token ids of the prompt's beginning, which stand for instruction and system prompt.
             kind: what the keys and values are kept in.
         """
-        return _extended(self._prefilled, str(ratio), ",".join(map(str, beginning)), kind, text)
+        prefix = _with(self._prefilled, str(ratio), ",".join(map(str, beginning)), kind)
+        return [_with(prefix, text).hexdigest() for text in texts]
 
 
-def _extended(prefix: hashlib._Hash, *parts: str) -> str:
+def _with(prefix: hashlib._Hash, *parts: str) -> hashlib._Hash:
+    """A copy of a digest, fed with more tagged parts."""
     digest = prefix.copy()
     for part in parts:
         data = part.encode("utf-8")
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)
-    return digest.hexdigest()
+    return digest
