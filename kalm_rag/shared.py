@@ -7,16 +7,69 @@ import os
 import threading
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, get_args
 
+from kalm_rag.cache import PassageCache, Store
+from kalm_rag.cache.tiers import Keep
 from kalm_rag.paths import default_cache_dir
 from kalm_rag.reranker import KaLMReranker
+from kalm_rag.settings import check_choice
+
+CacheLike: TypeAlias = str | Path | PassageCache | Store | None
+"""What an adapter takes as its cache: a folder, a ready-made cache or store, or None for memory alone."""
+
+DEFAULT_KEEP: Keep = "states"
+"""What a folder keeps unless told otherwise, as in `PassageCache`."""
 
 _instances: weakref.WeakValueDictionary[tuple[Any, ...], KaLMReranker] = weakref.WeakValueDictionary()
 _lock = threading.Lock()
 
 
-def shared_reranker(model: str | Path, *, cache: Any = "default", **options: Any) -> KaLMReranker:
+def check_cache(cache: object, keep: object) -> None:
+    """Refuse what is no cache, and a `keep` that the cache cannot follow.
+
+    Raises:
+        ValueError: the message names the rule, what was given, and the way out.
+    """
+    check_choice("keep", keep, get_args(Keep))
+    if not isinstance(cache, CacheLike):
+        msg = (
+            f"cache must be a folder, a PassageCache, a store or None, got {type(cache).__name__}: {cache!r:.80}; "
+            "leave it out for the user's cache folder"
+        )
+        raise ValueError(msg)
+    if keep != DEFAULT_KEEP and _ready_made(cache):
+        msg = (
+            "keep is for a cache given as a folder; a ready-made one was told when it was made: got "
+            f"keep={keep!r}, cache={cache!r:.80}; give a folder, or cache=PassageCache(..., keep={keep!r}) alone"
+        )
+        raise ValueError(msg)
+
+
+def serialisable_cache(cache: CacheLike) -> str | None:
+    """The cache as a serialised component names it: a folder or None.
+
+    Raises:
+        ValueError: it is a ready-made cache, which belongs to this process.
+    """
+    if isinstance(cache, (str, Path)):
+        return str(cache)
+    if cache is None:
+        return None
+    msg = (
+        "a component is serialised with the folder of its cache; a ready-made one belongs to its process: got "
+        f"cache={cache!r:.80}; give the component a folder, and keep for what it keeps"
+    )
+    raise ValueError(msg)
+
+
+def _ready_made(cache: object) -> bool:
+    return cache is not None and not isinstance(cache, (str, Path))
+
+
+def shared_reranker(
+    model: str | Path, *, cache: CacheLike = "default", keep: Keep = DEFAULT_KEEP, **options: Any
+) -> KaLMReranker:
     """The reranker of this process for these arguments, made at the first call.
 
     It lives as long as somebody holds it; the model loads at first use, as always.
@@ -24,20 +77,30 @@ def shared_reranker(model: str | Path, *, cache: Any = "default", **options: Any
     Args:
         model: as in `KaLMReranker`.
         cache: as in `KaLMReranker`; two equal folders are one cache, two cache objects are two.
+        keep: as in `PassageCache`, for a folder. Two that differ in it share no reranker; they share the folder.
         options: further arguments of `KaLMReranker`.
 
     Raises:
         ValueError, TypeError: an argument is wrong.
     """
-    key = _key(model, cache, options)
+    check_cache(cache, keep)
+    key = _key(model, cache, keep, options)
     with _lock:
         found = _instances.get(key)
         if found is None:
-            found = _instances[key] = KaLMReranker(model, cache=cache, **options)
+            found = _instances[key] = _made(model, cache, keep, options)
         return found
 
 
-def _key(model: str | Path, cache: Any, options: dict[str, Any]) -> tuple[Any, ...]:
+def _made(model: str | Path, cache: CacheLike, keep: Keep, options: dict[str, Any]) -> KaLMReranker:
+    reranker = KaLMReranker(model, cache=cache, **options)
+    if keep != DEFAULT_KEEP and not isinstance(cache, PassageCache):
+        # In place of the cache it made for itself, which nothing has opened: its ratio is kept, and it stays its own.
+        reranker.cache = PassageCache(cache, base_ratio=reranker.cache.base_ratio, keep=keep)
+    return reranker
+
+
+def _key(model: str | Path, cache: CacheLike, keep: Keep, options: dict[str, Any]) -> tuple[Any, ...]:
     place: Any = cache
     if cache == "default":
         place = str(default_cache_dir() / "passages")
@@ -46,7 +109,7 @@ def _key(model: str | Path, cache: Any, options: dict[str, Any]) -> tuple[Any, .
     elif cache is not None:
         place = id(cache)
     shown = {name: _unreadable(value) if name == "token" else str(value) for name, value in options.items()}
-    return (str(model), place, *sorted(shown.items()))
+    return (str(model), place, keep, *sorted(shown.items()))
 
 
 def _unreadable(token: object) -> str:
@@ -62,11 +125,13 @@ class SharedHandle:
     def __init__(self) -> None:
         self._held: dict[tuple[Any, ...], KaLMReranker] = {}
 
-    def get(self, model: str | Path, *, cache: Any = "default", **options: Any) -> KaLMReranker:
+    def get(
+        self, model: str | Path, *, cache: CacheLike = "default", keep: Keep = DEFAULT_KEEP, **options: Any
+    ) -> KaLMReranker:
         """The shared reranker for these arguments, kept alive by this handle; an option that is None is left out."""
         given = {name: value for name, value in options.items() if value is not None}
-        found = shared_reranker(model, cache=cache, **given)
-        self._held[_key(model, cache, given)] = found
+        found = shared_reranker(model, cache=cache, keep=keep, **given)
+        self._held[_key(model, cache, keep, given)] = found
         return found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedHandle:

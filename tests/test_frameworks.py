@@ -14,25 +14,26 @@ import pytest
 PREAMBLE = """
 import json, sys
 model, cache, texts, query = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), sys.argv[4]
+options = json.loads(sys.argv[5])
 """
 INGEST = {
     "langchain": """
 from langchain_core.documents import Document
 from langchain_kalm import KalmPassageEncoder
-encoder = KalmPassageEncoder(model=model, cache=cache)
+encoder = KalmPassageEncoder(model=model, cache=cache, **options)
 encoder.transform_documents([Document(page_content=text) for text in texts])
 """,
     "llama-index": """
 from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core import Document
 from llama_index.postprocessor.kalm_rerank import KalmPassageEncoder
-encoder = KalmPassageEncoder(model=model, cache=cache)
+encoder = KalmPassageEncoder(model=model, cache=cache, **options)
 IngestionPipeline(transformations=[encoder]).run(documents=[Document(text=text) for text in texts])
 """,
     "haystack": """
 from haystack import Document
 from haystack_integrations.components.rankers.kalm import KalmPassageEncoder
-encoder = KalmPassageEncoder(model=model, cache=cache)
+encoder = KalmPassageEncoder(model=model, cache=cache, **options)
 encoder.run(documents=[Document(content=text) for text in texts])
 """,
 }
@@ -40,21 +41,21 @@ QUERY = {
     "langchain": """
 from langchain_core.documents import Document
 from langchain_kalm import KalmReranker
-ranker = KalmReranker(model=model, cache=cache, top_n=None)
+ranker = KalmReranker(model=model, cache=cache, **options, top_n=None)
 given = [Document(page_content=text) for text in texts]
 ask = lambda query: [d.metadata["relevance_score"] for d in ranker.compress_documents(given, query)]
 """,
     "llama-index": """
 from llama_index.core.schema import NodeWithScore, TextNode
 from llama_index.postprocessor.kalm_rerank import KalmRerank
-ranker = KalmRerank(model=model, cache=cache, top_n=None)
+ranker = KalmRerank(model=model, cache=cache, **options, top_n=None)
 given = [NodeWithScore(node=TextNode(text=text)) for text in texts]
 ask = lambda query: [node.score for node in ranker.postprocess_nodes(given, query_str=query)]
 """,
     "haystack": """
 from haystack import Document
 from haystack_integrations.components.rankers.kalm import KalmRanker
-ranker = KalmRanker(model=model, cache=cache, top_k=100)
+ranker = KalmRanker(model=model, cache=cache, **options, top_k=100)
 given = [Document(content=text) for text in texts]
 ask = lambda query: [document.score for document in ranker.run(query=query, documents=given)["documents"]]
 """,
@@ -64,12 +65,15 @@ calls = []
 model = ranker.reranker.load()._loaded().loaded.model
 model.get_encoder().register_forward_pre_hook(lambda *_: calls.append(1))
 first, second = ask(query), ask("another " + query)
-print(json.dumps({"calls": len(calls), "scores": first, "encoded": ranker.reranker.cache.stats().encoded}))
+stats = ranker.reranker.cache.stats()
+found = {"calls": len(calls), "scores": first, "encoded": stats.encoded, "prefilled": stats.prefilled.hits}
+print(json.dumps(found))
 """
 
 
-def run(code: str, checkpoint: Path, cache: Path, texts: list[str], query: str) -> Any:
-    command = [sys.executable, "-c", PREAMBLE + code, str(checkpoint), str(cache), json.dumps(texts), query]
+def run(code: str, checkpoint: Path, cache: Path, texts: list[str], query: str, **options: Any) -> Any:
+    arguments = [str(checkpoint), str(cache), json.dumps(texts), query, json.dumps(options)]
+    command = [sys.executable, "-c", PREAMBLE + code, *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1]) if done.stdout.strip() else None
@@ -88,6 +92,22 @@ def test_encoded_by_one_framework_is_all_hits_in_the_others(
         found = run(QUERY[reader] + COUNT, checkpoint, tmp_path, texts, queries[0])
         assert (found["calls"], found["encoded"]) == (0, 0), reader
         assert found["scores"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("ingester", "reader"), [("langchain", "llama-index"), ("llama-index", "haystack"), ("haystack", "langchain")]
+)
+def test_prefilled_by_one_framework_is_read_by_the_next(
+    ingester: str, reader: str, checkpoint: Path, tmp_path: Path, passages: list[str], queries: list[str]
+) -> None:
+    from kalm_rag import KaLMReranker
+
+    texts = [text.strip() for text in passages[:4]]
+    expected = [hit.score for hit in KaLMReranker(checkpoint, cache=None).rank(queries[0], texts)]
+    run(INGEST[ingester], checkpoint, tmp_path, texts, queries[0], keep="prefilled")
+    found = run(QUERY[reader] + COUNT, checkpoint, tmp_path, texts, queries[0], keep="prefilled")
+    assert (found["calls"], found["encoded"], found["prefilled"]) == (0, 0, len(texts))
+    assert found["scores"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_inside_of_a_fastapi_app(checkpoint: Path, tmp_path: Path, passages: list[str], queries: list[str]) -> None:

@@ -7,11 +7,13 @@ import contextvars
 import gc
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kalm_rag import KaLMReranker, PassageCache
-from kalm_rag.shared import shared_reranker
+from kalm_rag.cache import ByteStoreAdapter, DiskStore, MemoryStore
+from kalm_rag.shared import SharedHandle, check_cache, serialisable_cache, shared_reranker
 
 
 def test_equal_arguments_share_and_others_do_not(checkpoint: Path, tmp_path: Path) -> None:
@@ -38,6 +40,80 @@ def test_places_of_the_cache_are_compared_as_places(
     assert shared_reranker(checkpoint) is not default
     assert shared_reranker(checkpoint, ratio=None).settings.ratio == 1
     assert shared_reranker(checkpoint).settings.ratio == 4
+
+
+def test_what_a_folder_keeps_sets_rerankers_apart(checkpoint: Path, tmp_path: Path) -> None:
+    states = shared_reranker(checkpoint, cache=tmp_path)
+    prefilled = shared_reranker(checkpoint, cache=tmp_path, keep="prefilled")
+    assert prefilled is not states
+    assert (states.cache.keeps_prefilled, prefilled.cache.keeps_prefilled) == (False, True)
+    assert shared_reranker(checkpoint, cache=str(tmp_path), keep="states") is states
+    assert shared_reranker(checkpoint, cache=str(tmp_path), keep="prefilled") is prefilled
+    handle = SharedHandle()
+    assert handle.get(checkpoint, cache=tmp_path, keep="prefilled") is prefilled
+    assert handle.get(checkpoint, cache=tmp_path) is states
+
+
+@pytest.mark.parametrize("ratio", [None, 1, 2, 8])
+def test_what_a_folder_keeps_leaves_its_ratio_alone(checkpoint: Path, tmp_path: Path, ratio: int | None) -> None:
+    plain = shared_reranker(checkpoint, cache=tmp_path, ratio=ratio).cache
+    assert shared_reranker(checkpoint, cache=tmp_path, keep="prefilled", ratio=ratio).cache.base_ratio == (
+        plain.base_ratio
+    )
+
+
+def test_prefilled_passages_are_on_disk_once_the_reranker_is_closed(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reranker = shared_reranker(checkpoint, cache=tmp_path, keep="prefilled", device="cpu")
+    closed: list[PassageCache] = []
+    close = PassageCache.close
+    monkeypatch.setattr(PassageCache, "close", lambda cache: (closed.append(cache), close(cache)))
+    reranker.rank("query", ["one", "two"])
+    reranker.close()
+    assert closed == [reranker.cache]
+    other = KaLMReranker(checkpoint, cache=PassageCache(tmp_path, keep="prefilled"), device="cpu")
+    other.rank("another query", ["one", "two"])
+    assert (other.cache.stats().prefilled.hits, other.cache.stats().encoded) == (2, 0)
+
+
+READY_MADE = {
+    "cache": lambda place: PassageCache(place),
+    "store": lambda place: DiskStore(place),
+    "byte store": lambda _: ByteStoreAdapter({}),  # type: ignore[arg-type]
+    "memory": lambda _: MemoryStore(1000),
+}
+
+
+@pytest.mark.parametrize("kind", READY_MADE)
+def test_a_ready_made_cache_has_no_keep_beside_it(checkpoint: Path, tmp_path: Path, kind: str) -> None:
+    cache = READY_MADE[kind](tmp_path)
+    check_cache(cache, "states")
+    with pytest.raises(ValueError, match=r"given as a folder.*got keep='prefilled', cache=.*give a folder, or cache=P"):
+        shared_reranker(checkpoint, cache=cache, keep="prefilled")
+
+
+@pytest.mark.parametrize(
+    ("cache", "keep", "message"),
+    [
+        ("folder", "all", r"keep must be one of \('states', 'prefilled'\), got 'all'"),
+        (None, None, r"keep must be one of \('states', 'prefilled'\), got None"),
+        (7, "states", "cache must be a folder, a PassageCache, a store or None, got int: 7; leave it out"),
+        ({}, "prefilled", "cache must be a folder, a PassageCache, a store or None, got dict"),
+    ],
+)
+def test_what_is_no_cache_and_what_no_cache_keeps(cache: Any, keep: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_cache(cache, keep)
+
+
+@pytest.mark.parametrize("kind", READY_MADE)
+def test_a_ready_made_cache_is_not_serialised(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(ValueError, match=r"belongs to its process: got cache=.*give the component a folder, and keep"):
+        serialisable_cache(READY_MADE[kind](tmp_path))
+    assert serialisable_cache(tmp_path) == str(tmp_path)
+    assert serialisable_cache("default") == "default"
+    assert serialisable_cache(None) is None
 
 
 def test_the_loop_stays_free_while_the_model_loads(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,13 @@ from haystack import Document, Pipeline
 from haystack.components.joiners import DocumentJoiner
 from haystack.components.retrievers.in_memory import InMemoryBM25Retriever, InMemoryEmbeddingRetriever
 from haystack.components.writers import DocumentWriter
+from haystack.core.errors import SerializationError
 from haystack.document_stores.in_memory import InMemoryDocumentStore
 from haystack.utils import ComponentDevice, Secret
 from haystack_integrations.components.rankers.kalm import KalmPassageEncoder, KalmRanker
 
-from kalm_rag import KaLMReranker
+from kalm_rag import KaLMReranker, PassageCache
+from kalm_rag.cache import DiskStore
 
 QUERY = "How do I sort a list?"
 TEXTS = [
@@ -63,9 +65,10 @@ def expected(checkpoint: Path) -> list[tuple[int, float]]:
 
 def test_init_default() -> None:
     ranker = KalmRanker()
-    assert (ranker.model, ranker.cache, ranker.top_k, ranker.device, ranker.dtype) == (
+    assert (ranker.model, ranker.cache, ranker.keep, ranker.top_k, ranker.device, ranker.dtype) == (
         "nano",
         "default",
+        "states",
         10,
         None,
         None,
@@ -93,6 +96,7 @@ def test_to_dict_default() -> None:
             "model": "nano",
             "revision": None,
             "cache": "default",
+            "keep": "states",
             "device": None,
             "dtype": None,
             "token": {"type": "env_var", "env_vars": ["HF_API_TOKEN", "HF_TOKEN"], "strict": False},
@@ -111,6 +115,7 @@ def test_to_dict_default() -> None:
 def test_dict_round_trip(options: dict[str, Any], kind: Any) -> None:
     arguments = {
         **options,
+        "keep": "prefilled",
         "dtype": "bfloat16",
         "meta_fields_to_embed": ["title"],
         "embedding_separator": " | ",
@@ -122,6 +127,69 @@ def test_dict_round_trip(options: dict[str, Any], kind: Any) -> None:
     second = kind.from_dict(first.to_dict())
     assert second.to_dict() == first.to_dict()
     assert second.device == ComponentDevice.from_str("cpu")
+    assert second.reranker is first.reranker
+    assert second.reranker.cache.keeps_prefilled
+
+
+KINDS = pytest.mark.parametrize("kind", [KalmRanker, KalmPassageEncoder])
+CACHES = pytest.mark.parametrize("make", [PassageCache, DiskStore])
+
+
+@KINDS
+def test_keep_sets_apart_and_may_be_missing_in_what_was_saved(options: dict[str, Any], kind: Any) -> None:
+    plain, prefilled = kind(**options), kind(**options, keep="prefilled")
+    assert (plain.reranker.cache.keeps_prefilled, prefilled.reranker.cache.keeps_prefilled) == (False, True)
+    assert prefilled.reranker is kind(**options, keep="prefilled").reranker
+    saved = plain.to_dict()
+    del saved["init_parameters"]["keep"]
+    assert kind.from_dict(saved).reranker is plain.reranker
+
+
+@KINDS
+@pytest.mark.parametrize("wrong", [{"keep": "all"}, {"keep": None}, {"cache": 7}])
+def test_wrong_caches_are_refused(kind: Any, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
+        kind(**wrong)
+
+
+def test_indexing_leaves_prefilled_documents_on_disk(options: dict[str, Any]) -> None:
+    KalmPassageEncoder(**options, keep="prefilled").run(documents=documents())
+    core = KaLMReranker(options["model"], cache=PassageCache(options["cache"], keep="prefilled"), device="cpu")
+    core.rank(QUERY, TEXTS)
+    assert (core.cache.stats().prefilled.hits, core.cache.stats().encoded) == (len(TEXTS), 0)
+
+
+@KINDS
+@CACHES
+def test_keep_beside_a_ready_made_cache_is_refused(options: dict[str, Any], kind: Any, make: Any) -> None:
+    cache = make(options.pop("cache"))
+    with pytest.raises(ValueError, match=r"given as a folder.*keep='prefilled', cache=.*give a folder, or"):
+        kind(**options, cache=cache, keep="prefilled")
+
+
+@KINDS
+@CACHES
+def test_a_ready_made_cache_is_used_as_it_is_and_not_serialised(options: dict[str, Any], kind: Any, make: Any) -> None:
+    cache = make(options.pop("cache"))
+    first = kind(**options, cache=cache)
+    assert first.cache is cache
+    assert cache in (first.reranker.cache, first.reranker.cache.store)
+    assert first.reranker is KalmRanker(**options, cache=cache).reranker
+    made = Pipeline()
+    made.add_component("kalm", first)
+    for serialise in (first.to_dict, made.dumps):
+        with pytest.raises(SerializationError, match="belongs to its process: got cache=.*give the component a folder"):
+            serialise()
+
+
+def test_a_ready_made_cache_serves_indexing_and_queries(options: dict[str, Any]) -> None:
+    cache = PassageCache(options.pop("cache"), keep="prefilled")
+    made = Pipeline()
+    made.add_component("encoder", KalmPassageEncoder(**options, cache=cache))
+    made.add_component("ranker", KalmRanker(**options, cache=cache))
+    made.connect("encoder.documents", "ranker.documents")
+    made.run({"encoder": {"documents": documents()}, "ranker": {"query": QUERY}})
+    assert cache.stats().encoded == 5
 
 
 @MODES
@@ -299,3 +367,19 @@ def test_warm_up_leaves_the_event_loop_free(options: dict[str, Any]) -> None:
     ranker = KalmRanker(**options)
     asyncio.run(ranker.warm_up_async())
     assert "not loaded" not in repr(ranker.reranker)
+
+
+ANSWERS = {
+    "What is the capital of China?": "The capital of China is Beijing.",
+    "Why do things fall to the ground?": "Gravity attracts bodies toward one another.",
+    "How do I sort a list in Python?": "list.sort() sorts a list in place and returns None.",
+}
+
+
+@pytest.mark.weights
+def test_the_answer_is_first_with_the_released_weights(nano: str, tmp_path: Path) -> None:
+    ranker = KalmRanker(model=nano, cache=tmp_path)
+    for query, answer in ANSWERS.items():
+        given = [Document(content=text) for text in ANSWERS.values()]
+        found = ranker.run(query=query, documents=given)["documents"]
+        assert (found[0].content, len(found)) == (answer, len(ANSWERS))

@@ -4,27 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from langchain_core.documents import Document
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SkipValidation,
+    WithJsonSchema,
+    field_serializer,
+    model_validator,
+)
 
 from kalm_rag import KaLMReranker
-from kalm_rag.shared import SharedHandle
+from kalm_rag.cache.tiers import Keep
+from kalm_rag.shared import CacheLike, SharedHandle, check_cache, serialisable_cache
 
 
 class KalmModel(BaseModel):
     """Names a model and the cache of its encoded passages.
 
-    Classes with equal arguments share one loaded model, which loads at first use.
+    Classes with equal arguments share one loaded model, which loads at first use. JSON and pickle keep the arguments,
+    unless one is a ready-made cache, which belongs to its process: that is an error that says so.
     """
 
     model: str | Path = "nano"
     """`nano`, `small`, `large`, a folder, or a hub id."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
-    cache: Any = "default"
-    """A folder, a `kalm_rag.PassageCache`, a store, or None; by default the user's cache folder."""
+    cache: Annotated[CacheLike, SkipValidation, WithJsonSchema({"type": ["string", "null"]})] = "default"
+    """A folder, by default the user's cache folder; None keeps documents in the process; a ready-made
+    `kalm_rag.PassageCache` or store is used as it is, shared with all that are given it."""
+    keep: Keep = "states"
+    """What a folder keeps: `states`, or `prefilled` to keep prefilled documents too, for fast first queries on a CPU
+    at about 25 times the bytes. Encoder and reranker must name the same."""
     device: str | None = None
     """`cpu`, `cuda`, ...; by default the best there is."""
     dtype: str | None = None
@@ -38,12 +53,26 @@ class KalmModel(BaseModel):
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", protected_namespaces=())
 
+    @model_validator(mode="after")
+    def _check_cache(self) -> KalmModel:
+        check_cache(self.cache, self.keep)
+        return self
+
+    @field_serializer("cache", when_used="json")
+    def _serialise_cache(self, cache: CacheLike) -> str | None:
+        return serialisable_cache(cache)
+
+    def __getstate__(self) -> dict[Any, Any]:
+        serialisable_cache(self.cache)
+        return super().__getstate__()
+
     @property
     def reranker(self) -> KaLMReranker:
         """The shared `kalm_rag.KaLMReranker`."""
         return self._handle.get(
             self.model,
             cache=self.cache,
+            keep=self.keep,
             revision=self.revision,
             device=self.device,
             dtype=self.dtype,

@@ -18,3 +18,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from kalm_rag.testing import build_checkpoint
 
     return build_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def nano() -> str:
+    """The name of the released model, where its weights are in the local hub cache."""
+    from kalm_rag import KaLMReranker
+    from kalm_rag.errors import CheckpointError
+
+    try:
+        KaLMReranker("nano", local_files_only=True).find()
+    except CheckpointError:
+        pytest.skip("the weights of `nano` (KaLM-Reranker-V1-Nano-R2) are not in the local hub cache")
+    return "nano"

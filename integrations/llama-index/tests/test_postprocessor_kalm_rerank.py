@@ -21,7 +21,8 @@ from llama_index.core.schema import Document, MetadataMode, NodeWithScore, TextN
 from llama_index.postprocessor.kalm_rerank import KalmPassageEncoder, KalmRerank
 from llama_index.retrievers.bm25 import BM25Retriever
 
-from kalm_rag import KaLMReranker
+from kalm_rag import KaLMReranker, PassageCache
+from kalm_rag.cache import DiskStore
 
 QUERY = "How do I sort a list?"
 TEXTS = [
@@ -68,9 +69,10 @@ def test_class() -> None:
 
 def test_defaults() -> None:
     reranker = KalmRerank()
-    assert (reranker.model, reranker.cache, reranker.top_n, reranker.metadata_mode) == (
+    assert (reranker.model, reranker.cache, reranker.keep, reranker.top_n, reranker.metadata_mode) == (
         "nano",
         "default",
+        "states",
         5,
         MetadataMode.EMBED,
     )
@@ -132,7 +134,19 @@ def test_missing_query_and_wrong_nodes(options: dict[str, Any], mode: str) -> No
         KalmRerank(**options).warm(["text"])  # type: ignore[list-item]
 
 
-@pytest.mark.parametrize("wrong", [{"top_n": 0}, {"ratio": 0}, {"unknown": 1}, {"instruction": 7}, {"max_length": 0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"top_n": 0},
+        {"ratio": 0},
+        {"unknown": 1},
+        {"instruction": 7},
+        {"max_length": 0},
+        {"keep": "all"},
+        {"keep": None},
+        {"cache": 7},
+    ],
+)
 def test_wrong_arguments_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         KalmRerank(**wrong)
@@ -152,6 +166,80 @@ def test_dict_json_and_pickle_round_trips(options: dict[str, Any]) -> None:
         assert other.to_dict() == reranker.to_dict()
         assert other.postprocess_nodes(nodes(), query_str=QUERY) == wanted
     assert reranker.to_dict()["class_name"] == "KalmRerank"
+
+
+KINDS = pytest.mark.parametrize("kind", [KalmRerank, KalmPassageEncoder])
+CACHES = pytest.mark.parametrize("make", [PassageCache, DiskStore])
+
+
+@KINDS
+def test_keep_is_an_argument_and_sets_apart(options: dict[str, Any], kind: Any) -> None:
+    plain, prefilled = kind(**options), kind(**options, keep="prefilled")
+    assert (plain.reranker.cache.keeps_prefilled, prefilled.reranker.cache.keeps_prefilled) == (False, True)
+    for other in (
+        kind(**options, keep="prefilled"),
+        plain.model_copy(update={"keep": "prefilled"}),
+        kind.from_dict(prefilled.to_dict()),
+        kind.from_json(prefilled.to_json()),
+        pickle.loads(pickle.dumps(prefilled)),
+    ):
+        assert other.reranker is prefilled.reranker
+    assert prefilled.to_dict()["keep"] == "prefilled"
+    assert "keep" in kind.model_json_schema()["properties"]
+
+
+def test_ingestion_leaves_prefilled_nodes_on_disk(options: dict[str, Any]) -> None:
+    pipeline = IngestionPipeline(transformations=[KalmPassageEncoder(**options)])
+    given = [node.node for node in nodes()]
+    pipeline.run(nodes=given)
+    pipeline.transformations = [KalmPassageEncoder(**options, keep="prefilled")]
+    pipeline.run(nodes=given)  # another keep is another step: the pipeline's own cache does not answer for it
+    core = KaLMReranker(options["model"], cache=PassageCache(options["cache"], keep="prefilled"), device="cpu")
+    core.rank(QUERY, embed_texts())
+    assert (core.cache.stats().prefilled.hits, core.cache.stats().encoded) == (len(TEXTS), 0)
+
+
+@KINDS
+@CACHES
+def test_keep_beside_a_ready_made_cache_is_refused(options: dict[str, Any], kind: Any, make: Any) -> None:
+    cache = make(options.pop("cache"))
+    with pytest.raises(ValueError, match=r"given as a folder.*keep='prefilled', cache=.*give a folder, or"):
+        kind(**options, cache=cache, keep="prefilled")
+    late = kind(**options, cache=cache).model_copy(update={"keep": "prefilled"})
+    with pytest.raises(ValueError, match="given as a folder"):
+        late.reranker.load()
+
+
+@KINDS
+@CACHES
+def test_a_ready_made_cache_is_used_as_it_is_and_not_serialised(options: dict[str, Any], kind: Any, make: Any) -> None:
+    cache = make(options.pop("cache"))
+    first = kind(**options, cache=cache)
+    assert first.cache is cache
+    assert cache in (first.reranker.cache, first.reranker.cache.store)
+    assert first.reranker is KalmRerank(**options, cache=cache).reranker
+    assert kind.from_dict(first.to_dict()).reranker is first.reranker
+    for serialise in (pickle.dumps, kind.to_json, kind.model_dump_json, lambda made: made.model_dump(mode="json")):
+        with pytest.raises(ValueError, match="belongs to its process: got cache=.*give the component a folder, and ke"):
+            serialise(first)
+
+
+@MODES
+def test_a_ready_made_cache_serves_ingestion_and_queries(options: dict[str, Any], mode: str) -> None:
+    cache = PassageCache(options.pop("cache"), keep="prefilled")
+    pipeline = IngestionPipeline(transformations=[KalmPassageEncoder(**options, cache=cache)])
+    given = [node.node for node in nodes()]
+    for _ in range(2):
+        assert len(pipeline.run(nodes=given) if mode == "sync" else asyncio.run(pipeline.arun(nodes=given))) == 5
+    rerank(copy.deepcopy(KalmRerank(**options, cache=cache)), nodes(), QUERY, mode)
+    assert cache.stats().encoded == 5
+
+
+def test_workers_do_not_go_on_without_a_ready_made_cache(options: dict[str, Any]) -> None:
+    cache = PassageCache(options.pop("cache"))
+    pipeline = IngestionPipeline(transformations=[KalmPassageEncoder(**options, cache=cache)])
+    with pytest.raises(ValueError, match="give the component a folder"):
+        pipeline.run(nodes=[node.node for node in nodes()], num_workers=2)
 
 
 class Events(BaseEventHandler):
@@ -253,3 +341,19 @@ def test_warm_encodes_what_is_indexed_already(options: dict[str, Any]) -> None:
 def test_a_kept_score_that_would_become_text_is_refused() -> None:
     with pytest.raises(ValueError, match="keep_retrieval_score needs a metadata_mode other than ALL"):
         KalmRerank(keep_retrieval_score=True, metadata_mode=MetadataMode.ALL)
+
+
+ANSWERS = {
+    "What is the capital of China?": "The capital of China is Beijing.",
+    "Why do things fall to the ground?": "Gravity attracts bodies toward one another.",
+    "How do I sort a list in Python?": "list.sort() sorts a list in place and returns None.",
+}
+
+
+@pytest.mark.weights
+def test_the_answer_is_first_with_the_released_weights(nano: str, tmp_path: Path) -> None:
+    reranker = KalmRerank(model=nano, cache=tmp_path, top_n=None)
+    for query, answer in ANSWERS.items():
+        given = [NodeWithScore(node=TextNode(text=text)) for text in ANSWERS.values()]
+        found = reranker.postprocess_nodes(given, query_str=query)
+        assert (found[0].text, len(found)) == (answer, len(ANSWERS))

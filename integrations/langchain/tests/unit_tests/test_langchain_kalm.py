@@ -24,6 +24,7 @@ from langchain_tests.integration_tests import RetrieversIntegrationTests
 from pydantic import ValidationError
 
 from kalm_rag import KaLMReranker, PassageCache
+from kalm_rag.cache import DiskStore
 
 QUERY = "How do I sort a list?"
 TEXTS = [
@@ -66,7 +67,7 @@ MODES = pytest.mark.parametrize("mode", ["sync", "async"])
 
 def test_defaults() -> None:
     reranker = KalmReranker()
-    assert (reranker.model, reranker.cache, reranker.top_n) == ("nano", "default", 3)
+    assert (reranker.model, reranker.cache, reranker.keep, reranker.top_n) == ("nano", "default", "states", 3)
     assert (reranker.score_threshold, reranker.instruction, reranker.ratio, reranker.device, reranker.dtype) == (
         None,
     ) * 5
@@ -139,6 +140,9 @@ def test_blank_documents_are_ranked(options: dict[str, Any], text: str) -> None:
         {"unknown": 1},
         {"instruction": 7},
         {"max_length": 0},
+        {"keep": "all"},
+        {"keep": None},
+        {"cache": 7},
     ],
 )
 def test_wrong_arguments_are_refused(wrong: dict[str, Any]) -> None:
@@ -182,6 +186,65 @@ def test_a_cache_object_survives_copies(options: dict[str, Any]) -> None:
     reranker = KalmReranker(**options, cache=cache)
     assert copy.deepcopy(reranker).cache is cache
     assert reranker.model_copy(deep=True).compress_documents(documents(), QUERY)
+
+
+KINDS = pytest.mark.parametrize("kind", [KalmReranker, KalmCrossEncoder, KalmPassageEncoder, KalmCachingEmbeddings])
+CACHES = pytest.mark.parametrize("make", [PassageCache, DiskStore])
+
+
+def component(kind: Any, **arguments: Any) -> Any:
+    if kind is KalmCachingEmbeddings:
+        arguments["embeddings"] = DeterministicFakeEmbedding(size=4)
+    return kind(**arguments)
+
+
+@KINDS
+def test_keep_is_an_argument_and_sets_apart(options: dict[str, Any], kind: Any) -> None:
+    plain, prefilled = component(kind, **options), component(kind, **options, keep="prefilled")
+    assert (plain.reranker.cache.keeps_prefilled, prefilled.reranker.cache.keeps_prefilled) == (False, True)
+    assert prefilled.reranker is component(kind, **options, keep="prefilled").reranker
+    assert plain.model_copy(update={"keep": "prefilled"}).reranker is prefilled.reranker
+    assert pickle.loads(pickle.dumps(prefilled)).keep == "prefilled"
+    assert kind(**dict(prefilled)).reranker is prefilled.reranker
+
+
+def test_keep_is_part_of_the_json(options: dict[str, Any]) -> None:
+    reranker = KalmReranker(**options, keep="prefilled")
+    other = KalmReranker.model_validate_json(reranker.model_dump_json())
+    assert (other.keep, other.cache) == ("prefilled", str(options["cache"]))
+    assert other.reranker is reranker.reranker
+    assert KalmReranker.model_json_schema()["properties"]["cache"]["type"] == ["string", "null"]
+
+
+def test_ingestion_leaves_prefilled_documents_on_disk(options: dict[str, Any]) -> None:
+    KalmPassageEncoder(**options, keep="prefilled").transform_documents(documents())
+    core = KaLMReranker(options["model"], cache=PassageCache(options["cache"], keep="prefilled"), device="cpu")
+    core.rank(QUERY, TEXTS)
+    assert (core.cache.stats().prefilled.hits, core.cache.stats().encoded) == (len(TEXTS), 0)
+
+
+@KINDS
+@CACHES
+def test_keep_beside_a_ready_made_cache_is_refused(options: dict[str, Any], kind: Any, make: Any) -> None:
+    cache = make(options.pop("cache"))
+    with pytest.raises(ValidationError, match=r"given as a folder.*keep='prefilled', cache=.*give a folder, or"):
+        component(kind, **options, cache=cache, keep="prefilled")
+    late = component(kind, **options, cache=cache).model_copy(update={"keep": "prefilled"})
+    with pytest.raises(ValueError, match="given as a folder"):
+        late.reranker.load()
+
+
+@KINDS
+@CACHES
+def test_a_ready_made_cache_is_used_as_it_is_and_not_serialised(options: dict[str, Any], kind: Any, make: Any) -> None:
+    cache = make(options.pop("cache"))
+    first = component(kind, **options, cache=cache)
+    assert first.cache is cache
+    assert cache in (first.reranker.cache, first.reranker.cache.store)
+    assert first.reranker is KalmReranker(**options, cache=cache).reranker
+    for serialise in (pickle.dumps, kind.model_dump_json, lambda made: made.model_dump(mode="json")):
+        with pytest.raises(ValueError, match="belongs to its process: got cache=.*give the component a folder, and ke"):
+            serialise(first)
 
 
 @pytest.mark.parametrize("ratio", [1, 2, 8])

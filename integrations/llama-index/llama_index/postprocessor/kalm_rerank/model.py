@@ -4,25 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from llama_index.core.bridge.pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
-from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore
+from llama_index.core.bridge.pydantic import (
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    WithJsonSchema,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
+from llama_index.core.schema import BaseComponent, BaseNode, MetadataMode, NodeWithScore
+from pydantic import SkipValidation
 
 from kalm_rag import KaLMReranker
-from kalm_rag.shared import SharedHandle
+from kalm_rag.cache.tiers import Keep
+from kalm_rag.shared import CacheLike, SharedHandle, check_cache, serialisable_cache
 
 
-class KalmModel(BaseModel):
+class KalmModel(BaseComponent):
     """Names a model and the cache of its encoded passages; equal arguments share one loaded model.
 
-    All arguments are plain values, so that `to_dict`, `from_dict` and pickle keep them.
+    Arguments are plain values, so that `to_dict`, `from_dict`, JSON and pickle keep them. A ready-made cache is not:
+    it belongs to its process, and JSON and pickle are errors that say so. `to_dict` hands it on as it is, because
+    an `IngestionPipeline` asks for that at every run.
     """
 
     model: str = Field(default="nano", description="nano, small, large, a folder, or a hub id.")
     revision: str | None = Field(default=None, description="Branch, tag or commit on the hub.")
-    cache: str | None = Field(
-        default="default", description="Folder of encoded passages; None keeps them in the process."
+    cache: Annotated[CacheLike, SkipValidation, WithJsonSchema({"type": ["string", "null"]})] = Field(
+        default="default",
+        description="Folder of encoded passages; None keeps them in the process; a ready-made kalm_rag.PassageCache or "
+        "store is used as it is, shared with all that are given it.",
+    )
+    keep: Keep = Field(
+        default="states",
+        description="What a folder keeps: states, or prefilled to keep prefilled passages too, for fast first queries "
+        "on a CPU at about 25 times the bytes. The same for all that share.",
     )
     device: str | None = Field(default=None, description="cpu, cuda, ...; by default the best there is.")
     dtype: str | None = Field(
@@ -51,12 +70,36 @@ class KalmModel(BaseModel):
     def _plain(cls, value: Any) -> Any:
         return str(value) if isinstance(value, Path) else value
 
+    @model_validator(mode="after")
+    def _check_cache(self) -> KalmModel:
+        check_cache(self.cache, self.keep)
+        return self
+
+    @field_serializer("cache", when_used="json")
+    def _serialise_cache(self, cache: CacheLike) -> str | None:
+        return serialisable_cache(cache)
+
+    def to_json(self, **kwargs: Any) -> str:
+        """The arguments as JSON.
+
+        Raises:
+            ValueError: the cache is a ready-made one.
+        """
+        serialisable_cache(self.cache)
+        return super().to_json(**kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # LlamaIndex drops what cannot be pickled: a worker process would go on with the user's cache folder.
+        serialisable_cache(self.cache)
+        return super().__getstate__()
+
     @property
     def reranker(self) -> KaLMReranker:
         """The shared `kalm_rag.KaLMReranker`."""
         return self._handle.get(
             self.model,
             cache=self.cache,
+            keep=self.keep,
             revision=self.revision,
             device=self.device,
             dtype=self.dtype,

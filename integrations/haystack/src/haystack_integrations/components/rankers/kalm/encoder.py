@@ -10,12 +10,15 @@ from haystack.utils import ComponentDevice, Secret
 from haystack_integrations.components.rankers.kalm.model import KalmModel
 from haystack_integrations.components.rankers.kalm.ranker import restored
 
+from kalm_rag.cache.tiers import Keep
+from kalm_rag.shared import CacheLike
+
 
 @component
 class KalmPassageEncoder(KalmModel):
     """Encodes documents into the cache and hands them on unchanged; stands before the `DocumentWriter`.
 
-    Its `meta_fields_to_embed`, `embedding_separator` and `ratio` must be those of the `KalmRanker`.
+    Its `meta_fields_to_embed`, `embedding_separator`, `ratio` and `keep` must be those of the `KalmRanker`.
     """
 
     def __init__(
@@ -23,7 +26,8 @@ class KalmPassageEncoder(KalmModel):
         model: str | Path = "nano",
         *,
         revision: str | None = None,
-        cache: str | Path | None = "default",
+        cache: CacheLike = "default",
+        keep: Keep = "states",
         device: ComponentDevice | None = None,
         dtype: str | None = None,
         token: Secret | None = Secret.from_env_var(["HF_API_TOKEN", "HF_TOKEN"], strict=False),
@@ -39,6 +43,7 @@ class KalmPassageEncoder(KalmModel):
             model,
             revision=revision,
             cache=cache,
+            keep=keep,
             device=device,
             dtype=dtype,
             token=token,
@@ -78,7 +83,11 @@ class KalmPassageEncoder(KalmModel):
         return {"documents": documents, "encoded": report.new, "known": report.known}
 
     def to_dict(self) -> dict[str, Any]:
-        """Serialise the component."""
+        """Serialise the component.
+
+        Raises:
+            SerializationError: its cache is a ready-made one; give it a folder.
+        """
         return default_to_dict(self, **self.model_arguments())
 
     @classmethod

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from haystack import Document
+from haystack.core.errors import SerializationError
 from haystack.utils import ComponentDevice, Secret
 
 from kalm_rag import KaLMReranker
-from kalm_rag.shared import SharedHandle
+from kalm_rag.cache.tiers import Keep
+from kalm_rag.shared import CacheLike, SharedHandle, check_cache, serialisable_cache
 
 
 class KalmModel:
@@ -22,7 +24,8 @@ class KalmModel:
         model: str | Path,
         *,
         revision: str | None,
-        cache: str | Path | None,
+        cache: CacheLike,
+        keep: Keep,
         device: ComponentDevice | None,
         dtype: str | None,
         token: Secret | None,
@@ -31,9 +34,11 @@ class KalmModel:
         meta_fields_to_embed: list[str] | None,
         embedding_separator: str,
     ) -> None:
+        check_cache(cache, keep)
         self.model = str(model)
         self.revision = revision
-        self.cache = str(cache) if isinstance(cache, Path) else cache
+        self.cache: CacheLike = str(cache) if isinstance(cache, Path) else cache
+        self.keep: Keep = keep
         self.device = device
         self.dtype = dtype
         self.token = token
@@ -49,6 +54,7 @@ class KalmModel:
         return self._handle.get(
             self.model,
             cache=self.cache,
+            keep=self.keep,
             revision=self.revision,
             device=None if self.device is None else self.device.to_torch_str(),
             dtype=self.dtype,
@@ -69,11 +75,20 @@ class KalmModel:
         await asyncio.to_thread(self.reranker.load)
 
     def model_arguments(self) -> dict[str, Any]:
-        """The arguments for `default_to_dict`."""
+        """The arguments for `default_to_dict`.
+
+        Raises:
+            SerializationError: the cache is a ready-made one.
+        """
+        try:
+            cache = serialisable_cache(self.cache)
+        except ValueError as error:
+            raise SerializationError(str(error)) from None
         return {
             "model": self.model,
             "revision": self.revision,
-            "cache": self.cache,
+            "cache": cache,
+            "keep": self.keep,
             "device": self.device,
             "dtype": self.dtype,
             "token": self.token,

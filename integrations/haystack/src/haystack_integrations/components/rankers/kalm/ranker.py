@@ -11,6 +11,8 @@ from haystack.utils import ComponentDevice, Secret
 from haystack_integrations.components.rankers.kalm.model import KalmModel
 
 from kalm_rag import RankedPassage
+from kalm_rag.cache.tiers import Keep
+from kalm_rag.shared import CacheLike
 
 
 @component
@@ -35,7 +37,8 @@ class KalmRanker(KalmModel):
         model: str | Path = "nano",
         *,
         revision: str | None = None,
-        cache: str | Path | None = "default",
+        cache: CacheLike = "default",
+        keep: Keep = "states",
         device: ComponentDevice | None = None,
         dtype: str | None = None,
         token: Secret | None = Secret.from_env_var(["HF_API_TOKEN", "HF_TOKEN"], strict=False),
@@ -52,7 +55,10 @@ class KalmRanker(KalmModel):
         Args:
             model: `nano`, `small`, `large`, a folder, or a hub id.
             revision: branch, tag or commit on the hub.
-            cache: folder of encoded documents; by default the user's cache folder, None keeps them in the process.
+            cache: folder of encoded documents, by default the user's cache folder; None keeps them in the process; a
+                ready-made `kalm_rag.PassageCache` or store is used as it is, shared with all that are given it.
+            keep: what a folder keeps: `states`, or `prefilled` to keep prefilled documents too, for fast first queries
+                on a CPU at about 25 times the bytes. Encoder and ranker must name the same.
             device: by default the best there is.
             dtype: `float32`, `bfloat16`, `int8`; by default bfloat16 on CUDA, else float32.
             token: hub token, if the model needs one.
@@ -65,7 +71,8 @@ class KalmRanker(KalmModel):
             embedding_separator: what stands between them.
 
         Raises:
-            ValueError: `top_k` is not above 0.
+            ValueError: `top_k` is not above 0, `cache` or `keep` is none of these, or `keep` is given with a
+                ready-made cache.
         """
         # By name: `@component` makes a new class, which `super()` does not know.
         KalmModel.__init__(
@@ -73,6 +80,7 @@ class KalmRanker(KalmModel):
             model,
             revision=revision,
             cache=cache,
+            keep=keep,
             device=device,
             dtype=dtype,
             token=token,
@@ -140,7 +148,11 @@ class KalmRanker(KalmModel):
         return {"documents": self._chosen(documents, ranking, top_k, score_threshold)}
 
     def to_dict(self) -> dict[str, Any]:
-        """Serialise the component."""
+        """Serialise the component.
+
+        Raises:
+            SerializationError: its cache is a ready-made one; give it a folder.
+        """
         return default_to_dict(
             self,
             **self.model_arguments(),
