@@ -59,7 +59,7 @@ $(VENV)/.demo: $(VENV)/.base pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.base pyproject.toml constraints.txt
-	$(PIP) --editable '.[demo]' --group dev
+	$(PIP) --editable '.[demo,eval]' --group dev
 	for place in integrations/*; do $(PIP) --no-deps --editable $$place || exit 1; done
 	touch $@
 
@@ -67,7 +67,7 @@ $(VENV)-lowest/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-lowest
 	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
 	$(VENV)-lowest/bin/pip install --quiet --disable-pip-version-check \
-	  torch==2.13.0 transformers==5.3.0 --editable '.[demo]' --group test
+	  torch==2.13.0 transformers==5.3.0 --editable '.[demo,eval]' --group test
 	touch $@
 
 $(VENV)-floors/.ready: pyproject.toml constraints.txt integrations/*/pyproject.toml

@@ -17,6 +17,15 @@ ALIASES = {
 }
 """Short names of the R2 releases."""
 
+MINI = "mini"
+"""Short name of the demonstration checkpoint inside this package: trained by this project, no KaLM release."""
+
+MINI_NOTE = "mini is the demonstration checkpoint that comes with kalm-rag, no KaLM release; for real use: nano"
+"""What commands say when they run it."""
+
+NAMES = (MINI, *ALIASES)
+"""Every short name."""
+
 MODEL_TYPE = "t5gemma2"
 """`model_type` of every KaLM-Reranker-V1 checkpoint."""
 
@@ -61,7 +70,7 @@ def find_checkpoint(
     """Resolve an alias, a local folder or a hub id to files, downloading them if need be.
 
     Args:
-        model: `nano`, `small`, `large`, a folder, or a hub id such as `KaLM-Embedding/KaLM-Reranker-V1-Nano`.
+        model: `mini`, `nano`, `small`, `large`, a folder, or a hub id such as `KaLM-Embedding/KaLM-Reranker-V1-Nano`.
         revision: branch, tag or commit on the hub; refused for a folder.
         token: hub token, as `huggingface_hub` takes it.
         local_files_only: use the hub's local cache alone.
@@ -70,7 +79,7 @@ def find_checkpoint(
         CheckpointError: nothing usable is there; the message says what was looked for and the way out.
     """
     if not isinstance(model, (str, Path)) or not str(model):
-        msg = f"model must be an alias ({', '.join(ALIASES)}), a folder or a hub id, got {model!r}"
+        msg = f"model must be an alias ({', '.join(NAMES)}), a folder or a hub id, got {model!r}"
         raise CheckpointError(msg)
     path = Path(model).expanduser()
     if path.is_dir():
@@ -78,13 +87,18 @@ def find_checkpoint(
             msg = f"revision={revision!r} was given for the folder {str(model)!r}; revisions belong to hub ids"
             raise CheckpointError(msg)
         return read_checkpoint(path, str(model))
+    if str(model) == MINI:
+        if revision is not None:
+            msg = f"revision={revision!r} was given for {MINI!r}, which comes with this package and has no revisions"
+            raise CheckpointError(msg)
+        return read_checkpoint(Path(__file__).parent / "mini", MINI)
     repo = ALIASES.get(str(model), str(model))
     if path.is_file():
         msg = f"model={str(model)!r} is a file; give the folder that holds config.json and the safetensors files"
         raise CheckpointError(msg)
     if isinstance(model, Path) or not _HUB_ID.fullmatch(repo) or repo.startswith((".", "~")):
         msg = (
-            f"no folder {str(model)!r} here, and it is neither an alias ({', '.join(ALIASES)}) "
+            f"no folder {str(model)!r} here, and it is neither an alias ({', '.join(NAMES)}) "
             "nor a hub id of the form owner/name"
         )
         raise CheckpointError(msg)
@@ -138,7 +152,7 @@ def read_checkpoint(folder: Path, name: str) -> Checkpoint:
     if kind != MODEL_TYPE:
         msg = (
             f"{name!r} is a {kind!r} checkpoint; kalm-rag runs KaLM-Reranker-V1 checkpoints, whose model_type is "
-            f"{MODEL_TYPE!r}: use one of {', '.join(ALIASES)} or a folder with one of them"
+            f"{MODEL_TYPE!r}: use one of {', '.join(NAMES)} or a folder with one of them"
         )
         raise CheckpointError(msg)
     return Checkpoint(name, folder, config, _shards(folder))

@@ -50,7 +50,8 @@ class KaLMReranker:
     number of threads; it may be a context manager, and `close()` frees its memory.
 
     Args:
-        model: `nano`, `small` or `large` (the R2 releases), a local folder, or a hub id.
+        model: `nano`, `small` or `large` (the R2 releases), `mini` (a demonstration checkpoint inside this package, for
+            trying things offline), a local folder, or a hub id.
         revision: branch, tag or commit on the hub.
         device: `cpu`, `cuda`, `cuda:1`, `mps`, ... Default: CUDA if there is one, else the CPU.
         dtype: `float32`, `bfloat16`, `float16`, or `int8` (CPU: the decoder's matrices in 8 bits, the encoder in

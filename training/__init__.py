@@ -1,0 +1,1 @@
+"""Trains `kalm-rag-mini`, the demonstration checkpoint that the package carries. See README.md."""

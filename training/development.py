@@ -1,0 +1,66 @@
+"""The development split: held-out queries of the training sets, each reranking what BM25 found for it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from kalm_rag.prompts import Prompts
+from training.data import Tokens
+
+if TYPE_CHECKING:
+    from training.trainer import Trainer
+
+RATIO = 4
+DEPTH = 10
+
+
+class Development:
+    """Scores a model that is being trained.
+
+    Args:
+        tokens: the training sets.
+        prompts: builds the prompts.
+        prefix: token ids before every passage.
+    """
+
+    def __init__(self, tokens: dict[str, Tokens], prompts: Prompts, prefix: list[int]) -> None:
+        self._tokens = {name: own for name, own in tokens.items() if own.held_out}
+        front = prompts.tokenizer.encode([prompts.prefix()])[0]
+        back = prompts.tokenizer.encode([prompts.suffix()])[0]
+        self._prefix, self._front, self._back = prefix, front, back
+
+    def scores(self, trainer: Trainer) -> dict[str, float]:
+        """nDCG@10 per set, over the candidates of BM25 with the relevant passages among them."""
+        return {name: self._set(trainer, own) for name, own in self._tokens.items()}
+
+    @torch.no_grad()
+    def _set(self, trainer: Trainer, own: Tokens) -> float:
+        found = []
+        for query in own.held_out:
+            candidates = own.neighbours[query].tolist()
+            relevant = [float(number in own.positives[query]) for number in candidates]
+            if not any(relevant):
+                continue
+            rows = [[*self._prefix, *own.passages[number][:255].tolist()] for number in candidates]
+            ids, mask = trainer.padded(rows)
+            with torch.autocast(trainer.device.type, torch.bfloat16):
+                states = trainer.model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+            prompts, prompts_mask = trainer.padded(
+                [[*self._front, *own.queries[query].tolist(), *self._back]] * len(candidates)
+            )
+            everyone = torch.arange(len(candidates), device=trainer.device)
+            margins, _, _ = trainer.decode(states, mask, prompts, prompts_mask, everyone, RATIO)
+            found.append(ndcg(margins.float().cpu().numpy(), np.array(relevant)))
+        return float(np.mean(found))
+
+
+def ndcg(scores: Any, relevant: Any) -> float:
+    """nDCG@10 over the candidates themselves: what no order of them could reach is not counted."""
+    discounts = 1.0 / np.log2(np.arange(2, DEPTH + 2))
+    order = np.argsort(-scores, kind="stable")[:DEPTH]
+    gained = (relevant[order] * discounts[: len(order)]).sum()
+    ideal = np.sort(relevant)[::-1][:DEPTH]
+    return float(gained / (ideal * discounts[: len(ideal)]).sum())

@@ -1,0 +1,80 @@
+"""What decides the result, besides the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+FINE, COARSE = (1, 2, 4), (4, 8, 16, 32)
+"""Compression ratios; every step sums the loss over one of each."""
+
+INSTRUCTIONS = (
+    "Given a web search query, retrieve passages that answer the query.",
+    "Given a question, retrieve passages that answer it.",
+    "Retrieve text that is relevant to the query.",
+    "Given a claim, find documents that support or refute it.",
+    "Find the answer to a frequently asked question.",
+)
+"""Used now and then in place of the default, so that another instruction does no harm."""
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One pass of ranking with a learning rate that rises, then falls along a cosine.
+
+    Attributes:
+        steps: batches.
+        passages_per_group: candidates of each query: one positive and hard negatives.
+        queries_per_group: queries that share these candidates.
+        dense: weight of the dense signals at the start, and from the middle on.
+        rate: highest learning rate.
+        embeddings: share of that rate for the token embeddings, which start near where they should end.
+    """
+
+    steps: int
+    passages_per_group: int
+    queries_per_group: int
+    dense: tuple[float, float]
+    rate: float = 1.0e-3
+    embeddings: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Everything that decides the result, besides the data. The defaults made the bundled checkpoint.
+
+    Attributes:
+        seed: of weights and batches.
+        pieces: word pieces in the vocabulary.
+        encoder_layers, decoder_layers: depth.
+        queries_per_source: queries used of each set at most.
+        longest: tokens of a passage that are kept.
+        lengths: tokens of a passage in a batch, drawn per batch.
+        batch_tokens: passage tokens per batch.
+        encoder_steps: batches in which the encoder alone learns to read as the teacher does.
+        encoder_rate: highest learning rate of those.
+        rounds: passes of ranking; the best development score over all of them is kept.
+        soft: weights of the teacher's cosine, BM25's share and the label in the soft labels.
+        answer: weight of the binary cross-entropy of `P(yes)`.
+    """
+
+    seed: int = 0
+    pieces: int = 18_000
+    encoder_layers: int = 3
+    decoder_layers: int = 3
+    queries_per_source: int = 15_000
+    longest: int = 256
+    lengths: tuple[int, ...] = (128, 128, 192, 192, 256)
+    batch_tokens: int = 8_192
+    encoder_steps: int = 400
+    encoder_rate: float = 1.0e-3
+    rounds: tuple[Round, ...] = (Round(1_500, 8, 4, (1.0, 0.15)), Round(1_100, 12, 4, (0.15, 0.1), 6.0e-4, 0.15))
+    soft: tuple[float, float, float] = (10.0, 10.0, 4.0)
+    answer: float = 0.15
+
+    def shortened(self, share: float) -> Recipe:
+        """The same recipe with that share of the steps, to try it out."""
+        return replace(
+            self,
+            encoder_steps=max(1, round(self.encoder_steps * share)),
+            rounds=tuple(replace(one, steps=max(1, round(one.steps * share))) for one in self.rounds),
+        )
