@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import IO, Any
 
 _TEXT_KEYS = ("text", "contents", "content", "passage")
+_NOT_IN_IDS = re.compile(r"[\t\r\n\v\f\ud800-\udfff]")
+_MOST_RELEVANT = 1000
 _ID_KEYS = ("_id", "id", "docid", "doc_id")
 
 
@@ -37,31 +39,125 @@ class Corpus:
     qrels: dict[str, dict[str, int]]
 
 
-def read_beir(folder: str | Path) -> Corpus:
-    """Read `corpus.jsonl`, `queries.jsonl` and `qrels.tsv` (or `qrels/test.tsv`).
+def read_beir(
+    source: str | Path, queries: str | Path | None = None, qrels: str | Path | None = None, split: str = "test"
+) -> Corpus:
+    """Read a test collection.
+
+    Args:
+        source: a folder in BEIR layout (`corpus.jsonl`, `queries.jsonl`, and `qrels.tsv` or `qrels/<split>.tsv`), or
+            anything `read_passages` takes, with `queries` and `qrels` given.
+        queries: a `.jsonl` file, or one query a line as `id<tab>text`. Default: the folder's.
+        qrels: judgements, see `read_qrels`. Default: the folder's.
+        split: which judgements of a BEIR folder.
 
     Raises:
-        FileNotFoundError: one of the files is missing.
-        ValueError: a line cannot be read; the message names file and line.
+        FileNotFoundError: one of the files is missing; the message names it.
+        ValueError: a line cannot be read, an id is missing or occurs twice, or there is no passage or no query; the
+            message names file and line.
     """
-    folder = Path(folder)
-    qrels_file = folder / "qrels.tsv"
-    if not qrels_file.is_file():
-        qrels_file = folder / "qrels" / "test.tsv"
-    passages = {str(record.id): record.text for record in read_passages(folder / "corpus.jsonl")}
-    queries = {str(record.id): record.text for record in read_passages(folder / "queries.jsonl")}
-    qrels: dict[str, dict[str, int]] = {}
-    with qrels_file.open(encoding="utf-8", newline="") as file:
-        for number, row in enumerate(csv.reader(file, delimiter="\t"), start=1):
-            if number == 1 and row and row[-1] == "score":
-                continue
-            try:
-                query, passage, score = row
-                qrels.setdefault(query, {})[passage] = int(score)
-            except ValueError:
-                msg = f"{qrels_file}, line {number}: expected query-id, corpus-id and an integer score, got {row}"
-                raise ValueError(msg) from None
-    return Corpus(passages, queries, qrels)
+    folder = Path(source)
+    passages = _by_id(read_passages(source), str(source), "passage")
+    query_file = Path(queries) if queries is not None else folder / "queries.jsonl"
+    if not query_file.is_file():
+        msg = f"no file of queries {str(query_file)!r}; name one (--queries), or give a folder that holds queries.jsonl"
+        raise FileNotFoundError(msg)
+    known = _by_id(_read_queries(query_file), str(query_file), "query")
+    return Corpus(passages, known, read_qrels(_qrels_file(folder, qrels, split)))
+
+
+def _qrels_file(folder: Path, given: str | Path | None, split: str) -> Path:
+    tried = [Path(given)] if given is not None else [folder / "qrels" / f"{split}.tsv", folder / "qrels.tsv"]
+    for file in tried:
+        if file.is_file():
+            return file
+    msg = f"no judgements: looked for {', '.join(map(str, tried))}; name a file (--qrels)"
+    raise FileNotFoundError(msg)
+
+
+def _by_id(records: Iterable[Record], where: str, what: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for number, record in enumerate(records, start=1):
+        if not record.id:
+            msg = f"{where}: {what} {number} has no id; each needs one under {' or '.join(_ID_KEYS)}"
+            raise ValueError(msg)
+        if record.id != record.id.strip() or _NOT_IN_IDS.search(record.id):
+            msg = (
+                f"{where}: the id {record.id!r} of {what} {number} begins or ends with a space or holds a tab, a line "
+                "break or half a character; files of judgements and runs cannot name it"
+            )
+            raise ValueError(msg)
+        if record.id in found:
+            msg = f"{where}: the id {record.id!r} of {what} {number} occurs before; ids must be unique"
+            raise ValueError(msg)
+        found[record.id] = record.text
+    if not found:
+        msg = f"{where} holds no {what}; there is nothing to evaluate"
+        raise ValueError(msg)
+    return found
+
+
+def _read_queries(path: Path) -> Iterator[Record]:
+    if path.suffix in {".jsonl", ".ndjson"}:
+        yield from read_passages(path)
+        return
+    for number, line in text_lines(path):
+        if line.strip():
+            identifier, tab, text = line.rstrip("\r\n").partition("\t")
+            if not tab:
+                msg = f"{path}, line {number}: expected id<tab>query, got {line.strip()[:60]!r}"
+                raise ValueError(msg)
+            yield Record(identifier.strip(), text)
+
+
+def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
+    """Read judgements: BEIR's three columns with a heading (query-id, corpus-id, score), or TREC's four.
+
+    Returns:
+        Query id to the relevance of passage ids.
+
+    Raises:
+        ValueError: a line is neither, or a pair is judged twice and differently; the message names file and line.
+    """
+    found: dict[str, dict[str, int]] = {}
+    for number, line in text_lines(path):
+        columns = line.strip().split("\t") if "\t" in line else line.split()
+        if not columns or (number == 1 and columns[-1] == "score"):
+            continue
+        try:
+            query, passage, relevance = columns if len(columns) == 3 else [columns[0], *columns[2:]]
+            value = int(relevance)
+            if abs(value) > _MOST_RELEVANT:
+                raise ValueError
+        except ValueError:
+            msg = (
+                f"{path}, line {number}: expected query-id, corpus-id and an integer score within {_MOST_RELEVANT} of "
+                f"0 (or TREC's query-id, iteration, corpus-id, relevance), got {line.strip()[:80]!r}"
+            )
+            raise ValueError(msg) from None
+        if found.setdefault(query, {}).setdefault(passage, value) != value:
+            msg = f"{path}, line {number}: {query!r} and {passage!r} are judged before, and differently"
+            raise ValueError(msg)
+    if not found:
+        msg = f"{path} holds no judgement; there is nothing to evaluate"
+        raise ValueError(msg)
+    return found
+
+
+def text_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """The lines of a UTF-8 file with their numbers, from 1.
+
+    Raises:
+        ValueError: the file is not UTF-8; the message names it.
+    """
+    number = 0
+    with Path(path).open(encoding="utf-8-sig") as lines:
+        try:
+            for number, line in enumerate(lines, start=1):
+                yield number, line
+        except UnicodeDecodeError as error:
+            msg = f"{path}, after line {number}: not UTF-8 text ({error.reason})"
+            raise ValueError(msg) from None
 
 
 def read_passages(source: str | Path) -> Iterator[Record]:
@@ -87,7 +183,7 @@ def read_passages(source: str | Path) -> Iterator[Record]:
             msg = f"the folder {str(path)!r} holds neither corpus.jsonl nor any .txt or .md file"
             raise FileNotFoundError(msg)
         for file in files:
-            yield Record(str(file.relative_to(path)), _read_text(file))
+            yield Record(file.relative_to(path).as_posix(), _read_text(file))
         return
     if not path.is_file():
         msg = f"no file or folder {str(path)!r}; give a .jsonl or text file, a folder, or - for standard input"

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kalm_rag._version import __version__
-from kalm_rag.cli import cache, demo, encode, info, rank
+from kalm_rag.cli import cache, demo, encode, evaluate, info, rank
 from kalm_rag.errors import KaLMError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
 app.command("rank")(rank.rank)
 app.command("encode")(encode.encode)
 app.add_typer(cache.app)
+app.command("eval")(evaluate.evaluate)
 app.command("demo")(demo.demo)
 app.command("info")(info.info)
 

@@ -13,7 +13,13 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 ModelOption = Annotated[
-    str, typer.Option("--model", "-m", help="nano, small, large, a folder, or a hub id.", metavar="MODEL")
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        help="nano, small, large, mini (bundled, for trying out), a folder, or a hub id.",
+        metavar="MODEL",
+    ),
 ]
 RevisionOption = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the hub.")]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, mps, ... [default: the best]")]
@@ -44,6 +50,14 @@ def console() -> Console:
     from rich.console import Console
 
     return Console(highlight=False, soft_wrap=False)
+
+
+def note_mini(model: str) -> None:
+    """Say so where the demonstration checkpoint runs."""
+    from kalm_rag.checkpoint import MINI, MINI_NOTE
+
+    if model == MINI:
+        typer.echo(f"note: {MINI_NOTE}", err=True)
 
 
 def passage_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -1,0 +1,184 @@
+"""`kalm-rag eval`: quality, cost and compression on the user's own data."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kalm_rag.checkpoint import MINI
+from kalm_rag.cli.options import DeviceOption, JsonOption, console, note_mini, print_json
+
+if TYPE_CHECKING:
+    from kalm_rag.corpus import Corpus
+    from kalm_rag.evaluation.candidates import Candidates
+    from kalm_rag.evaluation.summary import Summary
+
+
+def evaluate(
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            help="A BEIR folder, or a corpus (JSONL, text, folder) with --queries and --qrels. "
+            "[default: the bundled Python FAQ]",
+            show_default=False,
+        ),
+    ] = None,
+    queries: Annotated[
+        Path | None, typer.Option(help="Queries: JSONL, or id<tab>text. [default: the folder's]")
+    ] = None,
+    qrels: Annotated[Path | None, typer.Option(help="Judgements: BEIR or TREC. [default: the folder's]")] = None,
+    split: Annotated[str, typer.Option(help="Which judgements of a BEIR folder.")] = "test",
+    run: Annotated[Path | None, typer.Option(help="A TREC run to rerank instead of BM25's candidates.")] = None,
+    depth: Annotated[int, typer.Option(min=1, help="Candidates per query.")] = 50,
+    limit_queries: Annotated[int | None, typer.Option(min=1, help="Use the first so many judged queries only.")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option("--model", "-m", help="mini, nano, a folder, ...; repeat it. [default: mini]")
+    ] = None,
+    ratio: Annotated[str, typer.Option(help="Compression ratios, separated by commas.")] = "1,2,4,8,16,32",
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="float32, bfloat16, int8, ...; repeat it. [default: the device's]")
+    ] = None,
+    instruction: Annotated[
+        list[str] | None, typer.Option(help="What 'relevant' means; repeat it. [default: the model's]")
+    ] = None,
+    metrics: Annotated[str, typer.Option(help="Separated by commas; the first is tested and plotted.")] = (
+        "nDCG@10,MRR@10,R@10,MAP"
+    ),
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens of a passage that are read.")] = 1024,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for the report; an interrupted run goes on from it.")
+    ] = Path("kalm-rag-eval"),
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder of encoded passages. [default: the folder cache in --out]")
+    ] = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Rerank what a first stage found and measure what that gains, for every ratio, precision and instruction.
+
+    Each passage is encoded once per model and precision. Finished queries are kept in the folder: the same command
+    goes on where an interrupted one stopped.
+    """
+    from kalm_rag.evaluation import Experiment, Metrics, System
+    from kalm_rag.evaluation import evaluate as run_experiment
+    from kalm_rag.evaluation.report import check_extras, write_numbers, write_page
+    from kalm_rag.evaluation.summary import summarise
+
+    check_extras()
+    chosen = Metrics([name.strip() for name in metrics.split(",") if name.strip()])
+    ratios = _ratios(ratio)
+    corpus, title = _corpus(source, queries, qrels, split)
+    candidates = _candidates(corpus, run, depth, limit_queries)
+    for name in model or [MINI]:
+        note_mini(name)
+    for warning in candidates.warnings:
+        typer.echo(f"note: {warning}", err=True)
+    precisions: list[str | None] = [*dtype] if dtype else [None]
+    tasks: list[str | None] = [*instruction] if instruction else [None]
+    experiment = Experiment(
+        corpus,
+        candidates,
+        [
+            System(name, number, precision, task)
+            for name in model or [MINI]
+            for precision in precisions
+            for task in tasks
+            for number in ratios
+        ],
+        chosen,
+        out=out,
+        cache=cache or out / "cache",
+        device=device,
+        max_length=max_length,
+    )
+    try:
+        summary = summarise(experiment, *run_experiment(experiment))
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted: finished queries are kept in {out}; the same command goes on", err=True)
+        sys.exit(130)
+    numbers = write_numbers(summary, out)
+    if as_json:
+        print_json(summary.as_json())
+    else:
+        _show(summary, title, candidates.warnings)
+    written = write_page(summary, out, title)
+    if not as_json:
+        typer.echo(f"Report: {written[0]}")
+        typer.echo(f"with {len(written) + len(numbers) - 1} files of runs, plots and numbers beside it.")
+
+
+def _ratios(text: str) -> list[int]:
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        msg = f"--ratio takes whole numbers separated by commas, for example 1,4,32; got {text!r}"
+        raise ValueError(msg) from None
+    return list(dict.fromkeys(found))
+
+
+def _corpus(source: str | None, queries: Path | None, qrels: Path | None, split: str) -> tuple[Corpus, str]:
+    from kalm_rag.corpus import read_beir
+    from kalm_rag.demo_data import load_demo
+
+    if source is None:
+        if queries is not None or qrels is not None:
+            msg = "--queries and --qrels belong to a corpus: name it as the first argument"
+            raise ValueError(msg)
+        return load_demo(), "The Python 3.11 FAQ"
+    return read_beir(source, queries, qrels, split), Path(source).resolve().name
+
+
+def _candidates(corpus: Corpus, run: Path | None, depth: int, most: int | None) -> Candidates:
+    from kalm_rag.evaluation import bm25_candidates, run_candidates
+
+    if run is None:
+        return bm25_candidates(corpus, depth, most)
+    return run_candidates(corpus, run, depth, most)
+
+
+def _show(summary: Summary, title: str, shown: tuple[str, ...]) -> None:
+    from rich.measure import Measurement
+    from rich.table import Table
+    from rich.text import Text
+
+    out = console()
+    out.print(Text(f"{title}: {len(summary.rankings)} queries, candidates of {summary.first_name}"))
+    heading, rows = summary.columns()
+    table = Table(box=None, pad_edge=False)
+    for number, name in enumerate(heading):
+        # Numbers are never cut: a table that is too wide for the terminal runs over its edge.
+        widest = max(len(row[number]) for row in [heading, *rows])
+        table.add_column(
+            Text(name),
+            justify="right" if number else "left",
+            no_wrap=number > 0,
+            min_width=widest if number else min(widest, 12),
+            overflow="fold",
+        )
+    for row in rows:
+        table.add_row(*map(Text, row))
+    needed = Measurement.get(out, out.options.update(width=10_000), table).minimum
+    out.width = max(out.width, needed)
+    out.print(table)
+    out.width = console().width
+    out.print(
+        Text(
+            f"p: {summary.metrics[0]} against {summary.first_name}, paired randomisation test.\n"
+            "KB: one encoded passage. ms: one query, its passages encoded before."
+        )
+    )
+    for encoding in summary.encodings:
+        precision = f" in {encoding.dtype}" if encoding.dtype else ""
+        known = encoding.passages - encoding.new
+        out.print(
+            Text(
+                f"{encoding.name}{precision}: {encoding.new} passages encoded in {encoding.seconds:.1f} s, "
+                f"{known} known already."
+            )
+        )
+    for warning in summary.warnings:
+        if warning not in shown:
+            out.print(Text(f"note: {warning}"))

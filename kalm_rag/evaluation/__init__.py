@@ -1,0 +1,22 @@
+"""Measures how well a reranker orders what a first stage found, and what it costs: the library behind `kalm-rag eval`.
+
+Needs the extra `eval`. Nothing here is imported by the scorer.
+"""
+
+from kalm_rag.evaluation.candidates import Candidates, bm25_candidates, run_candidates
+from kalm_rag.evaluation.experiment import Experiment, System, SystemResult, evaluate
+from kalm_rag.evaluation.metrics import Metrics
+from kalm_rag.evaluation.trec import read_run, write_run
+
+__all__ = [
+    "Candidates",
+    "Experiment",
+    "Metrics",
+    "System",
+    "SystemResult",
+    "bm25_candidates",
+    "evaluate",
+    "read_run",
+    "run_candidates",
+    "write_run",
+]

@@ -1,0 +1,148 @@
+"""What the first stage found for each query, checked against the collection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kalm_rag.bm25 import BM25
+from kalm_rag.corpus import Corpus
+from kalm_rag.evaluation.trec import quoted, read_run
+from kalm_rag.progress import Progress
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """The first stage's order, and what was odd about the input.
+
+    Attributes:
+        name: what the first stage is called in tables.
+        rankings: query id to `(passage id, score)`, best first, at most `depth` of them.
+        qrels: the judgements of those queries that count.
+        warnings: sentences about what was left out, each with its count.
+    """
+
+    name: str
+    rankings: dict[str, list[tuple[str, float]]]
+    qrels: dict[str, dict[str, int]]
+    warnings: tuple[str, ...]
+
+
+def judged_queries(corpus: Corpus, most: int | None = None) -> tuple[dict[str, dict[str, int]], list[str]]:
+    """Judgements of queries that can be evaluated, at most `most` of them, and warnings about what was left out.
+
+    Raises:
+        ValueError: no query is left, or the judgements are of another corpus.
+    """
+    unknown = [query for query in corpus.qrels if query not in corpus.queries]
+    known = {query: judged for query, judged in corpus.qrels.items() if query in corpus.queries}
+    empty = [query for query, judged in known.items() if not any(value > 0 for value in judged.values())]
+    for query in empty:
+        del known[query]
+    if not known:
+        msg = (
+            f"no query has a relevant passage: of {len(corpus.qrels)} judged queries {len(unknown)} are not among the "
+            f"{len(corpus.queries)} queries and {len(empty)} have no judgement above 0; "
+            "check that queries and judgements belong together"
+        )
+        raise ValueError(msg)
+    known = dict(list(known.items())[:most])
+    named = {passage for judged in known.values() for passage, value in judged.items() if value > 0}
+    lost = named.difference(corpus.passages)
+    others = {passage for judged in known.values() for passage in judged}.difference(corpus.passages, named)
+    if lost == named:
+        msg = (
+            f"none of the {len(named)} relevant passages is in the corpus (for example {sorted(lost)[0]!r}): "
+            "the judgements are of another corpus"
+        )
+        raise ValueError(msg)
+    warnings = []
+    if unknown:
+        warnings.append(f"{len(unknown)} judged queries are not among the queries and are left out")
+    if empty:
+        warnings.append(f"{len(empty)} queries have no relevant passage and are left out")
+    if lost:
+        warnings.append(f"{len(lost)} relevant passages are not in the corpus; they count as not found")
+    if others:
+        warnings.append(f"{len(others)} passages judged irrelevant are not in the corpus; they change nothing")
+    return known, warnings
+
+
+def bm25_candidates(
+    corpus: Corpus, depth: int, most_queries: int | None = None, show_progress: bool | None = None
+) -> Candidates:
+    """The `depth` best passages of BM25 for each judged query.
+
+    Args:
+        corpus: the collection.
+        depth: passages per query.
+        most_queries: evaluate the first so many judged queries only.
+        show_progress: as in `KaLMReranker`.
+
+    Raises:
+        MissingExtraError: `bm25s` is not installed.
+        ValueError: there is nothing to evaluate.
+    """
+    qrels, warnings = judged_queries(corpus, most_queries)
+    index = BM25(corpus.passages)
+    rankings = {}
+    with Progress(len(qrels), "BM25", unit="query", show=show_progress) as progress:
+        for query in qrels:
+            rankings[query] = index.search(corpus.queries[query], depth)
+            progress.advance(1)
+    return _checked("BM25", rankings, qrels, warnings)
+
+
+def run_candidates(corpus: Corpus, path: str | Path, depth: int, most_queries: int | None = None) -> Candidates:
+    """The `depth` best candidates of a TREC run file for each judged query.
+
+    Raises:
+        ValueError: the file cannot be read, or belongs to another collection.
+    """
+    qrels, warnings = judged_queries(corpus, most_queries)
+    names = {quoted(name): name for name in (*corpus.queries, *corpus.passages)}
+    run = {
+        names.get(query, query): [(names.get(passage, passage), score) for passage, score in ranking]
+        for query, ranking in read_run(path).items()
+    }
+    if not run.keys() & qrels.keys():
+        msg = (
+            f"{path} has candidates for none of the {len(qrels)} judged queries (it has {len(run)} queries, for "
+            f"example {next(iter(run))!r}): it is a run of another collection"
+        )
+        raise ValueError(msg)
+    unknown = {passage for query in qrels for passage, _ in run.get(query, ()) if passage not in corpus.passages}
+    rankings = {
+        query: [(passage, score) for passage, score in run.get(query, ()) if passage in corpus.passages][:depth]
+        for query in qrels
+    }
+    if not any(rankings.values()):
+        msg = f"none of the passages that {path} names is in the corpus: it is a run of another corpus"
+        raise ValueError(msg)
+    foreign = len(run.keys() - corpus.queries.keys())
+    if foreign:
+        warnings.append(f"{foreign} queries of the run are not among the queries and are left out")
+    if unknown:
+        warnings.append(f"{len(unknown)} passages of the run are not in the corpus and are left out")
+    return _checked(Path(path).stem, rankings, qrels, warnings)
+
+
+def _checked(
+    name: str,
+    rankings: dict[str, list[tuple[str, float]]],
+    qrels: dict[str, dict[str, int]],
+    warnings: Sequence[str],
+) -> Candidates:
+    without = sum(not ranking for ranking in rankings.values())
+    missed = sum(
+        not any(qrels[query].get(passage, 0) > 0 for passage, _ in ranking) for query, ranking in rankings.items()
+    )
+    notes = list(warnings)
+    if without:
+        notes.append(f"{without} queries have no candidates; they count as 0")
+    if missed - without:
+        notes.append(
+            f"{missed - without} queries have no relevant passage among their candidates; no reranker can help them"
+        )
+    return Candidates(name, rankings, qrels, tuple(notes))

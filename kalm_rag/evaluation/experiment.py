@@ -1,0 +1,382 @@
+"""Runs rerankers over a first stage's candidates: each passage encoded once, every query kept when it is done."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+
+from kalm_rag._version import __version__
+from kalm_rag.cache import PassageCache
+from kalm_rag.corpus import Corpus
+from kalm_rag.evaluation.candidates import Candidates
+from kalm_rag.evaluation.journal import Journal, Record
+from kalm_rag.evaluation.metrics import Metrics, means, p_value
+from kalm_rag.identity import identify
+from kalm_rag.progress import Progress
+from kalm_rag.reranker import KaLMReranker
+from kalm_rag.settings import check_positive
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """One way to rerank.
+
+    Attributes:
+        model: as in `KaLMReranker`.
+        dtype: as in `KaLMReranker`; None is its default.
+        instruction: what "relevant" means; None is the default.
+        ratio: encoder states averaged into one.
+    """
+
+    model: str
+    ratio: int = 4
+    dtype: str | None = None
+    instruction: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The model's short name: an alias, or the last part of a path or hub id."""
+        return Path(self.model).name or self.model
+
+    @property
+    def slug(self) -> str:
+        """A file name that tells systems of one experiment apart."""
+        readable = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in self.name)[:40]
+        rest = hashlib.sha256(json.dumps([self.model, self.instruction]).encode()).hexdigest()[:8]
+        return f"{readable}-{self.dtype or 'default'}-r{self.ratio}-{rest}"
+
+
+@dataclass(slots=True)
+class SystemResult:
+    """What one system did.
+
+    Attributes:
+        system: the system.
+        rankings: query id to `(passage id, margin)`, best first.
+        per_query: metric to query id to value.
+        means: metric to mean over the queries.
+        p: two-sided p-value of the first metric's difference to the first stage.
+        milliseconds: time of each query's `rank` call, its passages encoded before.
+        encoded_again: passages that had to be encoded while ranking, because no cache could hold them.
+        truncated_queries: queries longer than the model reads.
+        passage_bytes: mean bytes of one encoded passage at this ratio.
+    """
+
+    system: System
+    rankings: dict[str, list[tuple[str, float]]]
+    per_query: dict[str, dict[str, float]]
+    means: dict[str, float]
+    p: float
+    milliseconds: list[float]
+    encoded_again: int
+    truncated_queries: int
+    passage_bytes: float
+
+
+@dataclass(slots=True)
+class Encoding:
+    """What encoding the candidates took for one model in one precision.
+
+    Attributes:
+        model: as in `System`.
+        dtype: as in `System`.
+        passages: distinct passages among the candidates.
+        new: those that no cache held.
+        truncated: those longer than `max_length` tokens.
+        seconds: for the new ones, loading of the model excluded.
+        lengths: time by passage length; see `time_lengths`.
+        ratio: at which that was timed.
+    """
+
+    model: str
+    dtype: str | None
+    passages: int
+    new: int
+    truncated: int
+    seconds: float
+    lengths: list[LengthTiming] = field(default_factory=list)
+    ratio: int = 1
+
+    @property
+    def name(self) -> str:
+        """As `System.name`."""
+        return System(self.model).name
+
+
+@dataclass(frozen=True, slots=True)
+class LengthTiming:
+    """Times of passages of one length.
+
+    Attributes:
+        tokens: mean tokens of a passage.
+        encode_ms: to encode one passage.
+        rank_ms: per passage, to rerank passages known already with a query that is new.
+    """
+
+    tokens: float
+    encode_ms: float
+    rank_ms: float
+
+
+@dataclass(slots=True)
+class Experiment:
+    """Everything that decides the results.
+
+    Attributes:
+        corpus: the collection.
+        candidates: what the first stage found.
+        systems: what to compare.
+        metrics: what to measure.
+        out: folder that keeps finished queries, so that an interrupted run goes on; None keeps nothing.
+        cache: where encoded passages are kept, as in `PassageCache`; None keeps them in memory.
+        device: as in `KaLMReranker`.
+        max_length: as in `KaLMReranker`.
+        lengths: groups of passages to time by length; 0 times none.
+        show_progress: as in `KaLMReranker`.
+        local_files_only: as in `KaLMReranker`.
+    """
+
+    corpus: Corpus
+    candidates: Candidates
+    systems: Sequence[System]
+    metrics: Metrics
+    out: Path | None = None
+    cache: str | Path | None = "default"
+    device: str | None = None
+    max_length: int = 1024
+    lengths: int = 5
+    show_progress: bool | None = None
+    local_files_only: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.systems:
+            msg = "systems must name at least one reranker, got none"
+            raise ValueError(msg)
+        for system in self.systems:
+            check_positive("ratio", system.ratio)
+        if len(set(self.systems)) < len(self.systems):
+            msg = (
+                "systems must differ, but one is named twice; drop the repeated model, precision, ratio or instruction"
+            )
+            raise ValueError(msg)
+
+
+def evaluate(
+    experiment: Experiment, finished: Callable[[SystemResult], None] | None = None
+) -> tuple[list[SystemResult], list[Encoding]]:
+    """Rerank the candidates with every system.
+
+    Systems of one model in one precision share one loaded model and one encoding of each passage: states are kept at
+    the ratio that divides all of theirs, which gives the others exactly.
+
+    Args:
+        experiment: what to do.
+        finished: called with each result as soon as it is there.
+
+    Returns:
+        A result per system in the order of `experiment.systems`, and what encoding took per model and precision.
+
+    Raises:
+        CheckpointError, ScoringError: as `KaLMReranker.rank`.
+        ValueError: `out` holds results of something else.
+    """
+    if experiment.out is None:
+        return _evaluate(experiment, finished)
+    with _claimed(experiment.out, candidates_digest(experiment)):
+        return _evaluate(experiment, finished)
+
+
+@contextlib.contextmanager
+def _claimed(out: Path, digest: str) -> Iterator[None]:
+    """Hold a folder that belongs to these candidates, or to nobody yet, against other processes."""
+    from filelock import FileLock, Timeout
+
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out / ".lock", timeout=0):
+            owner = out / "candidates.sha256"
+            if owner.is_file() and owner.read_text("ascii", "replace").strip() != digest:
+                msg = (
+                    f"{str(out)!r} holds an evaluation of other queries or candidates (another collection, depth or "
+                    "first stage); give another folder (--out), or delete this one"
+                )
+                raise ValueError(msg)
+            owner.write_text(digest + "\n", "ascii")
+            yield
+    except Timeout:
+        msg = f"another process is evaluating into {str(out)!r}; wait for it, or give another folder (--out)"
+        raise ValueError(msg) from None
+
+
+def _evaluate(
+    experiment: Experiment, finished: Callable[[SystemResult], None] | None
+) -> tuple[list[SystemResult], list[Encoding]]:
+    results: dict[System, SystemResult] = {}
+    encodings = []
+    base = experiment.metrics.per_query(experiment.candidates.rankings, experiment.candidates.qrels)
+    ordered = sorted(experiment.systems, key=lambda system: (system.model, system.dtype or ""))
+    groups = [(key, list(group)) for key, group in groupby(ordered, key=lambda system: (system.model, system.dtype))]
+    # What can be refused is refused before anything is loaded or encoded.
+    journals = {system: _journal(experiment, system) for system in ordered}
+    for (model, dtype), systems in groups:
+        base_ratio = math.gcd(*(system.ratio for system in systems))
+        with (
+            PassageCache(experiment.cache, base_ratio=base_ratio) as cache,
+            _reranker(experiment, model, dtype, cache) as reranker,
+        ):
+            encodings.append(_encode(experiment, reranker, model, dtype))
+            for system in systems:
+                results[system] = _run(experiment, reranker, system, base, journals[system])
+                if finished is not None:
+                    finished(results[system])
+            if experiment.lengths:
+                encodings[-1].ratio = systems[0].ratio
+                encodings[-1].lengths = time_lengths(reranker, experiment, systems[0].ratio)
+    return [results[system] for system in experiment.systems], encodings
+
+
+def _reranker(experiment: Experiment, model: str, dtype: str | None, cache: PassageCache | None) -> KaLMReranker:
+    return KaLMReranker(
+        model,
+        dtype=dtype,
+        device=experiment.device,
+        max_length=experiment.max_length,
+        cache=cache,
+        show_progress=experiment.show_progress,
+        local_files_only=experiment.local_files_only,
+    )
+
+
+def _journal(experiment: Experiment, system: System) -> Journal:
+    """Where the system's finished queries are kept, checked against what it is about to do."""
+    identity = identify(_reranker(experiment, system.model, system.dtype, None).find())
+    path = None if experiment.out is None else experiment.out / "systems" / f"{system.slug}.jsonl"
+    journal = Journal(
+        path,
+        {
+            "kalm_rag": __version__,
+            "model": identity.short + identity.decoder[:12],
+            "dtype": system.dtype,
+            "device": experiment.device,
+            "instruction": system.instruction,
+            "ratio": system.ratio,
+            "max_length": experiment.max_length,
+        },
+    )
+    journal.check()
+    return journal
+
+
+def candidates_digest(experiment: Experiment) -> str:
+    """SHA-256 of queries and candidates, ids and texts."""
+    corpus, content = experiment.corpus, hashlib.sha256()
+    for query, ranking in experiment.candidates.rankings.items():
+        texts = [corpus.passages[name] for name, _ in ranking]
+        content.update(json.dumps([query, corpus.queries[query], [name for name, _ in ranking], texts]).encode())
+    return content.hexdigest()
+
+
+def _encode(experiment: Experiment, reranker: KaLMReranker, model: str, dtype: str | None) -> Encoding:
+    passages = _needed(experiment)
+    reranker.load()
+    began = time.perf_counter()
+    report = reranker.encode([experiment.corpus.passages[name] for name in passages])
+    return Encoding(model, dtype, len(passages), report.new, report.truncated, time.perf_counter() - began)
+
+
+def _needed(experiment: Experiment) -> list[str]:
+    return list(dict.fromkeys(name for ranking in experiment.candidates.rankings.values() for name, _ in ranking))
+
+
+def _run(
+    experiment: Experiment,
+    reranker: KaLMReranker,
+    system: System,
+    base: Mapping[str, Mapping[str, float]],
+    journal: Journal,
+) -> SystemResult:
+    candidates, corpus = experiment.candidates, experiment.corpus
+    before = reranker.cache.stats().encoded
+    label = f"{system.name} r{system.ratio}"
+    with journal, Progress(len(candidates.rankings), label, unit="query", show=experiment.show_progress) as progress:
+        for query, ranking in candidates.rankings.items():
+            if query not in journal:
+                began = time.perf_counter()
+                hits = reranker.rank(
+                    corpus.queries[query],
+                    [corpus.passages[name] for name, _ in ranking],
+                    instruction=system.instruction,
+                    ratio=system.ratio,
+                    show_progress=False,
+                )
+                seconds = time.perf_counter() - began
+                ordered = [(ranking[hit.index][0], hit.margin) for hit in hits]
+                journal.add(Record(query, ordered, seconds, any(hit.query_truncated for hit in hits)))
+            progress.advance(1)
+        records = journal.records(candidates.rankings)
+    rankings = {record.query: record.ranking for record in records}
+    per_query = experiment.metrics.per_query(rankings, candidates.qrels)
+    first = experiment.metrics.names[0]
+    return SystemResult(
+        system,
+        rankings,
+        per_query,
+        means(per_query),
+        p_value(per_query[first], base[first]),
+        [1000 * record.seconds for record in records if record.ranking],
+        reranker.cache.stats().encoded - before,
+        sum(record.truncated for record in records),
+        _mean_bytes(experiment, reranker, system.ratio),
+    )
+
+
+def _mean_bytes(experiment: Experiment, reranker: KaLMReranker, ratio: int) -> float:
+    from kalm_rag.cache.frame import payload_bytes
+
+    engine = reranker._loaded()
+    lengths = engine.token_counts([experiment.corpus.passages[name] for name in _needed(experiment)])
+    width = engine.loaded.model.config.decoder.hidden_size
+    kind = str(engine.loaded.dtype).removeprefix("torch.")
+    return sum(payload_bytes(length, ratio, width, kind) for length in lengths) / max(1, len(lengths))
+
+
+_TIMED = 16
+"""Passages per length that are timed."""
+
+
+def time_lengths(reranker: KaLMReranker, experiment: Experiment, ratio: int) -> list[LengthTiming]:
+    """Time encoding and reranking of candidates by length: batches of 16 at evenly spaced ranks of length.
+
+    Encoding counts the faster of two runs. Reranking counts the fastest of three, each with a query of its own, after
+    one that prefills the passages.
+    """
+    texts = [experiment.corpus.passages[name] for name in _needed(experiment)]
+    engine = reranker._loaded()
+    lengths = engine.token_counts(texts)
+    ordered = sorted(range(len(texts)), key=lengths.__getitem__)
+    query = experiment.corpus.queries[next(iter(experiment.candidates.rankings))]
+    found = []
+    starts = [
+        round(number * max(0, len(texts) - _TIMED) / max(1, experiment.lengths - 1))
+        for number in range(experiment.lengths)
+    ]
+    for start in dict.fromkeys(starts):
+        group = ordered[start : start + _TIMED]
+        chosen = [texts[place] for place in group]
+        encode = min(engine.time_encoding(chosen) for _ in range(2))
+        rank = math.inf
+        for attempt in range(4):
+            began = time.perf_counter()
+            reranker.rank(f"{query} ({attempt})", chosen, ratio=ratio, show_progress=False)
+            if attempt:
+                rank = min(rank, time.perf_counter() - began)
+        tokens = sum(lengths[place] for place in group) / len(group)
+        found.append(LengthTiming(tokens, 1000 * encode / len(group), 1000 * rank / len(group)))
+    return found

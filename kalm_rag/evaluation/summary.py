@@ -1,0 +1,174 @@
+"""The outcome of an evaluation as plain numbers: what the table, the JSON file, the plots and the report show."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import Any
+
+from kalm_rag.evaluation.experiment import Encoding, Experiment, SystemResult, candidates_digest
+from kalm_rag.evaluation.metrics import best_order, means
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Results beside what they are compared with.
+
+    Attributes:
+        metrics: names of the metrics, the main one first.
+        first_name: what the first stage is called.
+        first: its mean metrics.
+        best: mean metrics of the best possible order of the candidates.
+        first_per_query: its metrics per query.
+        results: one per system.
+        encodings: one per model and precision.
+        warnings: what was odd about the input or the passages.
+        rankings: the first stage's candidates.
+        qrels: judgements.
+        queries: texts of the queries.
+        conditions: depth, device, `max_length` and the like.
+    """
+
+    metrics: list[str]
+    first_name: str
+    first: dict[str, float]
+    best: dict[str, float]
+    first_per_query: dict[str, dict[str, float]]
+    results: Sequence[SystemResult]
+    encodings: Sequence[Encoding]
+    warnings: tuple[str, ...]
+    rankings: Mapping[str, Sequence[tuple[str, float]]]
+    qrels: Mapping[str, Mapping[str, int]]
+    queries: Mapping[str, str]
+    conditions: Mapping[str, Any]
+
+    def labels(self) -> dict[tuple[str, str | None, str | None], str]:
+        """A name for each model, precision and instruction, told apart no further than needed."""
+        systems = [result.system for result in self.results]
+        dtypes = {system.dtype for system in systems}
+        instructions = {system.instruction for system in systems}
+        found = {}
+        for system in systems:
+            parts = [system.name]
+            if len(dtypes) > 1:
+                parts.append(system.dtype or "default")
+            if len(instructions) > 1:
+                parts.append("default instruction" if system.instruction is None else repr(system.instruction[:40]))
+            found[system.model, system.dtype, system.instruction] = " / ".join(parts)
+        for key, label in list(found.items()):
+            if list(found.values()).count(label) > 1:  # two folders of one name, two long instructions
+                found[key] = " / ".join(str(part) for part in key if part is not None)
+        return found
+
+    def label(self, result: SystemResult) -> str:
+        """What a result is called, the ratio aside."""
+        system = result.system
+        return self.labels()[system.model, system.dtype, system.instruction]
+
+    def columns(self) -> tuple[list[str], list[list[str]]]:
+        """Heading and rows of the table."""
+        rows = [
+            [self.first_name, "", *self._cells(self.first), "", "", ""],
+            *(self._row(result) for result in self.results),
+            ["best possible", "", *self._cells(self.best), "", "", ""],
+        ]
+        return ["system", "ratio", *self.metrics, "p", "KB", "ms"], rows
+
+    def _cells(self, values: Mapping[str, float]) -> list[str]:
+        return [f"{values[name]:.4f}" for name in self.metrics]
+
+    def _row(self, result: SystemResult) -> list[str]:
+        return [
+            self.label(result),
+            str(result.system.ratio),
+            *self._cells(result.means),
+            "<0.001" if result.p < 0.001 else f"{result.p:.3f}",
+            f"{result.passage_bytes / 1000:.1f}",
+            f"{statistics.median(result.milliseconds):.0f}" if result.milliseconds else "",
+        ]
+
+    def movements(self) -> dict[str, str]:
+        """The queries that the first system helped most and hurt most, if there are such: plot name to query."""
+        name = self.metrics[0]
+        gains = {
+            query: value - self.first_per_query[name][query]
+            for query, value in self.results[0].per_query[name].items()
+            if self.rankings[query]
+        }
+        if not gains:
+            return {}
+        most, least = max(gains, key=gains.__getitem__), min(gains, key=gains.__getitem__)
+        chosen = {"moved-up": most} if gains[most] > 0 else {}
+        return chosen | ({"moved-down": least} if gains[least] < 0 else {})
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything but texts, for machines."""
+        return {
+            "kalm_rag": metadata.version("kalm-rag"),
+            "queries": len(self.rankings),
+            **self.conditions,
+            "first_stage": {"name": self.first_name, "means": self.first, "per_query": self.first_per_query},
+            "best_possible": self.best,
+            "systems": [
+                {
+                    **asdict(result.system),
+                    "means": result.means,
+                    "p": result.p,
+                    "bytes_per_passage": round(result.passage_bytes),
+                    "encoded_again": result.encoded_again,
+                    "milliseconds_median": statistics.median(result.milliseconds) if result.milliseconds else None,
+                    "per_query": result.per_query,
+                }
+                for result in self.results
+            ],
+            "encoding": [asdict(encoding) for encoding in self.encodings],
+            "warnings": list(self.warnings),
+        }
+
+
+def summarise(experiment: Experiment, results: Sequence[SystemResult], encodings: Sequence[Encoding]) -> Summary:
+    """Put results beside the first stage and the best possible order."""
+    candidates = experiment.candidates
+    first = experiment.metrics.per_query(candidates.rankings, candidates.qrels)
+    best = experiment.metrics.per_query(best_order(candidates.rankings, candidates.qrels), candidates.qrels)
+    warnings = list(candidates.warnings)
+    warnings += [
+        f"{encoding.truncated} of {encoding.passages} passages are longer than {experiment.max_length} tokens for "
+        f"{encoding.name}; their tails were not read"
+        for encoding in encodings
+        if encoding.truncated
+    ]
+    cut = max(result.truncated_queries for result in results)
+    if cut:
+        warnings.append(f"{cut} queries are longer than the model reads; their tails were not read")
+    again = sum(result.encoded_again for result in results)
+    if again:
+        warnings.append(
+            f"{again} passages were encoded again while ranking, because the cache could not hold them; ms includes it"
+        )
+    depth = max(map(len, candidates.rankings.values()))
+    name, cutoff = experiment.metrics.deepest()
+    if cutoff > depth:
+        warnings.append(f"{name} looks deeper than the {depth} candidates; what lies below them counts as not found")
+    return Summary(
+        experiment.metrics.names,
+        candidates.name,
+        means(first),
+        means(best),
+        first,
+        results,
+        encodings,
+        tuple(warnings),
+        candidates.rankings,
+        candidates.qrels,
+        experiment.corpus.queries,
+        {
+            "depth": max(map(len, candidates.rankings.values())),
+            "device": experiment.device,
+            "max_length": experiment.max_length,
+            "metrics": experiment.metrics.names,
+            "candidates": candidates_digest(experiment),
+        },
+    )
