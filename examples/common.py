@@ -1,7 +1,6 @@
 """What the examples share: a model, a cache and a few real passages, so that each runs offline as it is.
 
-Set `KALM_MODEL=nano` for a real order; by default a small model with random weights is built, whose order means
-nothing.
+The model is `mini`, the demonstration checkpoint inside kalm-rag; set `KALM_MODEL=nano` for the recommended one.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from kalm_rag.demo_data import load_demo
-from kalm_rag.testing import build_checkpoint
 
 T = TypeVar("T")
 
@@ -24,13 +22,12 @@ QUESTIONS = list(load_demo().queries.values())[:5]
 
 
 def model() -> str:
-    """The model named by `KALM_MODEL`, or an untrained one."""
-    named = os.environ.get("KALM_MODEL")
-    if named:
-        return named
-    print("model: UNTRAINED, random weights; its order means nothing (KALM_MODEL=nano for a real one)")
-    folder = CACHE / "untrained"
-    return str(folder if folder.is_dir() else build_checkpoint(folder))
+    """The model named by `KALM_MODEL`, or the bundled one."""
+    named = os.environ.get("KALM_MODEL", "mini")
+    print(
+        f"model: {named}" + (", a demonstration checkpoint (KALM_MODEL=nano for a real one)" if named == "mini" else "")
+    )
+    return named
 
 
 def timed(label: str, action: Callable[..., T], *arguments: object) -> T:

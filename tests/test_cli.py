@@ -45,10 +45,13 @@ def test_rank_from_standard_input_in_a_table(checkpoint: Path) -> None:
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 
-def test_demo_says_that_its_model_is_untrained_and_fits_80_columns() -> None:
+def test_demo_says_which_model_runs_what_it_gains_and_fits_80_columns() -> None:
     done = run("demo")
     assert done.returncode == 0, done.stderr
-    assert "UNTRAINED" in done.stdout
+    assert "Model: mini" in done.stdout
+    assert "no KaLM release" in done.stderr
+    before, after = map(float, re.search(r"BM25 (0\.\d+), reranked (0\.\d+)", done.stdout).groups())  # type: ignore[union-attr]
+    assert after > before > 0.5
     assert "rerank, all passages known" in done.stdout
     asked, encoded, ready = map(int, re.findall(r"(\d+) (?:passages were asked|were encoded|were found)", done.stdout))
     assert asked == encoded + ready

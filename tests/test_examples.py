@@ -33,9 +33,10 @@ def test_example(name: str, cache: Path, checkpoint: Path) -> None:
         assert len(re.findall(r"^0\.\d{4}  ", done.stdout, re.MULTILINE)) == 3
 
 
-def test_without_a_named_model_it_says_untrained(cache: Path) -> None:
-    environment = {**os.environ, "KALM_EXAMPLE_CACHE": str(cache)}
+def test_without_a_named_model_it_is_the_bundled_one(cache: Path) -> None:
+    environment = {**os.environ, "KALM_EXAMPLE_CACHE": str(cache / "bundled")}
     environment.pop("KALM_MODEL", None)
     script = str(FOLDER / "encode_ahead.py")
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
-    assert "UNTRAINED" in done.stdout
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "model: mini, a demonstration checkpoint" in done.stdout

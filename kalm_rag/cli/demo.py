@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from kalm_rag.cli.options import console, passage_table
+from kalm_rag.checkpoint import MINI
+from kalm_rag.cli.options import console, note_mini, passage_table
+
+if TYPE_CHECKING:
+    from kalm_rag.corpus import Corpus
+    from kalm_rag.results import RankedPassage
 
 _CANDIDATES = 20
 T = TypeVar("T")
@@ -19,59 +21,47 @@ T = TypeVar("T")
 
 def demo(
     model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", help="A model to use instead of the untrained one.", metavar="MODEL"),
-    ] = None,
+        str, typer.Option("--model", "-m", help="mini, nano, a folder, or a hub id.", metavar="MODEL")
+    ] = MINI,
 ) -> None:
-    """Retrieve with BM25 from the Python FAQ, rerank, and show what moved and how long it took."""
+    """Retrieve with BM25 from the Python FAQ, rerank, and show what that gained and how long it took."""
     from rich.table import Table
     from rich.text import Text
 
     from kalm_rag.bm25 import BM25
     from kalm_rag.demo_data import load_demo
+    from kalm_rag.evaluation.metrics import Metrics, means
     from kalm_rag.reranker import KaLMReranker
 
     out = console()
+    metrics = Metrics(["nDCG@10"])
     corpus = load_demo()
     out.print(
         f"Corpus: the Python 3.11 FAQ, {len(corpus.passages)} passages; "
         f"{len(corpus.queries)} questions; BM25 finds {_CANDIDATES} candidates for each."
     )
-    folder = _untrained_model() if model is None else None
-    if folder is not None:
-        out.print(
-            "Model: UNTRAINED, small, random weights. Its order means nothing; the steps and their costs are real.\n"
-            "For a real order: kalm-rag demo --model nano"
-        )
+    out.print(Text(f"Model: {model}"))
+    note_mini(model)
     index = BM25(corpus.passages)
-    with KaLMReranker(folder or str(model), cache=None) as reranker:
+    with KaLMReranker(model, cache=None) as reranker:
         reranker.load()
         steps = ("BM25 retrieval", "rerank, new passages encoded", "rerank, all passages known")
         times: dict[str, list[float]] = {step: [] for step in steps}
-        rankings = {}
+        before: dict[str, list[tuple[str, float]]] = {}
+        hits: dict[str, list[RankedPassage]] = {}
         for query_id, query in corpus.queries.items():
-            candidates = _timed(times[steps[0]], index.search, query, _CANDIDATES)
-            texts = [corpus.passages[name] for name, _ in candidates]
-            hits = _timed(times[steps[1]], reranker.rank, query, texts)
-            rankings[query_id] = hits, candidates
+            before[query_id] = _timed(times[steps[0]], index.search, query, _CANDIDATES)
+            texts = [corpus.passages[name] for name, _ in before[query_id]]
+            hits[query_id] = _timed(times[steps[1]], reranker.rank, query, texts)
         for query_id, query in corpus.queries.items():
-            texts = [corpus.passages[name] for name, _ in rankings[query_id][1]]
+            texts = [corpus.passages[name] for name, _ in before[query_id]]
             # A new query on known passages; the same one again would be no fair test.
             _timed(times[steps[2]], reranker.rank, f"{query} Please explain.", texts)
         stats, prefilled = reranker.cache.stats(), reranker.prefill_stats()
-    query_id = next(iter(corpus.queries))
-    hits, candidates = rankings[query_id]
-    out.print(Text(f"\nQuery: {corpus.queries[query_id]}"))
-    rows = []
-    for place, hit in enumerate(hits[:10]):
-        moved = hit.index - place
-        name = candidates[hit.index][0]
-        mark = "*" if name in corpus.qrels[query_id] else ""
-        change = f"{moved:+d}" if moved else "="
-        score = f"{hit.score:.4f}"
-        rows.append([str(place + 1), str(hit.index + 1), change, score, mark, corpus.passages[name]])
-    out.print(passage_table(["rank", "BM25", "moved", "score", "<", "<passage"], rows))
-    out.print("* the answer, as judged by the authors of the FAQ\n")
+    after = {query: [(before[query][hit.index][0], hit.margin) for hit in found] for query, found in hits.items()}
+    _show_query(corpus, before, hits)
+    old, new = (means(metrics.per_query(ranking, corpus.qrels))["nDCG@10"] for ranking in (before, after))
+    out.print(f"nDCG@10 over all {len(before)} questions: BM25 {old:.3f}, reranked {new:.3f}\n")
     timings = Table(box=None, pad_edge=False)
     timings.add_column("step")
     for name in ("queries", "median ms", "max ms"):
@@ -89,24 +79,41 @@ def demo(
         )
 
 
+def _show_query(
+    corpus: Corpus, before: dict[str, list[tuple[str, float]]], hits: dict[str, list[RankedPassage]]
+) -> None:
+    """One question that reranking helped, and how many it helped and hurt."""
+    from rich.text import Text
+
+    out = console()
+    moves = {query: _places(corpus, query, before[query], hits[query]) for query in before}
+    up = [query for query, (old, new) in moves.items() if new < old]
+    down = [query for query, (old, new) in moves.items() if new > old]
+    query = (up or list(before))[0]
+    out.print(Text(f"\n{'A question that reranking helped' if up else 'Question'}: {corpus.queries[query]}"))
+    rows = []
+    for rank, hit in enumerate(hits[query][:10]):
+        moved = hit.index - rank
+        name = before[query][hit.index][0]
+        mark = "*" if name in corpus.qrels[query] else ""
+        change = f"{moved:+d}" if moved else "="
+        rows.append([str(rank + 1), str(hit.index + 1), change, f"{hit.score:.4f}", mark, corpus.passages[name]])
+    out.print(passage_table(["rank", "BM25", "moved", "score", "<", "<passage"], rows))
+    out.print("* the answer, as judged by the authors of the FAQ\n")
+    out.print(f"The answer moved up for {len(up)} questions and down for {len(down)}.")
+
+
+def _places(corpus: Corpus, query: str, before: list[tuple[str, float]], hits: list[RankedPassage]) -> tuple[int, int]:
+    """Where the answer stood and stands; equal if the first stage did not find it."""
+    old = [name for name, _ in before]
+    found = [place for place, name in enumerate(old) if name in corpus.qrels[query]]
+    if not found:
+        return 0, 0
+    return found[0], [hit.index for hit in hits].index(found[0])
+
+
 def _timed(times: list[float], action: Callable[..., T], *arguments: object) -> T:
     start = time.perf_counter()
     result = action(*arguments)
     times.append(time.perf_counter() - start)
     return result
-
-
-def _untrained_model() -> Path:
-    """The small random checkpoint, built at the first run."""
-    from kalm_rag._version import __version__
-    from kalm_rag.paths import default_cache_dir
-    from kalm_rag.testing import build_checkpoint
-
-    folder = default_cache_dir() / "models" / f"untrained-{__version__}"
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as partial:
-            build_checkpoint(Path(partial) / "model")
-            with contextlib.suppress(OSError):  # another process was faster
-                (Path(partial) / "model").rename(folder)
-    return folder

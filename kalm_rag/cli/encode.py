@@ -19,6 +19,7 @@ from kalm_rag.cli.options import (
     ModelOption,
     RevisionOption,
     console,
+    note_mini,
     print_json,
 )
 
@@ -68,6 +69,7 @@ def encode(
         keep=cast("Keep", keep),
         limit=None if limit_gb is None else int(limit_gb * 1e9),
     )
+    note_mini(model)
     ratio = 4 if 4 % base_ratio == 0 else base_ratio  # what `rank` will ask for
     reranker = KaLMReranker(
         model, revision=revision, device=device, dtype=dtype, ratio=ratio, max_length=max_length, cache=passages

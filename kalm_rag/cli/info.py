@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kalm_rag.cli.options import JsonOption, RevisionOption, console, print_json
+from kalm_rag.cli.options import JsonOption, RevisionOption, console, note_mini, print_json
 
 _PACKAGES = ("kalm-rag", "torch", "transformers", "tokenizers", "safetensors", "diskcache", "huggingface-hub")
 
@@ -39,6 +39,7 @@ def info(
         from kalm_rag.checkpoint import find_checkpoint
         from kalm_rag.identity import identify
 
+        note_mini(model)
         checkpoint = find_checkpoint(model, revision=revision)
         identity = identify(checkpoint)
         facts |= {

@@ -14,6 +14,7 @@ from kalm_rag.cli.options import (
     ModelOption,
     RevisionOption,
     console,
+    note_mini,
     passage_table,
     print_json,
 )
@@ -37,6 +38,7 @@ def rank(
     from kalm_rag.corpus import read_passages
     from kalm_rag.reranker import KaLMReranker
 
+    note_mini(model)
     records = list(read_passages(passages))
     with KaLMReranker(model, revision=revision, device=device, dtype=dtype, ratio=ratio, cache=cache) as reranker:
         ranking = reranker.rank(query, [record.text for record in records], top_k, instruction, threshold=threshold)
