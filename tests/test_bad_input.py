@@ -105,7 +105,7 @@ def test_device_and_dtype(checkpoint: Path) -> None:
 def test_path_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no folder .* nor a hub id of the form owner/name"):
         KaLMReranker(tmp_path / "nothing").load()
-    with pytest.raises(CheckpointError, match=r"neither an alias \(nano, small, large\)"):
+    with pytest.raises(CheckpointError, match=r"neither an alias \(mini, nano, small, large\)"):
         KaLMReranker("huge").load()
     with pytest.raises(CheckpointError, match="model must be an alias"):
         KaLMReranker("").load()

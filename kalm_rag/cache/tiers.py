@@ -157,7 +157,8 @@ class PassageCache:
 
     def __repr__(self) -> str:
         place = self.store.folder if isinstance(self.store, DiskStore) else self.store
-        return f"PassageCache({str(place)!r}, base_ratio={self.base_ratio}, storage={self.storage!r})"
+        keep = "prefilled" if self.keeps_prefilled else "states"
+        return f"PassageCache({str(place)!r}, base_ratio={self.base_ratio}, keep={keep!r}, storage={self.storage!r})"
 
     def lookup(
         self, space: KeySpace, texts: Iterable[str], ratio: int, dtype: torch.dtype, width: int
