@@ -20,7 +20,7 @@ ALIASES = {
 MINI = "mini"
 """Short name of the demonstration checkpoint inside this package: trained by this project, no KaLM release."""
 
-MINI_NOTE = "mini is the demonstration checkpoint that comes with kalm-rag, no KaLM release; for real use: nano"
+MINI_NOTE = "mini is a demonstration checkpoint, no KaLM release; for real use: nano"
 """What commands say when they run it."""
 
 NAMES = (MINI, *ALIASES)

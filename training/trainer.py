@@ -366,9 +366,7 @@ class Trainer:
         state = {
             name: tensor.detach().to("cpu", torch.bfloat16).contiguous()
             for name, tensor in self.model.state_dict().items()
-            if not any(
-                part in name for part in ("vision_tower", "multi_modal", "lm_head", "decoder.embed_tokens.weight")
-            )
+            if not any(part in name for part in self.NOT_STORED)
         }
         safetensors.torch.save_file(state, self.out / "model.safetensors", metadata={"format": "pt"})
         self.model.config.save_pretrained(self.out)

@@ -38,7 +38,7 @@ def demo(
     corpus = load_demo()
     out.print(
         f"Corpus: the Python 3.11 FAQ, {len(corpus.passages)} passages; "
-        f"{len(corpus.queries)} questions; BM25 finds {_CANDIDATES} candidates for each."
+        f"{len(corpus.queries)} questions; BM25 finds up to {_CANDIDATES} candidates for each."
     )
     out.print(Text(f"Model: {model}"))
     note_mini(model)

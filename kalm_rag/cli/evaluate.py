@@ -72,7 +72,8 @@ def evaluate(
     ratios = _ratios(ratio)
     corpus, title = _corpus(source, queries, qrels, split)
     candidates = _candidates(corpus, run, depth, limit_queries)
-    for name in model or [MINI]:
+    models = model or [MINI]
+    for name in models:
         note_mini(name)
     for warning in candidates.warnings:
         typer.echo(f"note: {warning}", err=True)
@@ -83,7 +84,7 @@ def evaluate(
         candidates,
         [
             System(name, number, precision, task)
-            for name in model or [MINI]
+            for name in models
             for precision in precisions
             for task in tasks
             for number in ratios

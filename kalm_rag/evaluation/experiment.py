@@ -14,6 +14,7 @@ from pathlib import Path
 
 from kalm_rag._version import __version__
 from kalm_rag.cache import PassageCache
+from kalm_rag.checkpoint import find_checkpoint
 from kalm_rag.corpus import Corpus
 from kalm_rag.evaluation.candidates import Candidates
 from kalm_rag.evaluation.journal import Journal, Record
@@ -224,25 +225,29 @@ def _evaluate(
     ordered = sorted(experiment.systems, key=lambda system: (system.model, system.dtype or ""))
     groups = [(key, list(group)) for key, group in groupby(ordered, key=lambda system: (system.model, system.dtype))]
     # What can be refused is refused before anything is loaded or encoded.
-    journals = {system: _journal(experiment, system) for system in ordered}
+    models = {system.model for system in ordered}
+    marks = {model: _mark(model, local_files_only=experiment.local_files_only) for model in models}
+    journals = {system: _journal(experiment, system, marks[system.model]) for system in ordered}
+    texts = [experiment.corpus.passages[name] for name in _needed(experiment)]
     for (model, dtype), systems in groups:
         base_ratio = math.gcd(*(system.ratio for system in systems))
         with (
             PassageCache(experiment.cache, base_ratio=base_ratio) as cache,
             _reranker(experiment, model, dtype, cache) as reranker,
         ):
-            encodings.append(_encode(experiment, reranker, model, dtype))
+            encodings.append(_encode(reranker, texts, model, dtype))
+            tokens = reranker._loaded().token_counts(texts)
             for system in systems:
-                results[system] = _run(experiment, reranker, system, base, journals[system])
+                results[system] = _run(experiment, reranker, system, base, journals[system], tokens)
                 if finished is not None:
                     finished(results[system])
             if experiment.lengths:
                 encodings[-1].ratio = systems[0].ratio
-                encodings[-1].lengths = time_lengths(reranker, experiment, systems[0].ratio)
+                encodings[-1].lengths = time_lengths(reranker, experiment, texts, tokens, systems[0].ratio)
     return [results[system] for system in experiment.systems], encodings
 
 
-def _reranker(experiment: Experiment, model: str, dtype: str | None, cache: PassageCache | None) -> KaLMReranker:
+def _reranker(experiment: Experiment, model: str, dtype: str | None, cache: PassageCache) -> KaLMReranker:
     return KaLMReranker(
         model,
         dtype=dtype,
@@ -254,15 +259,20 @@ def _reranker(experiment: Experiment, model: str, dtype: str | None, cache: Pass
     )
 
 
-def _journal(experiment: Experiment, system: System) -> Journal:
+def _mark(model: str, *, local_files_only: bool) -> str:
+    """What tells a model's content from any other's."""
+    identity = identify(find_checkpoint(model, local_files_only=local_files_only))
+    return identity.short + identity.decoder[:12]
+
+
+def _journal(experiment: Experiment, system: System, mark: str) -> Journal:
     """Where the system's finished queries are kept, checked against what it is about to do."""
-    identity = identify(_reranker(experiment, system.model, system.dtype, None).find())
     path = None if experiment.out is None else experiment.out / "systems" / f"{system.slug}.jsonl"
     journal = Journal(
         path,
         {
             "kalm_rag": __version__,
-            "model": identity.short + identity.decoder[:12],
+            "model": mark,
             "dtype": system.dtype,
             "device": experiment.device,
             "instruction": system.instruction,
@@ -283,12 +293,11 @@ def candidates_digest(experiment: Experiment) -> str:
     return content.hexdigest()
 
 
-def _encode(experiment: Experiment, reranker: KaLMReranker, model: str, dtype: str | None) -> Encoding:
-    passages = _needed(experiment)
+def _encode(reranker: KaLMReranker, texts: Sequence[str], model: str, dtype: str | None) -> Encoding:
     reranker.load()
     began = time.perf_counter()
-    report = reranker.encode([experiment.corpus.passages[name] for name in passages])
-    return Encoding(model, dtype, len(passages), report.new, report.truncated, time.perf_counter() - began)
+    report = reranker.encode(texts)
+    return Encoding(model, dtype, len(texts), report.new, report.truncated, time.perf_counter() - began)
 
 
 def _needed(experiment: Experiment) -> list[str]:
@@ -301,6 +310,7 @@ def _run(
     system: System,
     base: Mapping[str, Mapping[str, float]],
     journal: Journal,
+    tokens: Sequence[int],
 ) -> SystemResult:
     candidates, corpus = experiment.candidates, experiment.corpus
     before = reranker.cache.stats().encoded
@@ -333,34 +343,33 @@ def _run(
         [1000 * record.seconds for record in records if record.ranking],
         reranker.cache.stats().encoded - before,
         sum(record.truncated for record in records),
-        _mean_bytes(experiment, reranker, system.ratio),
+        _mean_bytes(reranker, tokens, system.ratio),
     )
 
 
-def _mean_bytes(experiment: Experiment, reranker: KaLMReranker, ratio: int) -> float:
+def _mean_bytes(reranker: KaLMReranker, tokens: Sequence[int], ratio: int) -> float:
     from kalm_rag.cache.frame import payload_bytes
 
-    engine = reranker._loaded()
-    lengths = engine.token_counts([experiment.corpus.passages[name] for name in _needed(experiment)])
-    width = engine.loaded.model.config.decoder.hidden_size
-    kind = str(engine.loaded.dtype).removeprefix("torch.")
-    return sum(payload_bytes(length, ratio, width, kind) for length in lengths) / max(1, len(lengths))
+    loaded = reranker._loaded().loaded
+    width = loaded.model.config.decoder.hidden_size
+    kind = str(loaded.dtype).removeprefix("torch.")
+    return sum(payload_bytes(length, ratio, width, kind) for length in tokens) / max(1, len(tokens))
 
 
 _TIMED = 16
 """Passages per length that are timed."""
 
 
-def time_lengths(reranker: KaLMReranker, experiment: Experiment, ratio: int) -> list[LengthTiming]:
+def time_lengths(
+    reranker: KaLMReranker, experiment: Experiment, texts: Sequence[str], tokens: Sequence[int], ratio: int
+) -> list[LengthTiming]:
     """Time encoding and reranking of candidates by length: batches of 16 at evenly spaced ranks of length.
 
     Encoding counts the faster of two runs. Reranking counts the fastest of three, each with a query of its own, after
     one that prefills the passages.
     """
-    texts = [experiment.corpus.passages[name] for name in _needed(experiment)]
     engine = reranker._loaded()
-    lengths = engine.token_counts(texts)
-    ordered = sorted(range(len(texts)), key=lengths.__getitem__)
+    ordered = sorted(range(len(texts)), key=tokens.__getitem__)
     query = experiment.corpus.queries[next(iter(experiment.candidates.rankings))]
     found = []
     starts = [
@@ -377,6 +386,6 @@ def time_lengths(reranker: KaLMReranker, experiment: Experiment, ratio: int) -> 
             reranker.rank(f"{query} ({attempt})", chosen, ratio=ratio, show_progress=False)
             if attempt:
                 rank = min(rank, time.perf_counter() - began)
-        tokens = sum(lengths[place] for place in group) / len(group)
-        found.append(LengthTiming(tokens, 1000 * encode / len(group), 1000 * rank / len(group)))
+        mean = sum(tokens[place] for place in group) / len(group)
+        found.append(LengthTiming(mean, 1000 * encode / len(group), 1000 * rank / len(group)))
     return found

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kalm_rag.errors import MissingExtraError
 from kalm_rag.evaluation.experiment import Encoding, SystemResult
 from kalm_rag.evaluation.summary import Summary
 
@@ -37,14 +36,7 @@ def draw_all(summary: Summary, theme: Theme) -> dict[str, bytes]:
 
     Returns:
         Name to image: `ratio`, `bytes`, `latency`, `moved-up`, `moved-down`.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
     """
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "eval") from error
     plots = {}
     series = _series(summary)
     metric = summary.metrics[0]

@@ -28,8 +28,8 @@ def check_extras() -> None:
     Raises:
         MissingExtraError: matplotlib, Jinja2 or SciPy is not installed.
     """
-    for module, package in (("matplotlib", "matplotlib"), ("jinja2", "jinja2"), ("scipy", "scipy")):
-        if importlib.util.find_spec(module) is None:
+    for package in ("matplotlib", "jinja2", "scipy"):
+        if importlib.util.find_spec(package) is None:
             raise MissingExtraError(package, "eval")
 
 
@@ -67,8 +67,9 @@ def write_page(summary: Summary, out: Path, title: str) -> list[Path]:
         What was written, the page first.
 
     Raises:
-        MissingExtraError: matplotlib or Jinja2 is not installed.
+        MissingExtraError: matplotlib, Jinja2 or SciPy is not installed.
     """
+    check_extras()
     plots = {theme.name: draw_all(summary, theme) for theme in THEMES}
     page = _page(summary, plots, title)
     (out / "plots").mkdir(parents=True, exist_ok=True)
@@ -94,10 +95,8 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def _page(summary: Summary, plots: dict[str, dict[str, bytes]], title: str) -> str:
-    try:
-        import jinja2
-    except ImportError as error:
-        raise MissingExtraError("jinja2", "eval") from error
+    import jinja2
+
     heading, rows = summary.columns()
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((Path(__file__).parent / "report.html.j2").read_text("utf-8"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -57,10 +58,12 @@ class Summary:
             if len(instructions) > 1:
                 parts.append("default instruction" if system.instruction is None else repr(system.instruction[:40]))
             found[system.model, system.dtype, system.instruction] = " / ".join(parts)
-        for key, label in list(found.items()):
-            if list(found.values()).count(label) > 1:  # two folders of one name, two long instructions
-                found[key] = " / ".join(str(part) for part in key if part is not None)
-        return found
+        several = Counter(found.values())
+        # Two folders of one name, or two long instructions: both are named in full.
+        return {
+            key: label if several[label] == 1 else " / ".join(part for part in key if part is not None)
+            for key, label in found.items()
+        }
 
     def label(self, result: SystemResult) -> str:
         """What a result is called, the ratio aside."""
@@ -165,7 +168,7 @@ def summarise(experiment: Experiment, results: Sequence[SystemResult], encodings
         candidates.qrels,
         experiment.corpus.queries,
         {
-            "depth": max(map(len, candidates.rankings.values())),
+            "depth": depth,
             "device": experiment.device,
             "max_length": experiment.max_length,
             "metrics": experiment.metrics.names,
