@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -103,7 +102,12 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
 
 
 def load_model(
-    checkpoint: Checkpoint, *, settings: Settings, device: torch.device, dtype: str | torch.dtype | None
+    checkpoint: Checkpoint,
+    *,
+    settings: Settings,
+    device: torch.device,
+    dtype: str | torch.dtype | None,
+    fast: bool = True,
 ) -> LoadedModel:
     """Read the text part of a checkpoint.
 
@@ -115,11 +119,13 @@ def load_model(
         settings: how user text is tokenised.
         device: where to.
         dtype: as in `KaLMReranker`.
+        fast: on a CPU, the modules of `kalm_rag.kernels`; otherwise those of transformers, as everywhere else.
 
     Raises:
         ValueError: no such dtype, or not on this device.
         CheckpointError: a file is damaged, a weight is missing or has another shape than the config says.
     """
+    import torch
     import transformers
 
     int8 = str(dtype).lower().removeprefix("torch.") == "int8"
@@ -168,37 +174,22 @@ def load_model(
             delattr(encoder, name)
     model = model.to(device).eval()
     model.requires_grad_(False)
-    if int8:
-        try:
-            _quantise(model.get_decoder())
-        except (RuntimeError, ImportError) as error:
-            version = metadata.version("torch")
-            msg = f"torch {version} cannot run int8 matrices on this machine ({error}): use bfloat16"
-            raise ValueError(msg) from error
+    if fast and device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
+        _speed_up(model, int8=int8)
     logger.info("loaded %s on %s in %s", checkpoint.name, device, "int8" if int8 else dtype)
     return LoadedModel(model, tokenizer, device, dtype, int8)
 
 
-def _quantise(decoder: Any) -> None:
-    """Replace the decoder's matrices by int8 ones, one scale per output, through PyTorch's dynamic quantisation.
+def _speed_up(model: Any, *, int8: bool) -> None:
+    from kalm_rag.kernels import speed_up
 
-    Activations are quantised per batch, so that scores move a little with what shares a batch.
-    """
-    import torch
-    from torch.ao.quantization import PerChannelMinMaxObserver, PlaceholderObserver, QConfig, quantize_dynamic
-
-    weights = PerChannelMinMaxObserver.with_args(dtype=torch.qint8, qscheme=torch.per_channel_symmetric)
-    activations = PlaceholderObserver.with_args(dtype=torch.quint8, is_dynamic=True, reduce_range=False)
-    engine = torch.backends.quantized.engine
-    # oneDNN alone uses all 8 bits of the activations; a matrix remembers the engine that packed it.
-    torch.backends.quantized.engine = "onednn" if "onednn" in torch.backends.quantized.supported_engines else engine
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch announces the successor of this module
-            how = {torch.nn.Linear: QConfig(activations, weights)}  # type: ignore[no-untyped-call]
-            quantize_dynamic(decoder, how, inplace=True)  # type: ignore[no-untyped-call]
-    finally:
-        torch.backends.quantized.engine = engine
+        with quiet_transformers():
+            speed_up(model, int8=int8)
+    except (RuntimeError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        msg = f"torch {metadata.version('torch')} cannot run int8 matrices on this machine ({reason}): use bfloat16"
+        raise ValueError(msg) from error
 
 
 def _text_tensors(checkpoint: Checkpoint) -> dict[str, Any]:
