@@ -4,6 +4,9 @@ The decoder's merged attention is one softmax over its own keys and the passage'
 query's own tokens is known beforehand, so it is laid out once for all layers, with room for the new keys at the end: no
 layer copies it again. transformers' public `AttentionInterface` hands the decoder's attention to `merged_attention`,
 and a keyword argument of the decoder's forward carries the `KeyValues`.
+
+Only the last token of a prompt is scored, and of the last layer it needs nothing but the other tokens' keys and values:
+a hook before that layer lets it run on one token (`only_the_last`).
 """
 
 from __future__ import annotations
@@ -27,45 +30,63 @@ class KeyValues:
             each layer as it runs.
         values: the same.
         new: how many tokens are new.
+        last: position of each prompt's last token among the new ones, shape `(batch,)`.
         masks: additive float32 mask by layer type, shape `(batch, 1, heads_per_kv_head * new, positions + new)`.
         layer_types: by layer.
+        wide: room for one layer's keys in float32, if they are narrower and scores are exact; the layers share it.
+        written: layers whose new keys and values are in their place.
         used: layers that have read it, so that a forward that did not pass it on is noticed.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     new: int
+    last: torch.Tensor
     masks: dict[str, torch.Tensor]
     layer_types: list[str]
+    wide: torch.Tensor | None = None
+    written: set[int] = field(default_factory=set)
     used: set[int] = field(default_factory=set)
 
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
-    ) -> torch.Tensor:
-        """One layer's attention.
+    def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Put a layer's new keys and values, each `(batch, kv_heads, new, head_dim)`, in their place, once."""
+        if layer not in self.written:
+            self.keys[layer, ..., -self.new :, :] = key
+            self.values[layer, ..., -self.new :, :] = value
+            self.written.add(layer)
+
+    def attend(self, layer: int, query: torch.Tensor, scaling: float | None) -> torch.Tensor:
+        """One layer's attention over what has been written.
 
         Args:
             layer: which.
-            query: shape `(batch, heads, new, head_dim)`.
-            key: the new tokens' keys, shape `(batch, kv_heads, new, head_dim)`.
-            value: the same.
+            query: of all new tokens, shape `(batch, heads, new, head_dim)`, or of the last ones, with 1 for `new`.
             scaling: of the scores.
 
         Returns:
-            Shape `(batch, new, heads, head_dim)`.
+            Shape `(batch, tokens, heads, head_dim)`.
         """
         self.used.add(layer)
-        keys, values = self.keys[layer], self.values[layer]
-        keys[..., -self.new :, :] = key
-        values[..., -self.new :, :] = value
-        batch, heads, new, width = query.shape
+        keys, values, mask = self.keys[layer], self.values[layer], self.masks[self.layer_types[layer]]
+        batch, heads, tokens, width = query.shape
         kv_heads = keys.shape[1]
         # Heads that share keys become more rows of one head: the keys are read once instead of once per head.
-        rows = query.reshape(batch, kv_heads, heads // kv_heads * new, width)
+        rows = query.reshape(batch, kv_heads, heads // kv_heads * tokens, width)
+        if tokens < self.new:
+            mask = self._of_last_tokens(mask)
         scale = width**-0.5 if scaling is None else scaling
-        attend = _attend_on_cpu if query.device.type == "cpu" else _attend_fused
-        out = attend(rows, keys, values, self.masks[self.layer_types[layer]], scale)
-        return out.reshape(batch, heads, new, width).transpose(1, 2).contiguous()
+        if query.device.type == "cpu":
+            out = _attend_on_cpu(rows, keys if self.wide is None else self.wide.copy_(keys), values, mask, scale)
+        else:
+            out = _attend_fused(rows, keys, values, mask, scale)
+        return out.view(batch, heads, tokens, width).transpose(1, 2).contiguous()
+
+    def _of_last_tokens(self, mask: torch.Tensor) -> torch.Tensor:
+        """One mask row per head of a group: that of the last token."""
+        import torch
+
+        by_head = mask.view(len(mask), 1, -1, self.new, mask.shape[3])
+        return by_head[torch.arange(len(mask), device=mask.device), :, :, self.last]
 
 
 def _attend_fused(
@@ -81,20 +102,14 @@ def _attend_on_cpu(
 ) -> torch.Tensor:
     """Plain matrix products: on a CPU, at a head width of 256, they beat the fused kernel, in bfloat16 by half.
 
-    Scores are float32, as they are inside of the fused kernel. Keys in a narrower dtype than the model's, as with int8
-    weights, are a choice of speed over exactness, and scores follow it.
+    Scores have the dtype of the keys: float32, as inside of the fused kernel, unless they were left narrower.
     """
     import torch
 
-    exact = keys.dtype == rows.dtype
-    queries, flat_keys, flat_values = (tensor.flatten(0, 1) for tensor in (rows, keys, values))
-    bias = mask.expand(-1, keys.shape[1], -1, -1).flatten(0, 1)
-    if exact:
-        queries, flat_keys = queries.float(), flat_keys.float()
-    else:
-        queries, bias = queries.to(keys.dtype), bias.to(keys.dtype)
+    queries, flat_keys, flat_values = (tensor.flatten(0, 1) for tensor in (rows.to(keys.dtype), keys, values))
+    bias = mask.expand(-1, keys.shape[1], -1, -1).flatten(0, 1).to(keys.dtype)
     scores = torch.baddbmm(bias, queries, flat_keys.transpose(1, 2), alpha=scale)
-    weights = torch.softmax(scores, dim=-1).to(keys.dtype)
+    weights = torch.softmax(scores, dim=-1).to(values.dtype)
     return torch.bmm(weights, flat_values).to(rows.dtype).view_as(rows)
 
 
@@ -117,7 +132,35 @@ def merged_attention(
         out, _ = stock(module, query, key, value, attention_mask, scaling=scaling, **options)
         return out, None
     # Of the keys that the layer merged, the passage's are none: `encoder_hidden_states` was empty.
-    return key_values.attend(module.layer_idx, query, key, value, scaling), None
+    key_values.write(module.layer_idx, key, value)
+    return key_values.attend(module.layer_idx, query, scaling), None
+
+
+def only_the_last(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward hook of the last decoder layer: write the keys and values of all new tokens, then run the last one alone.
+
+    Where a version of transformers has built or calls the layer in another way, it runs on all tokens.
+    """
+    import torch
+
+    key_values = kwargs.get("key_values")
+    if key_values is None:
+        return None
+    try:
+        hidden, (cos, sin), *rest = args
+        attention = layer.self_attn
+        normed = layer.pre_self_attn_layernorm(hidden)
+        heads = (*hidden.shape[:2], -1, attention.head_dim)
+        key = attention.k_norm(attention.k_proj(normed).view(heads).transpose(1, 2))
+        value = attention.v_proj(normed).view(heads).transpose(1, 2)
+    except (AttributeError, TypeError, ValueError):
+        return None
+    first, second = key.chunk(2, dim=-1)
+    key = key * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+    key_values.write(attention.layer_idx, key, value)
+    last = key_values.last
+    place = torch.arange(len(last), device=last.device)
+    return (hidden[place, last][:, None], (cos[0, last][:, None], sin[0, last][:, None]), *rest), kwargs
 
 
 def install(decoder: Any) -> None:
@@ -128,3 +171,4 @@ def install(decoder: Any) -> None:
     AttentionInterface.register(IMPLEMENTATION, merged_attention)
     AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
     decoder.set_attn_implementation(IMPLEMENTATION)
+    decoder.layers[-1].register_forward_pre_hook(only_the_last, with_kwargs=True)

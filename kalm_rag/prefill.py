@@ -157,7 +157,7 @@ class PrefillScorer:
         self._decoder = loaded.model.get_decoder()
         self._config = self._decoder.config
         self._head = YesNoHead(loaded)
-        self._room: torch.Tensor | None = None
+        self._rooms: dict[torch.dtype, torch.Tensor] = {}
         install(self._decoder)
 
     @property
@@ -269,7 +269,8 @@ class PrefillScorer:
             lengths = [len(row) for row in rows]
             new = max(lengths)
             embeddings = self._embed(rows, new)
-            key_values = self._key_values(skip, new, [pair.passage for pair in pairs])
+            last = to_device(torch.tensor(lengths) - 1, device)
+            key_values = self._key_values(skip, new, last, [pair.passage for pair in pairs])
             nothing = torch.empty(len(pairs), 0, self._config.hidden_size, device=device, dtype=dtype)
             own = torch.empty(1, 1, new, new, device=device, dtype=torch.bool)
             none = torch.empty(1, 1, new, 0, device=device, dtype=torch.bool)
@@ -280,24 +281,27 @@ class PrefillScorer:
                 attention_mask={"full_attention": own, "sliding_attention": own},
                 encoder_hidden_states=nothing,
                 encoder_attention_mask={"full_attention": none},
-                past_key_values=self._no_passage(key_values),
+                past_key_values=self._no_passage(len(pairs)),
                 use_cache=True,
                 key_values=key_values,
             ).last_hidden_state
             if len(key_values.used) != self._config.num_hidden_layers:
                 msg = "this version of transformers does not hand arguments on to the attention function"
                 raise PrefillUnsupportedError(msg)
-            last = to_device(torch.tensor(lengths) - 1, device)
-            margins: list[float] = self._head.margins(hidden[torch.arange(len(pairs), device=device), last]).tolist()
+            # The last layer ran on the last token alone, or else on all of them.
+            final = hidden[:, 0] if hidden.shape[1] == 1 else hidden[torch.arange(len(pairs), device=device), last]
+            margins: list[float] = self._head.margins(final).tolist()
             return margins
 
-    def _no_passage(self, key_values: KeyValues) -> Any:
-        """A cache that says every layer has its passage already, and holds none: `key_values` has it."""
+    def _no_passage(self, batch: int) -> Any:
+        """A cache that says every layer has its passage already, and holds none: `KeyValues` has it."""
+        import torch
         from transformers import DynamicCache, EncoderDecoderCache
 
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        empty = key_values.keys[0, :, :, :0].to(self._loaded.dtype)
-        for layer in range(self._config.num_hidden_layers):
+        layers, kv_heads, width = self.shape
+        empty = torch.empty(batch, kv_heads, 0, width, device=self._loaded.device, dtype=self._loaded.dtype)
+        for layer in range(layers):
             cache.cross_attention_cache.update(empty, empty, layer)
             cache.is_updated[layer] = True
         return cache
@@ -315,12 +319,13 @@ class PrefillScorer:
         places = {row: place for place, row in enumerate(unique)}
         return found[[places[tuple(row)] for row in rows]]
 
-    def _key_values(self, skip: int, new: int, passages: Sequence[Prefilled]) -> KeyValues:
-        first = passages[0].key_values
-        _, layers, kv_heads, _, width = first.shape
+    def _key_values(self, skip: int, new: int, last: torch.Tensor, passages: Sequence[Prefilled]) -> KeyValues:
+        import torch
+
+        layers, kv_heads, width = self.shape
         positions = max(passage.positions for passage in passages)
         shape = (2, layers, len(passages), kv_heads, positions + new, width)
-        both = self._scratch(math.prod(shape)).view(shape)
+        both = self._scratch(shape, self._loaded.prefill_dtype)
         for row, passage in enumerate(passages):
             place = both[:, :, row, :, : passage.positions]
             if passage.scales is None:
@@ -328,18 +333,25 @@ class PrefillScorer:
             else:
                 place.copy_(passage.key_values * passage.scales)
             both[:, :, row, :, passage.positions : positions].zero_()
-        return KeyValues(
-            both[0], both[1], new, self._masks(skip, new, positions, passages), list(self._config.layer_types)
-        )
+        masks = self._masks(skip, new, positions, passages)
+        wide = self._scratch(shape[2:], torch.float32) if self._widens else None
+        return KeyValues(both[0], both[1], new, last, masks, list(self._config.layer_types), wide)
 
-    def _scratch(self, numbers: int) -> torch.Tensor:
+    @property
+    def _widens(self) -> bool:
+        """Whether keys are brought to float32 for exact scores. With int8 weights, nothing is exact anyway."""
+        loaded = self._loaded
+        return loaded.device.type == "cpu" and loaded.prefill_dtype.itemsize < 4 and not loaded.int8
+
+    def _scratch(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Room for a batch, kept from one to the next: touching fresh memory costs more than filling it."""
         import torch
 
-        if self._room is None or self._room.numel() < numbers:
-            self._room = None
-            self._room = torch.empty(numbers, device=self._loaded.device, dtype=self._loaded.prefill_dtype)
-        return self._room[:numbers]
+        numbers = math.prod(shape)
+        if dtype not in self._rooms or self._rooms[dtype].numel() < numbers:
+            self._rooms.pop(dtype, None)
+            self._rooms[dtype] = torch.empty(numbers, device=self._loaded.device, dtype=dtype)
+        return self._rooms[dtype][:numbers].view(*shape)
 
     def _masks(self, skip: int, new: int, positions: int, passages: Sequence[Prefilled]) -> dict[str, torch.Tensor]:
         """Additive masks by layer type: padding of short passages, causality, and the sliding window."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -142,6 +143,35 @@ def test_mixed_lengths_in_a_batch(checkpoint: Path, passages: list[str]) -> None
     reranker = KaLMReranker(checkpoint, cache=None)
     assert near(reranker.predict(pairs), expected)
     assert near(reranker.predict(pairs[::-1]), expected[::-1])
+
+
+@pytest.mark.parametrize("words", [1, 60])
+def test_the_last_layer_runs_the_last_token_alone(
+    checkpoint: Path, passages: list[str], plain: Any, words: int
+) -> None:
+    """Nothing else of it is scored. Where a transformers is built otherwise, it runs all tokens, to the same scores."""
+    pairs = [(query, text) for query in ("word " * words, "two words", "three more words") for text in passages[:3]]
+    expected = [score for query, text in pairs for score in plain(query, [text])]
+    counted = Counted(checkpoint)
+    layers = counted.reranker._loaded().loaded.model.get_decoder().layers
+    shapes: list[tuple[int, ...]] = []
+    for layer in (layers[0], layers[-1]):
+        layer.mlp.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape[:2])))
+    counted.reranker.predict(pairs)
+    shapes.clear()
+    assert near(counted.reranker.predict(pairs), expected)
+    assert sum(rows for rows, _ in shapes[1::2]) == len(pairs)
+    assert {tokens for _, tokens in shapes[1::2]} == {1}
+    assert {tokens for _, tokens in shapes[::2]} != {1}
+    shapes.clear()
+
+    def by_keyword(layer: Any, args: Any, kwargs: Any) -> Any:
+        names = list(inspect.signature(layer.forward).parameters)[1 : len(args)]
+        return args[:1], {**dict(zip(names, args[1:], strict=True)), **kwargs}
+
+    layers[-1].register_forward_pre_hook(by_keyword, with_kwargs=True, prepend=True)
+    assert near(counted.reranker.predict(pairs), expected)
+    assert {tokens for _, tokens in shapes[1::2]} == {tokens for _, tokens in shapes[::2]}
 
 
 def test_a_prompt_that_begins_otherwise_runs_in_full(
