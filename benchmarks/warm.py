@@ -4,7 +4,8 @@ Caveats first. The weights are random, in the geometry of KaLM-Reranker-V1-Nano 
 not depend on their values. The machine may be shared: read ratios within one table, not seconds across tables.
 "reference" is the KaLM wrapper of the package mteb, with passages sorted by length, at the better of two batch sizes.
 "kept" has pooled states at hand, skips the encoder and is otherwise the reference. "cold" starts from text, "warm" from
-prefilled passages; each warm query is a new one. "peak" is the share of the matrix-multiply speed measured beside it.
+prefilled passages; each warm query is a new one. "peak" is the share of the matrix-multiply speed measured beside it:
+the faster of torch's own product and oneDNN's, which differ in float32. Work that is left out is not counted as done.
 
     python benchmarks/warm.py [--corpus FOLDER] [--tokenizer tokenizer.json] [--full] [--small] [--output FILE]
 """
@@ -95,35 +96,41 @@ def seconds(action: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def peak(rows: int, geometry: Any, dtype: str) -> float:
-    """Best FLOP/s that this process reaches on the decoder's largest matrix products, at `rows` rows."""
+def peak(rows: int, geometry: Any, dtype: str) -> tuple[float, float]:
+    """Best FLOP/s that this process reaches on the decoder's largest matrix products, at `rows` rows: torch's, any."""
     import torch
 
-    wide, narrow = geometry.intermediate_size, geometry.hidden_size
-    layers = torch.nn.ModuleList([torch.nn.Linear(narrow, wide, bias=False), torch.nn.Linear(wide, narrow, bias=False)])
-    kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-    layers = layers.to(kind)
-    if dtype == "int8":
-        from kalm_rag.loading import _quantise
+    from kalm_rag.kernels import Int8Matrix, Matrix
 
-        _quantise(layers)
-    inputs = [torch.randn(rows, narrow).to(kind), torch.randn(rows, wide).to(kind)]
-    best = 0.0
+    wide, narrow = geometry.intermediate_size, geometry.hidden_size
+    kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    layers = [torch.nn.Linear(*sizes, bias=False, dtype=kind) for sizes in ((narrow, wide), (wide, narrow))]
+    data = [torch.randn(rows, layer.in_features).to(kind) for layer in layers]
+    packed = [(Int8Matrix if dtype == "int8" else Matrix)(layer) for layer in layers]
+    inputs = [matrix.input(part) for matrix, part in zip(packed, data, strict=True)]
+
+    def best(action: Callable[[], object]) -> float:
+        return 4 * rows * wide * narrow / min(seconds(action) for _ in range(40))
+
     with torch.inference_mode():
-        for _ in range(40):
-            spent = seconds(lambda: [layer(data) for layer, data in zip(layers, inputs, strict=True)])
-            best = max(best, 4 * rows * wide * narrow / spent)
-    return best
+        stock = best(lambda: [layer(part) for layer, part in zip(layers, data, strict=True)])
+        ours = best(lambda: [matrix.product(part) for matrix, part in zip(packed, inputs, strict=True)])
+    return stock, ours if dtype == "int8" else max(stock, ours)
 
 
 def flops(engine: Any, passages: int, new: int) -> float:
-    """Multiplications and additions of one warm pass: matrices, and attention over what each passage has."""
+    """Multiplications and additions of one warm pass: matrices, and attention over what each passage has.
+
+    The last layer has but one token of each prompt, and keys and values of all.
+    """
     config = engine.loaded.model.config.decoder
     heads = config.num_attention_heads * config.head_dim
     kept = config.num_key_value_heads * config.head_dim
-    matrices = config.hidden_size * (3 * config.intermediate_size + 2 * heads + 2 * kept)
+    own, shared = 3 * config.intermediate_size + 2 * heads, 2 * kept
     positions = sum(item.positions + new for item in list(engine._prefilled._items.values())[-passages:])
-    return config.num_hidden_layers * (2 * passages * new * matrices + 4 * heads * new * positions)
+    tokens = (config.num_hidden_layers - 1) * new + 1
+    matrices = 2 * passages * config.hidden_size * (tokens * own + config.num_hidden_layers * new * shared)
+    return matrices + 4 * heads * tokens * positions
 
 
 def reference(bench: Bench, dtype: str, query: str, passages: list[str]) -> tuple[float, list[float]]:
@@ -146,15 +153,20 @@ def reference(bench: Bench, dtype: str, query: str, passages: list[str]) -> tupl
     return best, [scores[text] for text in passages]
 
 
-def states_kept(engine: Any, query: str, passages: list[str], ratio: int = 4) -> float:
-    """Pooled states at hand, the rest as the reference: whole prompt, all output rows at all positions."""
+def states_kept(bench: Bench, engine: Any, dtype: str, query: str, passages: list[str], ratio: int = 4) -> float:
+    """Pooled states at hand, the rest as the reference: stock modules, whole prompt, all output rows and positions."""
     import torch
     from transformers.modeling_outputs import BaseModelOutput
 
+    from kalm_rag.checkpoint import find_checkpoint
+    from kalm_rag.loading import load_model
     from kalm_rag.scoring import right_pad, right_pad_states
 
     encoded = engine._lookup(passages, ratio)
-    model = engine.loaded.model
+    device = engine.loaded.device
+    model = load_model(
+        find_checkpoint(bench.model), settings=engine._settings, device=device, dtype=dtype, fast=False
+    ).model
 
     def run() -> None:
         with torch.inference_mode():
@@ -196,10 +208,12 @@ def measure(
     warm = [seconds(lambda query=query: reranker.rank(query, passages)) for query in queries[2 : 2 + repeats]]
     result["warm_samples"] = warm
     result["warm"] = percentiles(warm)
-    result["peak_gflops"] = peak(count * new, engine.loaded.model.config.decoder, dtype) / 1e9
+    torch_peak, any_peak = peak(count * new, engine.loaded.model.config.decoder, dtype)
+    result["torch_peak_gflops"], result["peak_gflops"] = torch_peak / 1e9, any_peak / 1e9
     result["warm_gflops"] = flops(engine, count, new) / min(warm) / 1e9
     if slow:
-        result["states_kept"] = states_kept(engine, queries[-1], passages, ratio) if dtype != "int8" else None
+        kept = states_kept(bench, engine, dtype, queries[-1], passages, ratio) if dtype != "int8" else None
+        result["states_kept"] = kept
     ours = reranker.predict([(queries[-1], text) for text in passages])
     reranker.close()
     if slow and dtype != "int8":
@@ -264,6 +278,12 @@ def main() -> None:
             print(" ".join(row(results[-1])), flush=True)
     print("\ncandidates x passage tokens / new tokens, ratio; seconds; warm is the median")
     print_table(HEADER, [row(result) for result in results])
+    for dtype in ("float32", "bfloat16", "int8"):
+        found = [result for result in results if result["dtype"] == dtype]
+        if found:
+            best = {name: max(result[name] for result in found) for name in ("torch_peak_gflops", "peak_gflops")}
+            own = "" if dtype == "int8" else f"; torch's own product: {best['torch_peak_gflops']:.0f}"
+            print(f"{dtype}: matrix products reach {best['peak_gflops']:.0f} GFLOP/s{own}")
     summary = json.dumps({"environment": environment(), "results": results})
     if options.output:
         Path(options.output).write_text(summary + "\n")
