@@ -1,8 +1,8 @@
 """What each precision does to scores and order, against float32, on real text.
 
-Caveats first: without --model the weights are random, in the geometry of KaLM-Reranker-V1-Nano, and scores are spread
-by design; a trained model's scores move otherwise. Rank correlation is Spearman's, over the candidates of one query,
-the lowest of all queries.
+Caveats first: of the two models the bundled one, `mini`, is trained; the other has random weights in the geometry of
+KaLM-Reranker-V1-Nano, and scores that are spread by design. A candidate list is what BM25 finds for a real question.
+Rank correlation is Spearman's over one list; the lowest of all lists is a list of nearly equal scores.
 
     python benchmarks/precision.py [--model MODEL] [--corpus FOLDER] [--tokenizer FILE] [--small] [--output FILE]
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -27,48 +28,83 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+RANDOM = "random weights"
+
+
+def candidate_lists(corpus: str | None, queries: int, depth: int) -> dict[str, list[str]]:
+    """Passages that BM25 finds, by question."""
+    from kalm_rag.bm25 import BM25
+    from kalm_rag.corpus import read_beir
+    from kalm_rag.demo_data import load_demo
+
+    data = read_beir(corpus) if corpus else load_demo()
+    index = BM25(data.passages)
+    chosen = list(data.queries.values())[:queries]
+    return {query: [data.passages[found] for found, _ in index.search(query, depth)] for query in chosen}
+
+
+def measure(model: Any, lists: dict[str, list[str]]) -> dict[str, dict[str, float]]:
+    """Changes of the probability and of the order, by precision."""
+    from scipy.stats import spearmanr
+
+    from kalm_rag import KaLMReranker
+
+    results: dict[str, dict[str, float]] = {}
+    exact: dict[str, list[float]] = {}
+    for kind, arguments in KINDS.items():
+        with KaLMReranker(model, device="cpu", cache=None, **{"dtype": "float32", **arguments}) as reranker:
+            found = {query: reranker.predict([(query, text) for text in texts]) for query, texts in lists.items()}
+        exact = exact or found
+        change = [abs(a - b) for query in lists for a, b in zip(found[query], exact[query], strict=True)]
+        order = [float(spearmanr(found[query], exact[query]).statistic) for query in lists]
+        results[kind] = {
+            "largest": max(change),
+            "mean": statistics.mean(change),
+            "lowest_correlation": min(order),
+            "mean_correlation": statistics.mean(order),
+        }
+    return results
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a trained model [default: random weights]")
-    parser.add_argument("--corpus", help="BEIR folder or JSON lines [default: the demo's corpus]")
-    parser.add_argument("--tokenizer", help="a tokenizer.json, for lengths at true vocabulary size")
+    parser.add_argument("--model", help="a trained model alone [default: mini, and random weights]")
+    parser.add_argument("--corpus", help="BEIR folder [default: the demo's corpus]")
+    parser.add_argument(
+        "--tokenizer", help="a tokenizer.json for the random model, for lengths at true vocabulary size"
+    )
     parser.add_argument("--small", action="store_true", help="small checkpoint: checks the script in seconds")
     parser.add_argument("--output", help="also write the JSON here")
     options = parser.parse_args()
     import torch
-    from scipy.stats import spearmanr
 
-    from kalm_rag import KaLMReranker
-    from kalm_rag.corpus import read_passages
-    from kalm_rag.demo_data import load_demo
     from kalm_rag.testing import NANO, TINY, build_checkpoint
 
-    demo = load_demo()
-    texts = (
-        [record.text for record in read_passages(options.corpus)] if options.corpus else list(demo.passages.values())
-    )
-    passages, queries = texts[: 8 if options.small else 40], list(demo.queries.values())[: 2 if options.small else 6]
-    results: dict[str, Any] = {}
+    lists = candidate_lists(options.corpus, *((2, 6) if options.small else (20, 20)))
+    results: dict[str, dict[str, dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        model = options.model or build_checkpoint(
-            Path(folder) / "model",
-            geometry=TINY if options.small else NANO,
-            tokenizer_file=options.tokenizer,
-            dtype=torch.bfloat16,
-        )
-        exact: dict[str, list[float]] = {}
-        for kind, arguments in KINDS.items():
-            with KaLMReranker(model, device="cpu", cache=None, **{"dtype": "float32", **arguments}) as reranker:
-                found = {query: reranker.predict([(query, text) for text in passages]) for query in queries}
-            exact = exact or found
-            change = [abs(a - b) for query in queries for a, b in zip(found[query], exact[query], strict=True)]
-            order = [float(spearmanr(found[query], exact[query]).statistic) for query in queries]
-            results[kind] = {"largest": max(change), "mean": sum(change) / len(change), "correlation": min(order)}
-    print(f"{len(passages)} passages, {len(queries)} queries, model: {options.model or 'random weights'}")
-    rows = [[kind, *(f"{value:.4f}" for value in result.values())] for kind, result in results.items()]
-    print_table(["precision", "largest change", "mean", "lowest rank corr."], rows)
-    summary = json.dumps({"environment": environment(), "model": options.model, "results": results})
+        for name in [options.model] if options.model else ["mini", RANDOM]:
+            model = name
+            if name == RANDOM:
+                model = build_checkpoint(
+                    Path(folder) / "model",
+                    geometry=TINY if options.small else NANO,
+                    tokenizer_file=options.tokenizer,
+                    dtype=torch.bfloat16,
+                )
+            results[name] = measure(model, lists)
+    for name, found in results.items():
+        print(f"\n{name}: {len(lists)} questions, {sum(map(len, lists.values()))} passages; change of the probability")
+        rows = [[kind, *(f"{value:.4f}" for value in result.values())] for kind, result in found.items()]
+        print_table(["precision", "largest", "mean", "lowest rank corr.", "mean"], rows)
+    summary = json.dumps(
+        {
+            "environment": environment(),
+            "corpus": Path(options.corpus).name if options.corpus else "demo",
+            "results": results,
+        }
+    )
     if options.output:
         Path(options.output).write_text(summary + "\n")
     print(summary)

@@ -33,7 +33,7 @@ class KeyValues:
         last: position of each prompt's last token among the new ones, shape `(batch,)`.
         masks: additive float32 mask by layer type, shape `(batch, 1, heads_per_kv_head * new, positions + new)`.
         layer_types: by layer.
-        wide: room for one layer's keys in float32, if they are narrower and scores are exact; the layers share it.
+        wide: on a CPU, room for one layer's keys in float32, if they are narrower; the layers share it.
         written: layers whose new keys and values are in their place.
         used: layers that have read it, so that a forward that did not pass it on is noticed.
     """
@@ -102,12 +102,12 @@ def _attend_on_cpu(
 ) -> torch.Tensor:
     """Plain matrix products: on a CPU, at a head width of 256, they beat the fused kernel, in bfloat16 by half.
 
-    Scores have the dtype of the keys: float32, as inside of the fused kernel, unless they were left narrower.
+    Keys, and so scores, are float32, as they are inside of the fused kernel.
     """
     import torch
 
-    queries, flat_keys, flat_values = (tensor.flatten(0, 1) for tensor in (rows.to(keys.dtype), keys, values))
-    bias = mask.expand(-1, keys.shape[1], -1, -1).flatten(0, 1).to(keys.dtype)
+    queries, flat_keys, flat_values = (tensor.flatten(0, 1) for tensor in (rows.float(), keys, values))
+    bias = mask.expand(-1, keys.shape[1], -1, -1).flatten(0, 1)
     scores = torch.baddbmm(bias, queries, flat_keys.transpose(1, 2), alpha=scale)
     weights = torch.softmax(scores, dim=-1).to(values.dtype)
     return torch.bmm(weights, flat_values).to(rows.dtype).view_as(rows)

@@ -186,9 +186,8 @@ def _speed_up(model: Any, *, int8: bool) -> None:
     try:
         with quiet_transformers():
             speed_up(model, int8=int8)
-    except (RuntimeError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
-        msg = f"torch {metadata.version('torch')} cannot run int8 matrices on this machine ({reason}): use bfloat16"
+    except RuntimeError as error:
+        msg = f"torch {metadata.version('torch')} cannot run int8 matrices on this machine ({error}): use bfloat16"
         raise ValueError(msg) from error
 
 

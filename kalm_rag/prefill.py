@@ -339,9 +339,8 @@ class PrefillScorer:
 
     @property
     def _widens(self) -> bool:
-        """Whether keys are brought to float32 for exact scores. With int8 weights, nothing is exact anyway."""
-        loaded = self._loaded
-        return loaded.device.type == "cpu" and loaded.prefill_dtype.itemsize < 4 and not loaded.int8
+        """Whether keys are brought to float32 for exact scores, as the fused kernel of other devices does inside."""
+        return self._loaded.device.type == "cpu" and self._loaded.prefill_dtype.itemsize < 4
 
     def _scratch(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Room for a batch, kept from one to the next: touching fresh memory costs more than filling it."""

@@ -197,19 +197,51 @@ def test_without_onednn_the_stock_modules_run(checkpoint: Path, passages: list[s
 
 def test_wrong_int8_products_are_an_error(checkpoint: Path, monkeypatch: Any) -> None:
     """As of a processor whose 8-bit instructions overflow."""
-    product = kernels.Int8Matrix.product
-    monkeypatch.setattr(kernels.Int8Matrix, "product", lambda self, *args: product(self, *args).clamp_max(0.1))
-    with pytest.raises(ValueError, match="8-bit products differ from float ones by .*: use bfloat16"):
+    product = kernels.Int8Matrix._product
+    monkeypatch.setattr(kernels.Int8Matrix, "_product", lambda self, *args: product(self, *args).clamp_max(0.1))
+    with pytest.raises(ValueError, match=r"cannot run int8 matrices .*not near the float ones.*: use bfloat16"):
         KaLMReranker(checkpoint, device="cpu", dtype="int8").load()
 
 
+@pytest.mark.parametrize("kind", [kernels.Int8Matrix, kernels.RowInt8Matrix, kernels.NarrowMatrix])
 @torch.inference_mode()
-def test_int8_products_are_near() -> None:
+def test_narrow_products_are_near(kind: Any) -> None:
+    torch.manual_seed(0)
     linear = nn.Linear(64, 48, bias=False)
-    matrix = kernels.Int8Matrix(linear)
+    matrix = kind(linear)
     for data in (torch.randn(20, 64), torch.rand(2, 5, 64) + 3, -torch.rand(4, 64), torch.zeros(2, 64)):
-        assert (matrix.product(matrix.input(data)) - linear(data)).abs().max() <= 0.02 * (1 + data.abs().max())
-    assert matrix.gelu(matrix.input(torch.ones(1, 64))).shape == (1, 48)
+        ours = matrix.product(matrix.input(data))
+        assert ours.dtype == torch.float32
+        assert (ours - linear(data)).abs().max() <= 0.02 * (1 + data.abs().max())
+
+
+@torch.inference_mode()
+def test_a_row_scale_is_exact_where_rows_differ() -> None:
+    """Next to a row a thousand times as large, one scale for all leaves nothing of a row."""
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 48, bias=False)
+    data = torch.randn(2, 64) * torch.tensor([[1.0], [1000.0]])
+    small = linear(data)[0]
+    errors = [
+        float((matrix.product(matrix.input(data))[0] - small).abs().max() / small.abs().max())
+        for matrix in (kernels.Int8Matrix(linear), kernels.RowInt8Matrix(linear))
+    ]
+    assert errors[1] < 0.02 < 0.5 < errors[0]
+
+
+@pytest.mark.parametrize("capabilities", [{}, {"avx512_bf16": True}])
+def test_int8_projections_are_what_the_processor_is_fast_at(
+    checkpoint: Path, passages: list[str], monkeypatch: Any, capabilities: dict[str, bool]
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    expected = KaLMReranker(checkpoint, device="cpu", cache=None).predict([("query", text) for text in passages[:6]])
+    reranker = KaLMReranker(checkpoint, device="cpu", cache=None, dtype="int8")
+    layer = reranker._loaded().loaded.model.get_decoder().layers[0]
+    assert type(layer.self_attn.k_proj.matrix) is (kernels.NarrowMatrix if capabilities else kernels.Matrix)
+    assert type(layer.self_attn.o_proj.matrix) is type(layer.mlp.down) is kernels.RowInt8Matrix
+    assert type(layer.mlp.gate) is type(layer.mlp.up) is kernels.Int8Matrix
+    for ours, exact in zip(reranker.predict([("query", text) for text in passages[:6]]), expected, strict=True):
+        assert abs(ours - exact) < 0.03
 
 
 def test_checking_leaves_the_random_numbers_of_others_alone() -> None:
