@@ -40,7 +40,8 @@ def candidate_lists(corpus: str | None, queries: int, depth: int) -> dict[str, l
     data = read_beir(corpus) if corpus else load_demo()
     index = BM25(data.passages)
     chosen = list(data.queries.values())[:queries]
-    return {query: [data.passages[found] for found, _ in index.search(query, depth)] for query in chosen}
+    found = {query: [data.passages[name] for name, _ in index.search(query, depth)] for query in chosen}
+    return {query: texts for query, texts in found.items() if len(texts) > 2}
 
 
 def measure(model: Any, lists: dict[str, list[str]]) -> dict[str, dict[str, float]]:

@@ -14,10 +14,16 @@ IMPLEMENTATION = "kalm_rag_encoder"
 """Name under which the attention is registered with transformers."""
 
 _ROWS_IN_WINDOW, _ROWS = 128, 512
-"""Query tokens per block, in layers with and without a sliding window."""
+"""Query tokens per block, in layers with and without a sliding window; without one, fewer for long passages."""
 
 _SCORES = 500_000
-"""Scores at a time, about: as float32, what stays in a core's cache."""
+"""Scores at a time of passages that share a block: as float32, about what a core's cache holds."""
+
+_MOST_SCORES = 2_000_000
+"""Scores at a time of one passage, as far as blocks of 64 tokens allow."""
+
+_UNSEEN = -1e30
+"""Added to the score of what is not seen. Not infinity: a token of padding may see nothing, and must not become NaN."""
 
 
 def encoder_attention(
@@ -55,7 +61,9 @@ def encoder_attention(
     batch, heads, tokens, width = query.shape
     scale = width**-0.5 if scaling is None else scaling
     out = query.new_empty(batch, tokens, heads, width)
-    block = _ROWS if sliding_window is None else _ROWS_IN_WINDOW
+    block = _ROWS_IN_WINDOW
+    if sliding_window is None:
+        block = max(64, min(_ROWS, _MOST_SCORES // (heads * tokens)))
     for start in range(0, tokens, block):
         rows = slice(start, min(start + block, tokens))
         columns = _columns(rows, tokens, attention_mask, sliding_window)
@@ -92,8 +100,7 @@ def _attend(
     if mask is None:
         scores = torch.bmm(rows, columns).mul_(scale)
     else:
-        # Not infinity: a token of padding may see nothing, and must not become NaN.
-        bias = torch.zeros(mask.shape).masked_fill_(~mask, torch.finfo(torch.float32).min)
+        bias = torch.zeros(mask.shape).masked_fill_(~mask, _UNSEEN)
         bias = bias.expand(-1, heads, -1, -1).reshape(len(rows), -1, seen)
         scores = torch.baddbmm(bias, rows, columns, alpha=scale)
     weights = torch.softmax(scores, dim=-1).to(value.dtype)

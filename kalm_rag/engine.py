@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from kalm_rag.attention import PrefillUnsupportedError
 from kalm_rag.cache import PassageCache
 from kalm_rag.cache.frame import HEADER_BYTES
 from kalm_rag.cache.keys import KeySpace
@@ -19,7 +20,7 @@ from kalm_rag.identity import identify
 from kalm_rag.loading import LoadedModel, load_model, resolve_device
 from kalm_rag.lru import BudgetLRU
 from kalm_rag.pooling import PassageStates
-from kalm_rag.prefill import Beginning, Prefilled, PrefillScorer, PrefillUnsupportedError, WarmPair, find_beginning
+from kalm_rag.prefill import Beginning, Prefilled, PrefillScorer, WarmPair, find_beginning
 from kalm_rag.progress import Progress
 from kalm_rag.prompts import Prompt, Prompts
 from kalm_rag.results import EncodeReport, PrefillCounters, PrefillStats

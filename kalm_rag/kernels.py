@@ -8,6 +8,8 @@ torch.compile emits. `speed_up` puts them behind the modules of a loaded model, 
 from __future__ import annotations
 
 import logging
+import math
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -85,11 +87,13 @@ class NarrowMatrix(Matrix):
 class Int8Matrix:
     """A matrix in 8 bits, with one scale per output. Input is brought to 8 bits as it comes, with one scale for all.
 
+    A row's result depends a little on what shares its batch.
+
     Args:
         linear: a layer without a bias; its weight has shape `(outputs, inputs)`.
 
     Attributes:
-        tolerance: as of `Matrix`; what it tells apart is rounding from instructions that overflow.
+        tolerance: as of `Matrix`.
     """
 
     tolerance = 0.1
@@ -104,8 +108,12 @@ class Int8Matrix:
     def input(self, data: torch.Tensor) -> Any:
         """The input in 8 bits, its scale, and the number that stands for zero."""
         low, high = (float(bound) for bound in torch.aminmax(data))
+        if not math.isfinite(high - low):
+            # So that every product becomes what is noticed, and computed anew.
+            return torch.zeros_like(data, dtype=torch.uint8), math.nan, 0
         low, high = min(low, 0.0), max(high, 0.0)
-        scale = max((high - low) / 255, _TINY)
+        # 254 steps: with 255, a zero that was rounded up would push the largest number over the edge.
+        scale = max((high - low) / 254, _TINY)
         zero = round(-low / scale)
         # Conversion to integers cuts; half a step more makes it round.
         return torch.add(zero + 0.5, data, alpha=1 / scale).to(torch.uint8), scale, zero
@@ -157,10 +165,19 @@ class Matrices:
         down: its output.
     """
 
-    projection: Callable[[nn.Linear], Any] = Matrix
+    projection: type[Matrix] = Matrix
     output: Callable[[nn.Linear], Any] = Matrix
     hidden: Callable[[nn.Linear], Any] = Matrix
     down: Callable[[nn.Linear], Any] = Matrix
+
+
+def has_exact_int8() -> bool:
+    """Whether sums of 8-bit products are exact: without VNNI instructions, pairs of large products overflow."""
+    linear = nn.Linear(64, 16, bias=False)
+    nn.init.ones_(linear.weight)
+    matrix = Int8Matrix(linear)
+    largest = torch.full((3, 64), 255, dtype=torch.uint8)
+    return bool((matrix.product((largest, 1.0, 0)) - 255 * 64).abs().max() < 1)
 
 
 def int8_matrices() -> Matrices:
@@ -222,19 +239,30 @@ class FastRMSNorm(nn.Module):
 
 
 def speed_up(model: Any, *, int8: bool = False) -> None:
-    """On a CPU, replace modules of a model's encoder and decoder wherever the replacement agrees, and its attention.
+    """On a CPU, replace the encoder's attention, and modules of encoder and decoder wherever the replacement agrees.
+
+    Modules are replaced on x86 alone; on other processors nothing of this was measured.
 
     Args:
         model: `T5Gemma2ForConditionalGeneration` in evaluation mode, in float32 or bfloat16.
-        int8: bring the decoder's matrices to 8 bits.
+        int8: bring the decoder's matrices to 8 bits, see `int8_matrices`.
 
     Raises:
         RuntimeError: torch cannot multiply 8-bit matrices on this machine. Of other modules, the original stays.
+        AttributeError: it does not know them.
     """
     encoder, decoder = model.get_encoder(), model.get_decoder()
     install(encoder)
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        if int8:
+            msg = f"8-bit matrices are for x86 processors, this is {platform.machine()}"
+            raise RuntimeError(msg)
+        return
+    if int8 and not has_exact_int8():
+        msg = "it has no instructions (VNNI) for exact sums of 8-bit products"
+        raise RuntimeError(msg)
     stay = _replace(encoder, Matrices()) + _replace(decoder, int8_matrices() if int8 else Matrices())
-    if int8 and any(isinstance(module, nn.Linear) for module in decoder.modules()):
+    if int8 and any(isinstance(module, nn.Linear) and module.bias is None for module in decoder.modules()):
         msg = "8-bit products cannot be had, or are not near the float ones"
         raise RuntimeError(msg)
     if stay:
@@ -275,7 +303,7 @@ def _checked(make: Callable[[], Any], module: Any, width: int) -> nn.Module | No
     data = torch.randn(3, width, generator=torch.Generator().manual_seed(0)).to(dtype)
     try:
         fast: Any = make()
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.autocast("cpu", enabled=False):
             ours, original = fast(data).float(), module(data).float()
     except (RuntimeError, AttributeError) as error:
         logger.debug("no replacement for %s: %s", type(module).__name__, error)

@@ -1,4 +1,4 @@
-"""From the files of a checkpoint to a model in memory: text part only, stock transformers classes only."""
+"""From the files of a checkpoint to a model in memory: text part only, with transformers' own loading."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class LoadedModel:
         tokenizer: its tokenizer.
         device: where it runs.
         dtype: what it computes in.
-        int8: whether the decoder's matrices are int8; everything else is `dtype`.
+        int8: whether the decoder's matrices are int8 where `kalm_rag.kernels` says; everything else is `dtype`.
     """
 
     model: Any
@@ -50,6 +50,14 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
     int8: bool = False
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """Without gradients, and in the model's own precision whatever a caller's autocast says."""
+        import torch
+
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+            yield
 
     @property
     def prefill_dtype(self) -> torch.dtype:
@@ -186,7 +194,9 @@ def _speed_up(model: Any, *, int8: bool) -> None:
     try:
         with quiet_transformers():
             speed_up(model, int8=int8)
-    except RuntimeError as error:
+    except (RuntimeError, AttributeError) as error:
+        if not int8:
+            raise
         msg = f"torch {metadata.version('torch')} cannot run int8 matrices on this machine ({error}): use bfloat16"
         raise ValueError(msg) from error
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from kalm_rag.attention import KeyValues, install
+from kalm_rag.attention import KeyValues, PrefillUnsupportedError, install
 from kalm_rag.batching import launch_tokens, plan, run_halving
 from kalm_rag.cache.frame import Frame, FrameError, pack_tensor, quantise
 from kalm_rag.loading import LoadedModel
@@ -26,10 +26,6 @@ if TYPE_CHECKING:
     import torch
 
 _PROBES = ("", "a", " a", "A", "1", '"', "\n", "?", "的", "🦜")
-
-
-class PrefillUnsupportedError(RuntimeError):
-    """The decoder of this version of transformers cannot run from prefilled passages; the full prompt still works."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +153,7 @@ class PrefillScorer:
         self._decoder = loaded.model.get_decoder()
         self._config = self._decoder.config
         self._head = YesNoHead(loaded)
+        self._verified = False
         self._rooms: dict[torch.dtype, torch.Tensor] = {}
         install(self._decoder)
 
@@ -169,7 +166,11 @@ class PrefillScorer:
     @property
     def name(self) -> str:
         """What tells prefilled passages apart that were computed or are kept in another precision."""
-        return f"{self.kind}, int8 weights" if self._loaded.int8 else self.kind
+        if not self._loaded.int8:
+            return self.kind
+        from kalm_rag.kernels import int8_matrices
+
+        return f"{self.kind}, int8 weights, {int8_matrices().projection.__name__}"
 
     def bytes_of(self, positions: int) -> int:
         """Bytes of a prefilled passage of so many positions."""
@@ -204,7 +205,7 @@ class PrefillScorer:
         from transformers import DynamicCache, EncoderDecoderCache
 
         loaded = self._loaded
-        with torch.inference_mode():
+        with self._loaded.computing():
             states, mask = right_pad_states([passage.states for passage in passages], loaded)
             cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
             ids = to_device(torch.tensor([beginning.ids]), loaded.device).expand(len(passages), -1)
@@ -264,7 +265,7 @@ class PrefillScorer:
         import torch
 
         device, dtype = self._loaded.device, self._loaded.dtype
-        with torch.inference_mode():
+        with self._loaded.computing():
             rows = [pair.prompt.ids[skip:] for pair in pairs]
             lengths = [len(row) for row in rows]
             new = max(lengths)
@@ -288,6 +289,7 @@ class PrefillScorer:
             if len(key_values.used) != self._config.num_hidden_layers:
                 msg = "this version of transformers does not hand arguments on to the attention function"
                 raise PrefillUnsupportedError(msg)
+            self._verified = True
             # The last layer ran on the last token alone, or else on all of them.
             final = hidden[:, 0] if hidden.shape[1] == 1 else hidden[torch.arange(len(pairs), device=device), last]
             margins: list[float] = self._head.margins(final).tolist()
@@ -335,7 +337,8 @@ class PrefillScorer:
             both[:, :, row, :, passage.positions : positions].zero_()
         masks = self._masks(skip, new, positions, passages)
         wide = self._scratch(shape[2:], torch.float32) if self._widens else None
-        return KeyValues(both[0], both[1], new, last, masks, list(self._config.layer_types), wide)
+        types = list(self._config.layer_types)
+        return KeyValues(both[0], both[1], new, last, masks, types, not self._verified, wide)
 
     @property
     def _widens(self) -> bool:

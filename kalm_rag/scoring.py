@@ -89,10 +89,9 @@ class Encoder:
             yield batch, run_halving(lambda rows: self._forward(rows, ratio), [passages[i] for i in batch])
 
     def _forward(self, passages: Sequence[PassageTokens], ratio: int) -> list[PassageStates]:
-        import torch
 
         device = self._loaded.device
-        with torch.inference_mode():
+        with self._loaded.computing():
             ids, mask = right_pad([passage.ids for passage in passages], self._loaded.tokenizer.pad_id, device)
             hidden = self._loaded.model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
             # One copy off the device for the whole batch: the cache keeps states in host memory.
@@ -133,7 +132,7 @@ class PlainScorer:
         import torch
 
         device = self._loaded.device
-        with torch.inference_mode():
+        with self._loaded.computing():
             ids, mask = right_pad([pair.prompt.ids for pair in pairs], self._loaded.tokenizer.pad_id, device)
             states, states_mask = right_pad_states([pair.passage.states for pair in pairs], self._loaded)
             hidden = (

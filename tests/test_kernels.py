@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +94,19 @@ def test_each_module_equals_the_original(checkpoint: Path, dtype: torch.dtype, r
     assert compared == 4 + 1 + 6
 
 
-def test_every_matrix_and_norm_is_replaced(checkpoint: Path) -> None:
+def test_every_matrix_and_norm_is_replaced_and_the_encoder_attends_otherwise(
+    checkpoint: Path, passages: list[str], monkeypatch: Any
+) -> None:
+    calls: list[int | None] = []
+    columns = encoder_attention._columns
+
+    def spy(rows: slice, tokens: int, mask: Any, window: int | None) -> slice:
+        calls.append(window)
+        return columns(rows, tokens, mask, window)
+
+    monkeypatch.setattr(encoder_attention, "_columns", spy)
+    KaLMReranker(checkpoint, device="cpu", cache=None).encode(passages[:1])
+    assert set(calls) == {None, 48}
     model = load(checkpoint).model
     for part in (model.get_encoder(), model.get_decoder()):
         kinds = [type(module).__name__ for module in part.modules()]
@@ -196,11 +212,68 @@ def test_without_onednn_the_stock_modules_run(checkpoint: Path, passages: list[s
 
 
 def test_wrong_int8_products_are_an_error(checkpoint: Path, monkeypatch: Any) -> None:
-    """As of a processor whose 8-bit instructions overflow."""
+    monkeypatch.setattr(kernels, "has_exact_int8", lambda: True)
     product = kernels.Int8Matrix._product
     monkeypatch.setattr(kernels.Int8Matrix, "_product", lambda self, *args: product(self, *args).clamp_max(0.1))
     with pytest.raises(ValueError, match=r"cannot run int8 matrices .*not near the float ones.*: use bfloat16"):
         KaLMReranker(checkpoint, device="cpu", dtype="int8").load()
+
+
+_OLD_PROCESSOR = """
+import sys
+from kalm_rag import KaLMReranker
+exact = KaLMReranker(sys.argv[1], device="cpu", cache=None).predict([("query", "a passage")])
+print(exact[0])
+try:
+    KaLMReranker(sys.argv[1], device="cpu", dtype="int8").load()
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="of x86 instruction sets")
+def test_a_processor_whose_8_bit_sums_overflow(checkpoint: Path, reranker: KaLMReranker) -> None:
+    """oneDNN can be told to use an older instruction set, and then overflows as it does there."""
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    command = [sys.executable, "-c", _OLD_PROCESSOR, str(checkpoint)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    score, message = done.stdout.splitlines()
+    assert abs(float(score) - reranker.predict([("query", "a passage")])[0]) < 1e-5
+    assert "no instructions (VNNI) for exact sums of 8-bit products" in message
+
+
+def test_other_processors_keep_the_stock_modules(checkpoint: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert nn.Linear in {type(module) for module in load(checkpoint).model.get_decoder().layers.modules()}
+    with pytest.raises(ValueError, match=r"8-bit matrices are for x86 processors, this is aarch64.*: use bfloat16"):
+        KaLMReranker(checkpoint, device="cpu", dtype="int8").load()
+
+
+@torch.inference_mode()
+def test_the_largest_number_stays_the_largest() -> None:
+    """Whatever way the zero is rounded, nothing goes over the edge of 8 bits."""
+    linear = nn.Linear(8, 8, bias=False)
+    for low, high in [
+        (-3.0, 3.0),
+        (-1.0, 3.0),
+        (-0.49, 126.51),
+        (-126.51, 0.49),
+        (0.0, 5.0),
+        (-5.0, 0.0),
+        (-1.5, 252.5),
+    ]:
+        rounded, scale, zero = kernels.Int8Matrix(linear).input(torch.tensor([low, high, 0.0]))
+        found = (rounded.float() - zero) * scale
+        assert (found - torch.tensor([low, high, 0.0])).abs().max() <= scale
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_caller_s_autocast_changes_nothing(checkpoint: Path, passages: list[str], dtype: str) -> None:
+    """Passages of such different lengths that a token of padding sees nothing in its window."""
+    pairs = [("query", text) for text in ["x", "two words", passages[0] * 2, *passages[:3]]]
+    expected = KaLMReranker(checkpoint, device="cpu", cache=None, dtype=dtype).predict(pairs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert KaLMReranker(checkpoint, device="cpu", cache=None, dtype=dtype).predict(pairs) == expected
 
 
 @pytest.mark.parametrize("kind", [kernels.Int8Matrix, kernels.RowInt8Matrix, kernels.NarrowMatrix])

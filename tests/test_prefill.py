@@ -174,6 +174,25 @@ def test_the_last_layer_runs_the_last_token_alone(
     assert {tokens for _, tokens in shapes[1::2]} == {tokens for _, tokens in shapes[::2]}
 
 
+def test_a_transformers_that_computes_keys_otherwise_falls_back(
+    checkpoint: Path, passages: list[str], plain: Any, monkeypatch: Any, caplog: Any
+) -> None:
+    """The last layer's keys are not its own: on the first query they are compared with what it would have computed."""
+    from transformers.models.t5gemma2 import modeling_t5gemma2
+
+    stock = modeling_t5gemma2.apply_rotary_pos_emb
+
+    def partial(query: Any, key: Any, cos: Any, sin: Any, **options: Any) -> Any:
+        return stock(query, key, cos * 0.9, sin, **options)
+
+    monkeypatch.setattr(modeling_t5gemma2, "apply_rotary_pos_emb", partial)
+    expected = plain("query", passages[:3])
+    counted = Counted(checkpoint)
+    assert near(counted.scores("query", passages[:3]), expected)
+    assert "computes keys and values in another way" in caplog.text
+    assert near(counted.scores("other query", passages[:3]), plain("other query", passages[:3]))
+
+
 def test_a_prompt_that_begins_otherwise_runs_in_full(
     checkpoint: Path, passages: list[str], plain: Any, monkeypatch: Any
 ) -> None:
@@ -377,14 +396,16 @@ def test_stored_prefilled_passages_are_no_hit_for_another_model_or_prompt(
         assert near(found, expected)
 
 
-@pytest.mark.parametrize("damage", ["flip", "nan", "states"])
+@pytest.mark.parametrize(
+    ("damage", "dtype"), [("flip", "float32"), ("nan", "float32"), ("nan", "int8"), ("states", "float32")]
+)
 def test_a_damaged_prefilled_entry_is_computed_again(
-    checkpoint: Path, tmp_path: Path, passages: list[str], plain: Any, damage: str
+    checkpoint: Path, tmp_path: Path, passages: list[str], plain: Any, damage: str, dtype: str
 ) -> None:
     from kalm_rag.cache import DiskStore
     from kalm_rag.cache import frame as module
 
-    with KaLMReranker(checkpoint, cache=PassageCache(tmp_path, keep="prefilled")) as writer:
+    with KaLMReranker(checkpoint, dtype=dtype, cache=PassageCache(tmp_path, keep="prefilled")) as writer:
         writer.rank("query", passages[:3])
         engine = writer._loaded()
         [key] = engine._prefilled_keys([passages[1]], engine._beginning(engine._settings.instruction), 4)
@@ -400,8 +421,9 @@ def test_a_damaged_prefilled_entry_is_computed_again(
     else:
         store.put_many({key: store.get_many([other])[other]})
     store.close()
-    counted = Counted(checkpoint, cache=PassageCache(tmp_path, keep="prefilled"))
-    assert near(counted.scores("query", passages[:3]), plain("query", passages[:3]))
+    counted = Counted(checkpoint, dtype=dtype, cache=PassageCache(tmp_path, keep="prefilled"))
+    expected = plain("query", passages[:3], dtype=dtype)
+    assert near(counted.scores("query", passages[:3]), expected, TOLERANCE if dtype == "float32" else 0.02)
     assert counted.counters.stored == (3 if damage == "nan" else 2)
     stats = counted.reranker.cache.stats()
     assert stats.prefilled.corrupt + stats.store.counters.corrupt >= 1
