@@ -84,6 +84,7 @@ def main() -> None:
 
     lists = candidate_lists(options.corpus, *((2, 6) if options.small else (20, 20)))
     results: dict[str, dict[str, dict[str, float]]] = {}
+    counts: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in [options.model] if options.model else ["mini", RANDOM]:
             model = name
@@ -94,15 +95,19 @@ def main() -> None:
                     tokenizer_file=options.tokenizer,
                     dtype=torch.bfloat16,
                 )
-            results[name] = measure(model, lists)
+            # A model of that size needs ten times as long for a passage.
+            some = dict(list(lists.items())[:4]) if name == RANDOM else lists
+            counts[name] = f"{len(some)} questions, {sum(map(len, some.values()))} passages"
+            results[name] = measure(model, some)
     for name, found in results.items():
-        print(f"\n{name}: {len(lists)} questions, {sum(map(len, lists.values()))} passages; change of the probability")
+        print(f"\n{name}: {counts[name]}; change of the probability")
         rows = [[kind, *(f"{value:.4f}" for value in result.values())] for kind, result in found.items()]
         print_table(["precision", "largest", "mean", "lowest rank corr.", "mean"], rows)
     summary = json.dumps(
         {
             "environment": environment(),
             "corpus": Path(options.corpus).name if options.corpus else "demo",
+            "lists": counts,
             "results": results,
         }
     )
