@@ -38,7 +38,7 @@ def test_vision_tower_is_never_materialised(tmp_path: Path) -> None:
     """The peak of loading is that of the text part: measured with a tower a hundred times its size.
 
     The file is in bfloat16 and is loaded in float32, as the released files are on a CPU: that copies every weight,
-    while a load in the file's own dtype maps it and reads what is used.
+    while a load in the file's own dtype maps it and reads what is used. What oneDNN needs for itself is in the peak.
     """
     geometry = Geometry(num_hidden_layers=2)
     vision = Vision(hidden_size=1024, intermediate_size=4096, num_hidden_layers=6, num_attention_heads=4)
@@ -52,7 +52,7 @@ def test_vision_tower_is_never_materialised(tmp_path: Path) -> None:
         command = [sys.executable, "-c", _PEAK, str(folder), loader]
         peaks[loader] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert peaks["stock"] > tower
-    assert peaks["ours"] < tower / 4
+    assert peaks["ours"] < tower / 2
 
 
 def test_no_part_of_the_tower_stays(reranker: KaLMReranker) -> None:
