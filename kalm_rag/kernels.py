@@ -181,9 +181,9 @@ def has_exact_int8() -> bool:
 
 
 def int8_matrices() -> Matrices:
-    """8 bits where they move scores no further than bfloat16 does.
+    """8 bits where they move scores no further than bfloat16 does (`benchmarks/precision.py` on `mini`).
 
-    In queries, keys and values they would, by themselves, three times as far (`benchmarks/precision.py` on `mini`).
+    In queries, keys and values they would by themselves: attention turns their rounding into other weights.
     """
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     fast_bfloat16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
