@@ -213,13 +213,13 @@ def test_schema_that_runs_something(folder: Path, sql: str, read_only: bool) -> 
     with sqlite3.connect(folder / "cache.db") as connection:
         connection.executescript(sql)
     connection.close()
-    with pytest.raises(StoreError, match="which is not ours"):
+    with pytest.raises(StoreError, match="which kalm-rag did not create"):
         DiskStore(folder, read_only=read_only).get_many([KEY])
 
 
 def test_pragmas_that_appear_under_a_live_process_are_not_executed(folder: Path) -> None:
     store = DiskStore(folder)
-    store.get_many([KEY])
+    store.put_many({KEY: b"x"})
     with sqlite3.connect(folder / "cache.db") as connection:
         connection.execute("INSERT INTO Settings VALUES ('sqlite_user_version', 77)")
         connection.execute("UPDATE Settings SET value = 1 << 26 WHERE key = 'sqlite_mmap_size'")
@@ -227,8 +227,10 @@ def test_pragmas_that_appear_under_a_live_process_are_not_executed(folder: Path)
     seen: list[int] = []
 
     def look() -> None:
-        store.get_many([KEY])
-        seen.append(store._cache._sql("PRAGMA mmap_size").fetchone()[0])
+        store.put_many({KEY: b"x"})
+        assert store._writer is not None
+        seen.append(store._writer._sql("PRAGMA mmap_size").fetchone()[0])
+        store.close()
 
     thread = threading.Thread(target=look)
     thread.start()

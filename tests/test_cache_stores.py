@@ -184,6 +184,6 @@ def test_large_batches_are_written_in_several_transactions(tmp_path: Path, monke
     store = DiskStore(tmp_path / "store")
     sizes: list[int] = []
     put = store._put
-    monkeypatch.setattr(store, "_put", lambda part: sizes.append(len(part)) or put(part))
+    monkeypatch.setattr(store, "_put", lambda cache, part, limit: sizes.append(len(part)) or put(cache, part, limit))
     assert store.put_many({key: value_of(key, 40_000) for key in KEYS}) == 12
     assert sizes == [3, 3, 3, 3]

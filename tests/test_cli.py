@@ -109,7 +109,7 @@ def test_encode_estimates_encodes_and_resumes(checkpoint: Path, corpus: Path, tm
     assert (guess["passages"], guess["to_encode"]) == (30, 30)
     done = json.loads(run("encode", str(corpus), *options).stdout)
     assert (done["new"], done["known"], done["cache_entries"]) == (30, 0, 30)
-    assert guess["bytes"] <= done["cache_bytes"] <= 2 * guess["bytes"] + 100_000
+    assert guess["bytes"] <= done["cache_bytes"] <= 2 * guess["bytes"] + 500_000
     nothing = json.loads(run("encode", str(corpus), *options, "--dry-run").stdout)
     assert (nothing["known"], nothing["to_encode"], nothing["bytes"]) == (30, 0, 0)
     again = json.loads(run("encode", "-", *options, stdin=(corpus / "corpus.jsonl").read_text()).stdout)

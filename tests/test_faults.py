@@ -23,7 +23,7 @@ import pytest
 import torch
 from cachekit import finish, frames, key_of, lookup, passage, same, space, spawn, texts, value_of
 
-from kalm_rag.cache import DiskStore, PassageCache, StoreError
+from kalm_rag.cache import DiskStore, PassageCache, StoreError, database
 from kalm_rag.cache import disk as disk_module
 from kalm_rag.cache.folder import MANIFEST
 
@@ -219,9 +219,7 @@ def test_full_disk(small_disk: Path, tally: Tally, size: int, checkpoint: Path, 
         lost += len(kept) - len(found)
     tally(f"full disk, {size} bytes: wrong values", wrong, 3 * len(kept))
     tally(f"full disk, {size} bytes: lost while full and on opening while full", lost, 3 * len(kept))
-    named = {row[1] for row in store._rows("filename") if row[1]}
-    partial = [path for path in (small_disk / "store").glob("??/??/*.val") if store._relative(path) not in named]
-    tally(f"full disk, {size} bytes: partial files left", len(partial), failed)
+    tally(f"full disk, {size} bytes: partial files left", store.check(orphan_age=0).orphans, failed)
     expected = KaLMReranker(checkpoint, cache=None).predict([("q", text) for text in passages[:3]])
     cache = PassageCache(small_disk / "store", memory=0)
     reranker = KaLMReranker(checkpoint, cache=cache)
@@ -443,7 +441,7 @@ def test_a_folder_that_cannot_be_opened_is_tried_again(tmp_path: Path, monkeypat
     folder.unlink()
     with pytest.raises(StoreError, match="is a file"):
         store.get_many([key_of(0)])
-    later = time.monotonic() + disk_module._RETRY_SECONDS + 1
+    later = time.monotonic() + disk_module._LAST_RETRY + 1
     monkeypatch.setattr(disk_module.time, "monotonic", lambda: later)
     assert store.put_many({key_of(0): b"x"}) == 1
 
@@ -476,7 +474,7 @@ sys.stdin.read()
 
 def test_a_lock_at_opening_is_a_short_wait_and_not_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As when another process is stopped in the middle of a write."""
-    monkeypatch.setattr(disk_module, "LOCK_SECONDS", 0.3)
+    monkeypatch.setattr(database, "LOCK_SECONDS", 0.3)
     DiskStore(tmp_path / "store").put_many({key_of(0): b"x"})
     command = [sys.executable, "-c", "import sys\n" + LOCKER, str(tmp_path / "store")]
     locker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -488,7 +486,7 @@ def test_a_lock_at_opening_is_a_short_wait_and_not_for_ever(tmp_path: Path, monk
         store.put_many({key_of(1): b"x"})
     assert time.monotonic() - start < 20
     locker.communicate("")
-    store._retry_at = 0.0
+    store._writing_again.worked()
     assert store.put_many({key_of(1): b"x"}) == 1
 
 

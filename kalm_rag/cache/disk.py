@@ -9,79 +9,95 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kalm_rag.cache.folder import MANIFEST, inspect_database, read_manifest, refuse_network, write_manifest
+from kalm_rag.cache import database
+from kalm_rag.cache.database import DATABASE
+from kalm_rag.cache.folder import MANIFEST, read_manifest, refuse_network, who_else_may_write, write_manifest
 from kalm_rag.cache.keys import KEY_PATTERN
-from kalm_rag.cache.store import StoreError, StoreStats
+from kalm_rag.cache.store import CheckReport, StoreError, StoreStats
+
+if TYPE_CHECKING:
+    from kalm_rag.cache.strict_disk import StrictCache
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_LIMIT = 10_000_000_000
 """Bytes that a new folder may take before its oldest passages leave: about 100,000 passages of 300 tokens of Nano."""
 
-LOCK_SECONDS = 5.0
-"""How long a write waits for another process before it gives up and counts as failed."""
+_FIRST_RETRY, _LAST_RETRY = 1.0, 30.0
+"""Seconds after which a folder that could not be opened is tried again; they double from the first to the last."""
 
-_RETRY_SECONDS = 30.0
 _TRANSACTION = 32_000_000
+"""Bytes written at once: others wait no longer than `LOCK_SECONDS` for this."""
+
+_inherited: list[object] = []
+"""Connections of the parent in a forked child. SQLite forbids to use them there, and to close them."""
 
 
-@dataclass(frozen=True, slots=True)
-class CheckReport:
-    """What a check of the folder found; with `fix`, all of it was removed.
+class _Backoff:
+    """When something that failed may be tried again."""
 
-    Attributes:
-        entries: rows that were read.
-        corrupt: rows whose bytes do not verify, or that kalm-rag did not write.
-        missing: rows whose file is gone.
-        orphans: value files that no row names, left by a crash.
-        orphan_bytes: what those take.
-    """
+    def __init__(self) -> None:
+        self._wait = 0.0
+        self._again_at = 0.0
+        self._failure = ""
 
-    entries: int
-    corrupt: int
-    missing: int
-    orphans: int
-    orphan_bytes: int
+    def check(self) -> None:
+        """Raise the last failure, unless it is time to try again."""
+        if time.monotonic() < self._again_at:
+            raise StoreError(self._failure)
 
-    @property
-    def clean(self) -> bool:
-        """Whether there is nothing to fix."""
-        return not (self.corrupt or self.missing or self.orphans)
+    def failed(self, message: str) -> None:
+        self._wait = min(_LAST_RETRY, 2 * self._wait or _FIRST_RETRY)
+        self._again_at = time.monotonic() + self._wait
+        self._failure = message
+
+    def worked(self) -> None:
+        self._wait = self._again_at = 0.0
 
 
 class DiskStore:
     """Keeps frames in a folder that any number of processes may share.
 
-    Nothing is opened before the first use. A folder that cannot be opened is tried again after half a minute.
+    Nothing is opened before the first use, and reading needs no write lock. A folder that cannot be opened is tried
+    again after a second, then after two, up to half a minute. One connection reads and one writes, each behind a lock
+    of its own (`_reading`, `_writing`), which guards everything that the methods of its side change.
 
     Args:
-        folder: where; made with mode 0700 if need be.
+        folder: where; made with mode 0700 by the first write, if need be.
         limit: bytes it may take before the least recently stored passages are evicted. It is kept in the folder: None
             is what stands there, or `DEFAULT_LIMIT` for a new one.
         read_only: only read; used for a folder that an image ships. A folder that cannot be written to, or is on a full
-            disk, is opened in this way by itself.
+            disk, is used in this way by itself.
+
+    Attributes:
+        folder: where the entries are.
+        read_only: whether writing is off, by choice or because the last attempt to write showed that it must be.
+        authenticated: whether the reader checks tags. If not, a folder that others can write to draws a warning.
     """
 
     def __init__(self, folder: str | Path, *, limit: int | None = None, read_only: bool = False) -> None:
         # diskcache expands variables in a path; so that both mean the same folder, it is done here.
         self.folder = Path(os.path.expandvars(folder)).expanduser().absolute()
-        self._asked_limit = limit
-        self._limit = DEFAULT_LIMIT if limit is None else limit
-        self._forced_read_only = read_only
         self.read_only = read_only
-        self._cache: Any = None
-        self._inode: tuple[int, int] | None = None
-        self._retry_at = 0.0
-        self._write_again_at = float("inf")
-        self._failure = ""
+        self.authenticated = False
+        self._asked_limit = limit
+        self._forced_read_only = read_only
+        self._said: set[str] = set()
         self._evicted = 0
         self._refused = 0
-        self._said: set[str] = set()
-        self._opening = threading.Lock()
+        self._reader: sqlite3.Connection | None = None
+        self._reader_file: tuple[int, int] | None = None
+        self._reader_until = 0.0
+        self._reading_again = _Backoff()
+        self._read_lock = threading.Lock()
+        self._writer: StrictCache | None = None
+        self._writer_file: tuple[int, int] | None = None
+        self._writing_again = _Backoff()
+        self._write_lock = threading.Lock()
+        self._pid = os.getpid()
 
     def get_many(self, keys: Sequence[str]) -> dict[str, bytes]:
         """What is kept under the keys; a row that cannot be read is left out.
@@ -89,21 +105,38 @@ class DiskStore:
         Raises:
             StoreError: the folder cannot be opened or read.
         """
-        self._open()
-        if self.read_only:
-            return self._read_rows(keys)
+        from kalm_rag.cache.strict_disk import StrictDisk
+
+        rows: dict[str, tuple[Any, Any, Any]] = {}
+        with self._reading() as connection:
+            if connection is None:
+                return {}
+            for key in keys:
+                try:
+                    row = connection.execute(
+                        "SELECT mode, filename, value FROM Cache WHERE key = ? AND raw = 1", (key,)
+                    ).fetchone()
+                except sqlite3.DataError as error:  # longer than anything of ours
+                    self._say("row", "the cache in %s holds a row that kalm-rag did not write: %s", self.folder, error)
+                    continue
+                if row is not None:
+                    rows[key] = row
+        disk = StrictDisk(str(self.folder))
         found: dict[str, bytes] = {}
-        for key in keys:
+        failure: OSError | None = None
+        for key, (mode, filename, value) in rows.items():
             try:
-                value = self._cache.get(key, default=None, retry=False)
-            except (ValueError, TypeError) as error:
-                self._say("row", "the cache in %s holds a row that is not ours: %s", self.folder, error)
+                found[key] = disk.fetch(mode, filename, value, read=False)
+            except FileNotFoundError:
                 continue
-            except Exception as error:
-                msg = f"cannot read the cache in {self.folder}: {type(error).__name__}: {error}"
-                raise StoreError(msg) from error
-            if value is not None:
-                found[key] = value
+            except ValueError as error:
+                self._say("row", "the cache in %s holds a row that kalm-rag did not write: %s", self.folder, error)
+            except OSError as error:
+                failure = error
+                self._say("file", "cannot read a value of the cache in %s: %s", self.folder, error)
+        if failure is not None and not found:
+            msg = f"cannot read the values of the cache in {self.folder}: {failure}"
+            raise StoreError(msg) from failure
         return found
 
     def put_many(self, items: Mapping[str, bytes]) -> int:
@@ -112,270 +145,307 @@ class DiskStore:
         Raises:
             StoreError: some of it was not kept.
         """
-        self._open()
-        if self.read_only:
-            self._say("read-only", "the cache in %s is read-only: new passages are not kept", self.folder)
-            return 0
         kept = 0
-        try:
-            for part in _parts(items):
-                kept += self._put(part)
-        except Exception as error:
-            msg = f"cannot write to the cache in {self.folder}: {type(error).__name__}: {error}"
-            raise StoreError(msg) from error
-        self._evict()
+        with self._writing() as cache:
+            if cache is None:
+                return 0
+            limit = self._read_limit(cache)
+            for part in _parts(items, min(_TRANSACTION, max(1, limit // 4))):
+                kept += self._put(cache, part, limit)
+                self._bound_log(cache, limit)
+            self._evict(cache, limit)
         return kept
 
-    def _put(self, items: list[tuple[str, bytes]]) -> int:
+    def _put(self, cache: StrictCache, items: list[tuple[str, bytes]], limit: int) -> int:
         """Keep values in one transaction."""
-        kept = 0
-        with self._cache.disk.batch(), self._cache.transact(retry=False):
-            for key, value in items:
-                if len(value) > self._limit:
-                    self._refused += 1
-                    self._say(
-                        "refused",
-                        "a passage of %d bytes is larger than the cache's limit of %d and is not kept",
-                        len(value),
-                        self._limit,
-                    )
-                    continue
-                self._cache.set(key, value, retry=False)
-                kept += 1
-        return kept
+        from kalm_rag.cache.strict_disk import LARGEST_VALUE
 
-    def _evict(self) -> None:
+        most = min(limit, LARGEST_VALUE)
+        fitting = [item for item in items if len(item[1]) <= most]
+        if len(fitting) < len(items):
+            self._refused += len(items) - len(fitting)
+            self._say(
+                "refused",
+                "a passage of %d bytes is larger than the cache's limit of %d and is not kept",
+                max(len(value) for _, value in items),
+                most,
+            )
+        with cache.disk.batch(), cache.transact(retry=False):
+            for key, value in fitting:
+                cache.set(key, value, retry=False)
+        return len(fitting)
+
+    def _read_limit(self, cache: StrictCache) -> int:
+        """The folder's limit as it stands now: another process may have changed it."""
+        return int(cache.reset("size_limit"))
+
+    def _bound_log(self, cache: StrictCache, limit: int) -> None:
+        if cache.log_bytes > min(2 * _TRANSACTION, limit // 4):
+            with contextlib.suppress(sqlite3.Error):
+                cache.shrink_log()
+
+    def _evict(self, cache: StrictCache, limit: int) -> None:
         try:
-            if self._cache.volume() <= self._limit:
+            if cache.volume() + cache.log_bytes <= limit:
+                return
+            cache.shrink_log()
+            # A log that somebody reads cannot shrink; that alone must not empty the cache.
+            room = limit - min(cache.log_bytes, limit // 2)
+            if cache.volume() <= room:
                 return
             self._say(
                 "evict",
                 "the cache in %s reached its limit of %d bytes: the oldest passages leave, about ten at a time",
                 self.folder,
-                self._limit,
+                limit,
             )
-            self._evicted += self._cache.cull(retry=False)
+            self._evicted += cache.evict_oldest(room)
+            self._bound_log(cache, limit)
         except Exception as error:  # noqa: BLE001 - what was written stays; the next write tries again
-            self._say("evict-failed", "cannot evict from the cache in %s: %s", self.folder, error)
+            self._say("evict-failed", "cannot evict: %s", database.explain(error, self.folder))
 
     def delete(self, keys: Iterable[str]) -> int:
-        """Forget keys; in read-only mode none."""
-        self._open()
-        if self.read_only:
-            return 0
-        try:
-            return sum(bool(self._cache.delete(key, retry=False)) for key in keys)
-        except Exception as error:
-            msg = f"cannot remove entries of the cache in {self.folder}: {type(error).__name__}: {error}"
-            raise StoreError(msg) from error
+        """Delete keys; in read-only mode none.
+
+        Raises:
+            StoreError: the folder cannot be written to.
+        """
+        with self._writing() as cache:
+            return 0 if cache is None else sum(bool(cache.delete(key, retry=False)) for key in keys)
 
     def keys(self) -> Iterator[str]:
         """Every key of ours, by a plain read of the database: no key is ever unpickled."""
-        self._open()
-        for row in self._rows("key, raw"):
-            if row[2] == 1 and isinstance(row[1], str) and KEY_PATTERN.fullmatch(row[1]):
-                yield row[1]
+        with self._reading() as connection:
+            if connection is None:
+                return
+        try:
+            connection, _ = database.connect_reading(self.folder)
+            with contextlib.closing(connection):
+                for _, key, raw in database.rows(connection, "key, raw"):
+                    if raw == 1 and isinstance(key, str) and KEY_PATTERN.fullmatch(key):
+                        yield key
+        except (sqlite3.Error, OSError) as error:
+            raise StoreError(database.explain(error, self.folder)) from error
 
     def stats(self) -> StoreStats:
-        """Its size."""
-        self._open()
-        try:
-            with contextlib.closing(self._connect()) as connection:
-                (entries,) = connection.execute("SELECT COUNT(*) FROM Cache").fetchone()
-                (files,) = connection.execute("SELECT COALESCE(SUM(size), 0) FROM Cache").fetchone()
-                (pages,) = connection.execute("PRAGMA page_count").fetchone()
-                (page,) = connection.execute("PRAGMA page_size").fetchone()
-        except sqlite3.Error as error:
-            msg = f"cannot read the cache in {self.folder}: {error}"
-            raise StoreError(msg) from error
-        return StoreStats(int(entries), int(files) + int(pages) * int(page), self._limit, self._evicted, self._refused)
+        """Its size, from counters that the database keeps: the cost does not grow with the number of entries."""
+        limit = DEFAULT_LIMIT if self._asked_limit is None else self._asked_limit
+        with self._reading() as connection:
+            if connection is None:
+                return StoreStats(0, 0, limit, self._evicted, self._refused)
+            kept = dict(connection.execute("SELECT key, value FROM Settings").fetchall())
+            (pages,) = connection.execute("PRAGMA page_count").fetchone()
+            (page,) = connection.execute("PRAGMA page_size").fetchone()
+        with contextlib.suppress(OSError):
+            self.read_only = self._forced_read_only or self._cannot_write() or self.read_only
+        size = kept.get("size", 0) + pages * page + database.log_bytes(self.folder)
+        return StoreStats(kept.get("count", 0), size, kept.get("size_limit", limit), self._evicted, self._refused)
 
     def close(self) -> None:
-        """Close the database."""
-        cache, self._cache, self._inode = self._cache, None, None
-        if cache is not None:
-            with contextlib.suppress(Exception):
-                cache.close()
+        """Close the database. A later call opens it again."""
+        self._check_process()
+        with self._read_lock, self._write_lock:
+            self._drop_reader()
+            self._drop_writer()
 
     def clear(self) -> int:
-        """Forget everything; returns how many entries there were."""
+        """Delete everything; returns how many entries there were."""
         return self.delete(list(self.keys()))
 
     def check(self, *, fix: bool = False, secret: bytes | None = None, orphan_age: float = 600.0) -> CheckReport:
-        """Read every entry and verify it; find files that a crash left behind.
+        """Read every entry and verify it; find files that a crash left behind, and damage of the database itself.
 
         Args:
-            fix: remove what is wrong.
+            fix: rebuild a damaged database, and remove what is wrong.
             secret: also demand valid tags.
             orphan_age: seconds; a younger file may belong to a write that is under way.
 
         Raises:
-            StoreError: the folder cannot be opened, or fixing was asked for and it is read-only.
+            StoreError: the folder cannot be opened, something in it cannot be read, or fixing was asked for and it is
+                read-only. Nothing was removed then.
         """
-        from kalm_rag.cache.frame import FrameError, unpack
-        from kalm_rag.cache.strict_disk import StrictDisk
+        from kalm_rag.cache.check import check_folder
 
-        self._open()
-        if fix and self.read_only:
+        if self._file() is None:
+            if not self._forced_read_only and not self.folder.exists():
+                return CheckReport(0, 0, 0, 0, 0)
+            self._refuse_missing()
+        if fix and (self._forced_read_only or self._cannot_write()):
             msg = f"the cache in {self.folder} is read-only and cannot be fixed"
             raise StoreError(msg)
-        disk = StrictDisk(str(self.folder))
-        began = time.time()
-        corrupt: list[tuple[int, float]] = []
-        missing: list[tuple[int, float]] = []
-        doomed: list[str] = []
-        named: set[str] = set()
-        entries = 0
-        columns = "store_time, key, raw, mode, filename, value"
-        for rowid, stored, key, raw, mode, filename, value in self._rows(columns):
-            entries += 1
-            if isinstance(filename, str):
-                named.add(filename)
+        return check_folder(
+            self.folder,
+            fix=fix,
+            secret=secret,
+            orphan_age=orphan_age,
+            make_store=lambda limit: DiskStore(self.folder, limit=limit),
+        )
+
+    def before_fork(self) -> None:
+        """Wait until no other thread uses the database, and keep it so until after the fork."""
+        self._read_lock.acquire()
+        self._write_lock.acquire()
+
+    def after_fork_in_parent(self) -> None:
+        """Let other threads go on."""
+        self._write_lock.release()
+        self._read_lock.release()
+
+    def after_fork_in_child(self) -> None:
+        """Give up what belongs to the parent: its connections are neither used nor closed here."""
+        _inherited.append(self._reader)
+        self._reader = self._reader_file = None
+        if self._writer is not None:
+            _inherited.append(self._writer.let_go())
+        self._writer = self._writer_file = None
+        self._read_lock, self._write_lock = threading.Lock(), threading.Lock()
+        self._pid = os.getpid()
+
+    def _check_process(self) -> None:
+        if self._pid != os.getpid():  # forked by something that runs no hooks
+            self.after_fork_in_child()
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection | None]:
+        """The connection that reads, for one thread at a time; None if there is no cache yet."""
+        self._check_process()
+        with self._read_lock:
             try:
-                unpack(disk.fetch(mode, filename, value, read=False), disk.get(key, raw), secret)
-            except FileNotFoundError:
-                missing.append((rowid, stored))
-            except (FrameError, ValueError, OSError):
-                corrupt.append((rowid, stored))
-                doomed += [filename] if isinstance(filename, str) else []
-        orphans = [
-            path
-            for path in self._value_files()
-            if self._relative(path) not in named and _written(path) <= began - orphan_age
-        ]
-        size = sum(path.stat().st_size for path in orphans if path.exists())
-        if fix:
-            self._forget_rows(corrupt + missing)
-            for name in [*doomed, *map(self._relative, orphans)]:
-                disk.remove(name)
-        return CheckReport(entries, len(corrupt), len(missing), len(orphans), size)
+                yield self._open_reader()
+            except (sqlite3.Error, OSError) as error:
+                self._drop_reader()
+                raise StoreError(database.explain(error, self.folder)) from error
 
-    def _forget_rows(self, rows: list[tuple[int, float]]) -> None:
-        """Delete rows, unless they were written again since they were read."""
+    def _open_reader(self) -> sqlite3.Connection | None:
+        file = self._file()
+        if self._reader is not None:
+            if self._reader_file == file and time.monotonic() < self._reader_until:
+                return self._reader
+            if self._reader_file != file:
+                self._say("replaced", "the cache folder %s was removed or replaced; opening it again", self.folder)
+            self._drop_reader()
+        self._reading_again.check()
         try:
-            connection = sqlite3.connect(self.folder / "cache.db", timeout=LOCK_SECONDS)
-            with contextlib.closing(connection), connection:
-                connection.executemany("DELETE FROM Cache WHERE rowid = ? AND store_time IS ?", rows)
-        except sqlite3.Error as error:
-            msg = f"cannot remove damaged rows from the cache in {self.folder}: {error}"
-            raise StoreError(msg) from error
+            if file is None:
+                self._refuse_missing()
+                return None
+            self._check_place()
+            self._reader, live = database.connect_reading(self.folder)
+        except Exception as error:
+            message = database.explain(error, self.folder)
+            self._reading_again.failed(message)
+            raise StoreError(message) from error
+        self._reading_again.worked()
+        if not database.is_complete(self._reader):
+            self._drop_reader()
+            return None
+        self._reader_file = file
+        # Without locks nothing is seen of what others write: look again in a while.
+        self._reader_until = float("inf") if live else time.monotonic() + _LAST_RETRY
+        return self._reader
 
-    def _value_files(self) -> Iterator[Path]:
-        from kalm_rag.cache.strict_disk import FILE_PATTERN
+    def _drop_reader(self) -> None:
+        reader, self._reader, self._reader_file = self._reader, None, None
+        if reader is not None:
+            reader.close()
 
-        for path in self.folder.glob("??/??/*.val"):
-            if FILE_PATTERN.fullmatch(self._relative(path)) and not path.is_symlink():
-                yield path
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[StrictCache | None]:
+        """The cache that writes, for one thread at a time; None in read-only mode."""
+        import diskcache
 
-    def _relative(self, path: Path) -> str:
-        return path.relative_to(self.folder).as_posix()
-
-    def _rows(self, columns: str) -> Iterator[tuple[Any, ...]]:
-        """Rows in pages, so that no long read holds up a writer; `rowid` comes first."""
-        last = -(1 << 63)
-        try:
-            with contextlib.closing(self._connect()) as connection:
-                while True:
-                    query = f"SELECT rowid, {columns} FROM Cache WHERE rowid > ? ORDER BY rowid LIMIT 64"  # noqa: S608
-                    page = connection.execute(query, (last,)).fetchall()
-                    if not page:
-                        return
-                    yield from page
-                    last = page[-1][0]
-        except sqlite3.Error as error:
-            msg = f"cannot read the cache in {self.folder}: {error}"
-            raise StoreError(msg) from error
-
-    def _read_rows(self, keys: Sequence[str]) -> dict[str, bytes]:
-        """Read without writing: diskcache itself writes when it opens a folder."""
-        from kalm_rag.cache.strict_disk import StrictDisk
-
-        disk = StrictDisk(str(self.folder))
-        found: dict[str, bytes] = {}
-        try:
-            with contextlib.closing(self._connect()) as connection:
-                for key in keys:
-                    row = connection.execute(
-                        "SELECT mode, filename, value FROM Cache WHERE key = ? AND raw = 1", (key,)
-                    ).fetchone()
-                    if row is not None:
-                        with contextlib.suppress(ValueError, OSError):
-                            found[key] = disk.fetch(row[0], row[1], row[2], read=False)
-        except sqlite3.Error as error:
-            msg = f"cannot read the cache in {self.folder}: {error}"
-            raise StoreError(msg) from error
-        return found
-
-    def _connect(self) -> sqlite3.Connection:
-        """A connection that cannot write. On a read-only medium SQLite wants to be told that nothing changes."""
-        uri = (self.folder / "cache.db").as_uri()
-        last: sqlite3.Error | None = None
-        for mode in ("mode=ro", "mode=ro&immutable=1"):
-            connection = sqlite3.connect(f"{uri}?{mode}", uri=True, timeout=LOCK_SECONDS, isolation_level=None)
-            connection.text_factory = lambda data: data.decode("utf-8", "replace")  # a flipped bit is no text
+        self._check_process()
+        with self._write_lock:
+            cache = self._open_writer()
+            if cache is None:
+                self._say("read-only", "the cache in %s is read-only: new passages are not kept", self.folder)
             try:
-                connection.execute("SELECT 1 FROM Settings LIMIT 1").fetchone()
-            except sqlite3.Error as error:
-                connection.close()
-                last = error
-            else:
-                return connection
-        raise last or sqlite3.OperationalError("cannot open the database")
+                yield cache
+            except (sqlite3.Error, OSError, ValueError, diskcache.Timeout) as error:
+                # A full disk or a lock passes; after anything else the connection may stay broken.
+                if isinstance(error, sqlite3.Error) and not database.passes(error):
+                    self._drop_writer()
+                raise StoreError(database.explain(error, self.folder)) from error
 
-    def _open(self) -> None:
-        if self._inode is not None and self._inode == self._inode_now() and time.monotonic() < self._write_again_at:
-            return
-        with self._opening:
-            if self._inode is not None:
-                if self._inode != self._inode_now():
-                    self._say("replaced", "the cache folder %s was removed or replaced; opening it anew", self.folder)
-                elif time.monotonic() < self._write_again_at:
-                    return
-                self.close()
-            if time.monotonic() < self._retry_at:
-                raise StoreError(self._failure)
-            try:
-                self._open_now()
-            except Exception as error:
-                known = isinstance(error, StoreError)
-                self._failure = str(error) if known else f"cannot open the cache in {self.folder}: {error}"
-                self._retry_at = time.monotonic() + _RETRY_SECONDS
-                raise StoreError(self._failure) from error
+    def _open_writer(self) -> StrictCache | None:
+        if self._forced_read_only:
+            return None
+        file = self._file()
+        if self._writer is not None:
+            if self._writer_file == file:
+                return self._writer
+            self._say("replaced", "the cache folder %s was removed or replaced; opening it again", self.folder)
+            self._drop_writer()
+        self._writing_again.check()
+        try:
+            self._check_place()
+            if file is not None and self._cannot_write():
+                self._go_read_only("this user may not write to it")
+                return None
+            self._prepare()
+            self._writer = self._diskcache()
+        except Exception as error:
+            message = database.explain(error, self.folder)
+            self._writing_again.failed(message)
+            raise StoreError(message) from error
+        self._writing_again.worked()
+        self.read_only = False
+        self._writer_file = self._file()
+        return self._writer
 
-    def _open_now(self) -> None:
-        self.read_only = self._forced_read_only
-        self._write_again_at = float("inf")
-        if not self.folder.exists() and self.read_only:
-            msg = f"there is no cache in {self.folder}, and a read-only one is not made"
+    def _drop_writer(self) -> None:
+        writer, self._writer, self._writer_file = self._writer, None, None
+        if writer is not None:
+            with contextlib.suppress(sqlite3.Error):
+                writer.close()
+
+    def _go_read_only(self, reason: str) -> None:
+        self.read_only = True
+        self._say("read-only", "the cache in %s is read-only (%s): new passages are not kept", self.folder, reason)
+
+    def _cannot_write(self) -> bool:
+        return self.folder.is_dir() and not os.access(self.folder, os.W_OK | os.X_OK)
+
+    def _check_place(self) -> None:
+        """Refuse a place that cannot be a cache, or is somebody else's."""
+        if os.path.expandvars(self.folder) != str(self.folder):
+            msg = f"the cache path {self.folder} names a variable, which diskcache would expand; rename the folder"
             raise StoreError(msg)
         refuse_network(self.folder)
-        if self.folder.exists() and not self.folder.is_dir():
+        try:
+            os.stat(self.folder)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            msg = f"cannot open the cache in {self.folder}: {error.strerror}"
+            raise StoreError(msg) from error
+        if not self.folder.is_dir():
             msg = f"the cache path {self.folder} is a file; give a folder"
             raise StoreError(msg)
-        if self.folder.is_dir() and not os.access(self.folder, os.R_OK | os.X_OK):
+        if not os.access(self.folder, os.R_OK | os.X_OK):
             msg = f"cannot open the cache in {self.folder}: this user may not read it"
             raise StoreError(msg)
-        if not self.read_only and self.folder.is_dir() and not os.access(self.folder, os.W_OK | os.X_OK):
-            self._go_read_only("this user may not write to it")
-        if not self.read_only:
-            try:
-                self._prepare()
-                self._cache = self._diskcache()
-            except (OSError, sqlite3.Error) as error:
-                if not (self.folder / "cache.db").is_file() or "locked" in str(error):
-                    raise
-                read_manifest(self.folder)
-                self._go_read_only(str(error))
-                self._write_again_at = time.monotonic() + _RETRY_SECONDS
-        if self.read_only:
+        if self._file() is not None:
             read_manifest(self.folder)
-            with contextlib.closing(self._connect()) as connection:
-                inspect_database(connection)
-                row = connection.execute("SELECT value FROM Settings WHERE key = 'size_limit'").fetchone()
-                self._limit = int(row[0]) if row else self._limit
-        self._inode = self._inode_now()
+        writers = None if self.authenticated else who_else_may_write(self.folder)
+        if writers:
+            self._say(
+                "shared",
+                "the cache folder %s can be changed by %s, who can thereby change scores: "
+                "give every process the same secret (`PassageCache(secret=...)`), or move the cache",
+                self.folder,
+                writers,
+            )
+
+    def _refuse_missing(self) -> None:
+        """Say why there is no database, unless the reason is only that nothing was kept yet."""
+        self._check_place()
+        if self._forced_read_only:
+            msg = f"no cache exists in {self.folder}; open it without read_only=True to create one"
+            raise StoreError(msg)
 
     def _prepare(self) -> None:
+        """Make the folder, if need be, and see that what is in it is ours and can be locked."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             self.folder.mkdir(mode=0o700)
@@ -386,31 +456,44 @@ class DiskStore:
             else:
                 write_manifest(self.folder)
         read_manifest(self.folder)
-        if (self.folder / "cache.db").is_file() and (self.folder / "cache.db").stat().st_size:
-            connection = sqlite3.connect(self.folder / "cache.db", timeout=LOCK_SECONDS, isolation_level=None)
-            with contextlib.closing(connection):
-                inspect_database(connection)
+        if (self.folder / DATABASE).is_file() and (self.folder / DATABASE).stat().st_size:
+            with contextlib.closing(database.connect(self.folder)) as connection:
+                database.inspect(connection)
                 # diskcache waits a minute for a lock when it opens a folder; find out sooner.
                 connection.execute("BEGIN IMMEDIATE")
                 connection.execute("ROLLBACK")
 
-    def _diskcache(self) -> Any:
+    def _diskcache(self) -> StrictCache:
         from kalm_rag.cache.strict_disk import SETTINGS, StrictCache, StrictDisk
 
-        limit = {} if self._asked_limit is None else {"size_limit": self._asked_limit}
-        cache = StrictCache(str(self.folder), timeout=LOCK_SECONDS, disk=StrictDisk, **limit, **SETTINGS)
-        self._limit = int(cache.size_limit)
-        return cache
+        limit = self._asked_limit
+        if limit is None and not self._has_limit():
+            limit = DEFAULT_LIMIT
+        options = SETTINGS if limit is None else {**SETTINGS, "size_limit": limit}
+        return StrictCache(str(self.folder), timeout=database.LOCK_SECONDS, disk=StrictDisk, **options)
 
-    def _go_read_only(self, reason: str) -> None:
-        self.read_only = True
-        self._say("went-read-only", "the cache in %s is used read-only (%s)", self.folder, reason)
+    def _has_limit(self) -> bool:
+        """Whether the folder has a limit already: it belongs to the folder, not to whoever opens it."""
+        if self._file() is None:
+            return False
+        with contextlib.closing(database.connect(self.folder)) as connection:
+            try:
+                found = connection.execute("SELECT 1 FROM Settings WHERE key = 'size_limit'").fetchone()
+            except sqlite3.OperationalError as error:
+                if "no such table" not in str(error):
+                    raise
+                return False
+        return found is not None
 
-    def _inode_now(self) -> tuple[int, int] | None:
+    def _file(self) -> tuple[int, int] | None:
+        """What tells the database's file from another one in its place; None if there is none."""
         try:
-            status = os.stat(self.folder / "cache.db")
-        except OSError:
+            status = os.stat(self.folder / DATABASE)
+        except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            msg = f"cannot open the cache in {self.folder}: this user may not read it ({error.strerror})"
+            raise StoreError(msg) from error
         return status.st_dev, status.st_ino
 
     def _say(self, kind: str, message: str, *values: object) -> None:
@@ -420,22 +503,15 @@ class DiskStore:
             logger.warning(message, *values)
 
 
-def _parts(items: Mapping[str, bytes]) -> Iterator[list[tuple[str, bytes]]]:
-    """Values in groups of about `_TRANSACTION` bytes: others wait no longer than `LOCK_SECONDS` for a transaction."""
+def _parts(items: Mapping[str, bytes], most: int) -> Iterator[list[tuple[str, bytes]]]:
+    """Values in groups of about `most` bytes."""
     part: list[tuple[str, bytes]] = []
     size = 0
     for item in items.items():
         part.append(item)
         size += len(item[1])
-        if size >= _TRANSACTION:
+        if size >= most:
             yield part
             part, size = [], 0
     if part:
         yield part
-
-
-def _written(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return float("inf")

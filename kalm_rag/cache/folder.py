@@ -1,35 +1,50 @@
-"""Whether a folder may be a cache: whose it is, of which format, on which file system, with what in its database."""
+"""Whether a folder may be a cache: whose it is, of which format, and on which file system."""
 
 from __future__ import annotations
 
 import json
 import os
-import sqlite3
+import stat
 import tempfile
 from pathlib import Path
 
+from kalm_rag.cache.database import refuse_special
 from kalm_rag.cache.keys import FORMAT
 from kalm_rag.cache.store import StoreError
 
 MANIFEST = "kalm-rag-cache.json"
 """The file that marks a folder as ours; without it, a folder with a database is somebody else's and is left alone."""
 
+MANIFEST_PART = ".manifest-"
+"""How the name of a manifest begins that is still being written."""
+
 _NETWORK = {"9p", "afs", "ceph", "cifs", "fuse.glusterfs", "fuse.sshfs", "gpfs", "lustre", "nfs", "nfs4", "smb3"}
 
 
 def write_manifest(folder: Path) -> None:
     """Mark a folder as ours."""
-    handle, name = tempfile.mkstemp(dir=folder, prefix=".manifest-")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump({"what": "encoded passages of kalm-rag", "format": FORMAT}, file)
-    os.chmod(name, 0o644)  # the folder's mode decides who may read; mkstemp's would keep out whom the user lets in
-    os.replace(name, folder / MANIFEST)
+    handle, name = tempfile.mkstemp(dir=folder, prefix=MANIFEST_PART)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump({"what": "encoded passages of kalm-rag", "format": FORMAT}, file)
+        os.chmod(name, 0o644)  # the folder's mode decides who may read; mkstemp's would keep out whom the user lets in
+        os.replace(name, folder / MANIFEST)
+    except BaseException:
+        os.unlink(name)
+        raise
 
 
 def read_manifest(folder: Path) -> None:
-    """Refuse a folder that is not ours, or that a newer version wrote."""
+    """Refuse a folder that is not ours, or that a newer version wrote.
+
+    Raises:
+        StoreError: the message says what stands there.
+    """
+    path = folder / MANIFEST
+    refuse_special(path)
     try:
-        content = json.loads((folder / MANIFEST).read_text("utf-8"))
+        with path.open("rb") as file:
+            content = json.loads(file.read(65_536))
         version = content["format"]
     except FileNotFoundError:
         msg = (
@@ -37,44 +52,14 @@ def read_manifest(folder: Path) -> None:
             "give the cache a folder of its own"
         )
         raise StoreError(msg) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        msg = f"cannot read {folder / MANIFEST} ({error!r}); restore it, or remove the folder to begin anew"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        msg = f"cannot read {path} ({error!r}); restore it, or remove the folder to start with an empty cache"
         raise StoreError(msg) from error
     if version != FORMAT:
         msg = (
             f"the cache in {folder} has format {version!r}; this version of kalm-rag uses {FORMAT}: use another folder"
         )
         raise StoreError(msg)
-
-
-_TRIGGERS = {"Settings_count_insert", "Settings_count_delete", "Settings_size_insert", "Settings_size_update"} | {
-    "Settings_size_delete"
-}
-
-
-def inspect_database(connection: sqlite3.Connection) -> None:
-    """Refuse a database that would make diskcache do more than keep rows.
-
-    diskcache turns settings that it does not know into attributes and SQL; views and triggers run what they say.
-    """
-    from diskcache.core import DEFAULT_SETTINGS, METADATA
-
-    known = {**DEFAULT_SETTINGS, **METADATA}
-    try:
-        rows = connection.execute("SELECT key, value FROM Settings").fetchall()
-    except sqlite3.OperationalError as error:
-        if "no such table" in str(error):
-            return  # another process is just making it
-        raise
-    for key, value in rows:
-        if key not in known or type(value) is not type(known[key]):
-            msg = f"the cache's database has the setting {key!r:.60} = {value!r:.60}, which is not ours"
-            raise StoreError(msg)
-    for kind, name, sql in connection.execute("SELECT type, name, sql FROM sqlite_master").fetchall():
-        ours = kind in {"table", "index"} or (kind == "trigger" and name in _TRIGGERS and "SELECT" not in sql.upper())
-        if not ours:
-            msg = f"the cache's database has the {kind} {name!r:.60}, which is not ours"
-            raise StoreError(msg)
 
 
 def refuse_network(folder: Path) -> None:
@@ -86,6 +71,16 @@ def refuse_network(folder: Path) -> None:
             "use a local folder, and `kalm-rag cache export` and `import` to share"
         )
         raise StoreError(msg)
+
+
+def who_else_may_write(folder: Path) -> str | None:
+    """Who besides this user and the administrator can change a folder, or None if nobody can."""
+    if os.name != "posix":
+        return None
+    status = os.stat(folder)
+    if status.st_uid not in (os.geteuid(), 0):
+        return f"user {status.st_uid}, who owns it"
+    return "every user of this machine" if status.st_mode & stat.S_IWOTH else None
 
 
 def filesystem_of(folder: Path) -> str | None:

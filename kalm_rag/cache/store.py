@@ -32,6 +32,36 @@ class StoreStats:
     refused: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    """What a check of the folder found; with `fix`, all of it was mended or removed.
+
+    Attributes:
+        entries: rows that were read.
+        corrupt: rows whose bytes do not verify, or that kalm-rag did not write.
+        missing: rows whose file is gone.
+        orphans: files that no row names, left by a crash.
+        orphan_bytes: what those take.
+        database: what SQLite finds wrong with the database itself, empty if nothing.
+        quarantine: the folder to which a damaged database was moved by `fix`, or None.
+        salvaged: entries that `fix` copied from a damaged database into a new one.
+    """
+
+    entries: int
+    corrupt: int
+    missing: int
+    orphans: int
+    orphan_bytes: int
+    database: str = ""
+    quarantine: str | None = None
+    salvaged: int = 0
+
+    @property
+    def clean(self) -> bool:
+        """Whether there is nothing to fix."""
+        return not (self.corrupt or self.missing or self.orphans or self.database)
+
+
 @runtime_checkable
 class Store(Protocol):
     """Keeps bytes under keys of 64 hexadecimal digits. Any method may raise; nothing is lost by that but time."""

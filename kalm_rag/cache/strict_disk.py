@@ -9,25 +9,33 @@ or a blocking special file; `tests/test_cache_attacks.py` holds the known attack
 from __future__ import annotations
 
 import contextlib
+import errno
+import math
 import os
 import re
 import sqlite3
 import stat
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import diskcache
 from diskcache.core import DEFAULT_SETTINGS, ENOVAL, MODE_BINARY, MODE_RAW, UNKNOWN
 
+from kalm_rag.cache.database import DATABASE, connect
 from kalm_rag.cache.keys import KEY_PATTERN
 
 FILE_PATTERN = re.compile(r"[0-9a-f]{2}/[0-9a-f]{2}/[0-9a-f]{28}\.val")
 """File names as diskcache makes them, relative to the directory."""
 
-LARGEST_FILE = 1 << 30
-"""A value file above this is no passage; it is not read into memory."""
+LARGEST_VALUE = 1 << 27
+"""Bytes of a value. Nothing larger is kept, and no larger file is read. A prefilled passage of Large in float32 with
+1,024 tokens at ratio 4 takes 86 MB."""
 
+
+_NO_FILE = {errno.ELOOP, errno.ENXIO, errno.ENOTDIR, errno.EISDIR}
+"""Errors of opening that say that something else stands in a file's place: a link, a socket, a folder."""
 
 SETTINGS: dict[str, Any] = {
     "eviction_policy": "least-recently-stored",  # other policies turn every read into a write
@@ -39,12 +47,43 @@ SETTINGS: dict[str, Any] = {
 }
 """Settings of diskcache; every process that opens the folder uses the same."""
 
+_PRAGMAS = {
+    "cache_size": DEFAULT_SETTINGS["sqlite_cache_size"],
+    "mmap_size": SETTINGS["sqlite_mmap_size"],
+    "synchronous": DEFAULT_SETTINGS["sqlite_synchronous"],
+    "journal_size_limit": 16_000_000,  # the log is cut to this when it begins again
+}
+"""What SQLite does not keep in the file."""
+
 
 class StrictCache(diskcache.Cache):  # type: ignore[misc]
-    """A cache whose pragmas are ours, whatever stands in its database.
+    """A cache with one connection, which its owner guards, and with pragmas that are ours, whatever its database says.
 
-    diskcache reads settings from the database for every new connection, and executes those that begin with `sqlite_`.
+    diskcache keeps a connection per thread, which nobody can close from another one or give up before a fork. It reads
+    settings from the database for every connection and executes those that begin with `sqlite_`.
     """
+
+    _connection: sqlite3.Connection | None = None
+
+    @property
+    def _con(self) -> sqlite3.Connection:
+        if self._connection is None:
+            # The folder is inspected, and its database created, before diskcache sees it: see `DiskStore`.
+            self._connection = connect(Path(self._directory), "mode=rwc")
+            for pragma, value in _PRAGMAS.items():
+                self._connection.execute(f"PRAGMA {pragma} = {value}")
+        return self._connection
+
+    def close(self) -> None:
+        """Close the connection."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+    def let_go(self) -> sqlite3.Connection | None:
+        """Give up the connection without closing it."""
+        connection, self._connection = self._connection, None
+        return connection
 
     def reset(self, key: str, value: Any = ENOVAL, update: bool = True) -> Any:
         """As diskcache, with pragmas from our own table; one that is unknown is not executed."""
@@ -53,6 +92,48 @@ class StrictCache(diskcache.Cache):  # type: ignore[misc]
                 return None
             value = SETTINGS.get(key, DEFAULT_SETTINGS[key])
         return super().reset(key, value, update)
+
+    def _row_insert(self, key: Any, raw: Any, now: float, columns: Any) -> None:
+        super()._row_insert(key, raw, self._in_order(now), columns)
+
+    def _row_update(self, rowid: int, now: float, columns: Any) -> None:
+        super()._row_update(rowid, self._in_order(now), columns)
+
+    def _in_order(self, now: float) -> float:
+        """A time after all others in the table: eviction follows the order of storing, whatever the clock does."""
+        # A number that is too large, or no number, can only come from somebody else; both sort behind.
+        (newest,) = self._sql("SELECT MAX(store_time) FROM Cache WHERE store_time < 1e300").fetchone()
+        return now if newest is None or newest < now else math.nextafter(newest, math.inf)
+
+    @property
+    def log_bytes(self) -> int:
+        """Bytes of the write-ahead log."""
+        try:
+            return os.stat(os.path.join(self._directory, f"{DATABASE}-wal")).st_size
+        except OSError:
+            return 0
+
+    def shrink_log(self) -> None:
+        """Move the write-ahead log into the database, unless somebody reads it at this moment."""
+        self._sql("PRAGMA busy_timeout = 0")
+        try:
+            self._sql("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        finally:
+            self._sql(f"PRAGMA busy_timeout = {int(1000 * self.timeout)}")
+
+    def evict_oldest(self, room: int) -> int:
+        """Delete the least recently stored rows until database and files take `room` bytes; returns how many."""
+        evicted = 0
+        while self.volume() > room:
+            with self._transact() as (sql, cleanup):
+                oldest = sql("SELECT rowid, filename FROM Cache ORDER BY store_time, rowid LIMIT 10").fetchall()
+                for rowid, name in oldest:
+                    sql("DELETE FROM Cache WHERE rowid = ?", (rowid,))
+                    cleanup(name)
+            if not oldest:
+                break
+            evicted += len(oldest)
+        return evicted
 
 
 class StrictDisk(diskcache.Disk):  # type: ignore[misc]
@@ -155,10 +236,16 @@ class StrictDisk(diskcache.Disk):  # type: ignore[misc]
     def _read(path: str) -> bytes:
         # A link is not followed, and a pipe put in a file's place does not block.
         flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-        handle = os.open(path, flags)
+        try:
+            handle = os.open(path, flags)
+        except OSError as error:
+            if error.errno in _NO_FILE:
+                msg = f"{path!r} is no value file: {error.strerror}"
+                raise ValueError(msg) from error
+            raise
         with os.fdopen(handle, "rb") as file:
             status = os.fstat(handle)
-            if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_FILE:
+            if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_VALUE:
                 msg = f"{path!r} is no value file"
                 raise ValueError(msg)
             return file.read()

@@ -143,6 +143,8 @@ class PassageCache:
         if self._secret is not None and len(self._secret) < 16:
             msg = f"secret must have at least 16 bytes, got {len(self._secret)}; use secrets.token_hex(32)"
             raise ValueError(msg)
+        if isinstance(self.store, DiskStore):
+            self.store.authenticated = self._secret is not None
         self._memory = MemoryStore(memory)
         self._counts = _Counts()
         self._counting = threading.Lock()

@@ -1,0 +1,279 @@
+"""Verifies a cache folder, and removes only what a whole and sound view of it shows to be wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kalm_rag.cache import database
+from kalm_rag.cache.database import DATABASE
+from kalm_rag.cache.folder import MANIFEST_PART, read_manifest
+from kalm_rag.cache.frame import FrameError, unpack
+from kalm_rag.cache.store import CheckReport, Store, StoreError
+from kalm_rag.cache.strict_disk import FILE_PATTERN, StrictDisk
+
+_COLUMNS = "key, raw, mode, filename, value"
+_COUNTERS = {"count": "SELECT COUNT(*) FROM Cache", "size": "SELECT COALESCE(SUM(size), 0) FROM Cache"}
+_SALVAGED_AT_ONCE = 64
+
+
+@dataclass(slots=True)
+class _Found:
+    """Rows by number, and what they name."""
+
+    entries: int = 0
+    suspects: list[int] = field(default_factory=list)
+    corrupt: list[int] = field(default_factory=list)
+    missing: list[int] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+
+
+def check_folder(
+    folder: Path,
+    *,
+    fix: bool,
+    secret: bytes | None,
+    orphan_age: float,
+    make_store: Callable[[int | None], Store],
+) -> CheckReport:
+    """Read and verify every entry, the database itself, and the files beside it.
+
+    Nothing is removed unless everything could be read, and each row is verified once more under the write lock just
+    before it is removed, so that a value that was written meanwhile stays.
+
+    Args:
+        folder: the cache's folder.
+        fix: rebuild a damaged database, and remove what is wrong.
+        secret: also demand valid tags.
+        orphan_age: seconds; a younger file may belong to a write that is under way.
+        make_store: makes a store in this folder with a limit (None: the default), for what is saved of a damaged one.
+
+    Raises:
+        StoreError: the folder is not ours, or something in it cannot be read or written; nothing was removed then.
+    """
+    read_manifest(folder)
+    damage = _damage(folder)
+    if not damage and not _has_tables(folder):
+        return CheckReport(0, 0, 0, 0, 0)
+    quarantine, salvaged = None, 0
+    if damage and fix and not _mended(folder):
+        quarantine, salvaged = _rebuild(folder, secret, make_store)
+    if damage and not fix:
+        return CheckReport(0, 0, 0, 0, 0, damage)
+    disk = StrictDisk(str(folder))
+    try:
+        with _reading(folder) as connection:
+            found = _Found()
+            for rowid, *row in database.rows(connection, _COLUMNS):
+                found.entries += 1
+                if _fault(disk, row, secret):
+                    found.suspects.append(_number(rowid))
+        with _locked(folder) if fix else _reading(folder) as connection:
+            # The rows may have been written again since, and a file that was gone may be there by now.
+            _judge(connection, disk, found, secret)
+            orphans = _orphans(folder, connection, orphan_age)
+            size = sum(path.stat().st_size for path in orphans if path.exists())
+            damage = damage or _miscounted(connection)
+            if fix:
+                connection.executemany(
+                    "DELETE FROM Cache WHERE rowid = ?", [(rowid,) for rowid in found.corrupt + found.missing]
+                )
+                for name, query in _COUNTERS.items():
+                    connection.execute(f"UPDATE Settings SET value = ({query}) WHERE key = ?", (name,))  # noqa: S608
+    except (sqlite3.Error, OSError) as error:
+        msg = f"the check of the cache in {folder} stopped, and nothing was removed: {type(error).__name__}: {error}"
+        raise StoreError(msg) from error
+    if fix:
+        for name in found.files:
+            disk.remove(name)
+        for path in orphans:
+            _remove(folder, disk, path)
+    counts = (found.entries, len(found.corrupt), len(found.missing), len(orphans), size)
+    return CheckReport(*counts, damage, None if quarantine is None else str(quarantine), salvaged)
+
+
+def _fault(disk: StrictDisk, row: list[Any], secret: bytes | None) -> str:
+    """What is wrong with a row: nothing, or that it is `missing` its file or `corrupt`.
+
+    Raises:
+        OSError: its file is there and cannot be read, which says nothing about its content.
+    """
+    key, raw, mode, filename, value = row
+    try:
+        unpack(disk.fetch(mode, filename, value, read=False), disk.get(key, raw), secret)
+    except FileNotFoundError:
+        return "missing"
+    except (FrameError, ValueError):
+        return "corrupt"
+    return ""
+
+
+def _judge(connection: sqlite3.Connection, disk: StrictDisk, found: _Found, secret: bytes | None) -> None:
+    """Verify the suspects once more, as they are now."""
+    for rowid in found.suspects:
+        row = connection.execute(f"SELECT {_COLUMNS} FROM Cache WHERE rowid = ?", (rowid,)).fetchone()  # noqa: S608
+        fault = "" if row is None else _fault(disk, list(row), secret)
+        if fault == "missing":
+            found.missing.append(rowid)
+        elif fault:
+            found.corrupt.append(rowid)
+            found.files += [row[3]] if isinstance(row[3], str) else []
+
+
+def _orphans(folder: Path, connection: sqlite3.Connection, age: float) -> list[Path]:
+    """Files of ours that no row names and that are old enough."""
+    began = time.time()
+    candidates = [*folder.glob("??/??/*.val"), *folder.glob(f"{MANIFEST_PART}*")]
+    named = {name for _, name in database.rows(connection, "filename") if isinstance(name, str)}
+    return [
+        path
+        for path in candidates
+        if _is_ours(folder, path) and _relative(folder, path) not in named and _written(path) <= began - age
+    ]
+
+
+def _is_ours(folder: Path, path: Path) -> bool:
+    if path.is_symlink():
+        return False
+    return path.parent == folder or bool(FILE_PATTERN.fullmatch(_relative(folder, path)))
+
+
+def _remove(folder: Path, disk: StrictDisk, path: Path) -> None:
+    if path.parent == folder:
+        path.unlink(missing_ok=True)
+    else:
+        disk.remove(_relative(folder, path))
+
+
+def _relative(folder: Path, path: Path) -> str:
+    return path.relative_to(folder).as_posix()
+
+
+def _written(path: Path) -> float:
+    try:
+        return path.lstat().st_mtime
+    except FileNotFoundError:
+        return float("inf")
+
+
+def _number(value: object) -> int:
+    return value if isinstance(value, int) else -1
+
+
+@contextlib.contextmanager
+def _reading(folder: Path) -> Iterator[sqlite3.Connection]:
+    connection, _ = database.connect_reading(folder, whole=True)
+    with contextlib.closing(connection):
+        yield connection
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[sqlite3.Connection]:
+    """A transaction during which nobody else writes; what is done in it is done as a whole or not at all."""
+    with contextlib.closing(database.connect(folder)) as connection:
+        database.inspect(connection)
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield connection
+        except BaseException:
+            connection.execute("ROLLBACK")
+            raise
+        connection.execute("COMMIT")
+
+
+def _damage(folder: Path) -> str:
+    """What SQLite finds wrong with the database, empty if nothing.
+
+    Raises:
+        StoreError: it cannot be read, or is not ours.
+    """
+    try:
+        with _reading(folder) as connection:
+            return _integrity(connection)
+    except (sqlite3.Error, OSError) as error:
+        if database.is_damaged(error):
+            return str(error)
+        msg = f"the check of the cache in {folder} stopped, and nothing was removed: {type(error).__name__}: {error}"
+        raise StoreError(msg) from error
+
+
+def _has_tables(folder: Path) -> bool:
+    with _reading(folder) as connection:
+        return database.is_complete(connection)
+
+
+def _integrity(connection: sqlite3.Connection) -> str:
+    # A restricted connection refuses to check rows that it may not read; the limit is above all that we write.
+    (first,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
+    return "" if first == "ok" else str(first)
+
+
+def _miscounted(connection: sqlite3.Connection) -> str:
+    """Whether the counters that tell the size of the cache are those of the rows."""
+    for name, query in _COUNTERS.items():
+        kept = connection.execute("SELECT value FROM Settings WHERE key = ?", (name,)).fetchone()
+        true = connection.execute(query).fetchone()
+        if kept != true:
+            return f"the counter {name!r} is {kept and kept[0]!r} and should be {true[0]!r}"
+    return ""
+
+
+def _mended(folder: Path) -> bool:
+    """Rebuild the indexes from the table; whether that was enough."""
+    try:
+        with _locked(folder) as connection:
+            connection.execute("REINDEX")
+        with _reading(folder) as connection:
+            return not _integrity(connection)
+    except (sqlite3.Error, OSError):
+        return False
+
+
+def _rebuild(folder: Path, secret: bytes | None, make_store: Callable[[int | None], Store]) -> tuple[Path, int]:
+    """Move a damaged database aside and copy what still verifies into a new one.
+
+    Processes that have the old one open see that it was moved and open the new one.
+    """
+    aside = folder / time.strftime("quarantine-%Y%m%d-%H%M%S")
+    limit = _limit_of(folder)
+    try:
+        aside.mkdir(mode=0o700)
+        for name in (DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                (folder / name).rename(aside / name)
+    except OSError as error:
+        msg = f"cannot move the damaged database of the cache in {folder} aside: {error}"
+        raise StoreError(msg) from error
+    store = make_store(limit)
+    try:
+        store.put_many({})
+        return aside, _salvage(folder, aside, store.put_many, secret)
+    finally:
+        store.close()
+
+
+def _salvage(folder: Path, aside: Path, put: Callable[[dict[str, bytes]], int], secret: bytes | None) -> int:
+    """Keep what can still be read and verifies; returns how many."""
+    disk, batch, kept = StrictDisk(str(folder)), dict[str, bytes](), 0
+    with contextlib.suppress(sqlite3.Error, StoreError), _reading(aside) as connection:
+        for _, key, raw, mode, filename, value in database.rows(connection, _COLUMNS):
+            with contextlib.suppress(FrameError, ValueError, OSError):
+                data = disk.fetch(mode, filename, value, read=False)
+                unpack(data, disk.get(key, raw), secret)
+                batch[str(key)] = data
+            if len(batch) == _SALVAGED_AT_ONCE:
+                kept += put(batch)
+                batch = {}
+    return kept + (put(batch) if batch else 0)
+
+
+def _limit_of(folder: Path) -> int | None:
+    with contextlib.suppress(sqlite3.Error, StoreError, OSError, TypeError), _reading(folder) as connection:
+        (limit,) = connection.execute("SELECT value FROM Settings WHERE key = 'size_limit'").fetchone()
+        return int(limit)
+    return None
