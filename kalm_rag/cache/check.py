@@ -57,37 +57,39 @@ def check_folder(
         StoreError: the folder is not ours, or something in it cannot be read or written; nothing was removed then.
     """
     read_manifest(folder)
-    damage = _damage(folder)
-    if not damage and not _has_tables(folder):
-        return CheckReport(0, 0, 0, 0, 0)
-    quarantine, salvaged = None, 0
-    if damage and fix and not _mended(folder):
-        quarantine, salvaged = _rebuild(folder, secret, make_store)
-    if damage and not fix:
-        return CheckReport(0, 0, 0, 0, 0, damage)
-    disk = StrictDisk(str(folder))
     try:
-        with _reading(folder) as connection:
-            found = _Found()
-            for rowid, *row in database.rows(connection, _COLUMNS):
-                found.entries += 1
-                if _fault(disk, row, secret):
-                    found.suspects.append(_number(rowid))
-        with _locked(folder) if fix else _reading(folder) as connection:
-            # The rows may have been written again since, and a file that was gone may be there by now.
-            _judge(connection, disk, found, secret)
-            orphans = _orphans(folder, connection, orphan_age)
-            size = sum(path.stat().st_size for path in orphans if path.exists())
-            damage = damage or _miscounted(connection)
-            if fix:
-                connection.executemany(
-                    "DELETE FROM Cache WHERE rowid = ?", [(rowid,) for rowid in found.corrupt + found.missing]
-                )
-                for name, query in _COUNTERS.items():
-                    connection.execute(f"UPDATE Settings SET value = ({query}) WHERE key = ?", (name,))  # noqa: S608
+        return _check(folder, fix, secret, orphan_age, make_store)
     except (sqlite3.Error, OSError) as error:
         msg = f"the check of the cache in {folder} stopped, and nothing was removed: {type(error).__name__}: {error}"
         raise StoreError(msg) from error
+
+
+def _check(
+    folder: Path, fix: bool, secret: bytes | None, orphan_age: float, make_store: Callable[[int | None], Store]
+) -> CheckReport:
+    damage = _damage(folder)
+    if not damage and not _has_tables(folder):
+        return CheckReport(0, 0, 0, 0, 0)
+    if damage and not fix:
+        return CheckReport(0, 0, 0, 0, 0, damage)
+    quarantine, salvaged = None, 0
+    if damage and not _mended(folder):
+        quarantine, salvaged = _rebuild(folder, secret, make_store)
+    disk = StrictDisk(str(folder))
+    found = _Found()
+    with _reading(folder) as connection:
+        for rowid, *row in database.rows(connection, _COLUMNS):
+            found.entries += 1
+            if _fault(disk, row, secret):
+                found.suspects.append(_number(rowid))
+    with _locked(folder) if fix else _reading(folder) as connection:
+        # The rows may have been written again since, and a file that was gone may be there by now.
+        _judge(connection, disk, found, secret)
+        orphans = _orphans(folder, connection, orphan_age)
+        size = sum(path.stat().st_size for path in orphans if path.exists())
+        damage = damage or _miscounted(connection)
+        if fix:
+            _set_right(connection, found.corrupt + found.missing)
     if fix:
         for name in found.files:
             disk.remove(name)
@@ -95,6 +97,13 @@ def check_folder(
             _remove(folder, disk, path)
     counts = (found.entries, len(found.corrupt), len(found.missing), len(orphans), size)
     return CheckReport(*counts, damage, None if quarantine is None else str(quarantine), salvaged)
+
+
+def _set_right(connection: sqlite3.Connection, rows: list[int]) -> None:
+    """Delete rows, and make the counters those of what is left."""
+    connection.executemany("DELETE FROM Cache WHERE rowid = ?", [(rowid,) for rowid in rows])
+    for name, query in _COUNTERS.items():
+        connection.execute(f"UPDATE Settings SET value = ({query}) WHERE key = ?", (name,))  # noqa: S608
 
 
 def _fault(disk: StrictDisk, row: list[Any], secret: bytes | None) -> str:
@@ -187,19 +196,14 @@ def _locked(folder: Path) -> Iterator[sqlite3.Connection]:
 
 
 def _damage(folder: Path) -> str:
-    """What SQLite finds wrong with the database, empty if nothing.
-
-    Raises:
-        StoreError: it cannot be read, or is not ours.
-    """
+    """What SQLite finds wrong with the database, empty if nothing."""
     try:
         with _reading(folder) as connection:
             return _integrity(connection)
-    except (sqlite3.Error, OSError) as error:
+    except sqlite3.DatabaseError as error:
         if database.is_damaged(error):
             return str(error)
-        msg = f"the check of the cache in {folder} stopped, and nothing was removed: {type(error).__name__}: {error}"
-        raise StoreError(msg) from error
+        raise
 
 
 def _has_tables(folder: Path) -> bool:
@@ -208,7 +212,6 @@ def _has_tables(folder: Path) -> bool:
 
 
 def _integrity(connection: sqlite3.Connection) -> str:
-    # A restricted connection refuses to check rows that it may not read; the limit is above all that we write.
     (first,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
     return "" if first == "ok" else str(first)
 
@@ -228,10 +231,11 @@ def _mended(folder: Path) -> bool:
     try:
         with _locked(folder) as connection:
             connection.execute("REINDEX")
-        with _reading(folder) as connection:
-            return not _integrity(connection)
-    except (sqlite3.Error, OSError):
-        return False
+    except sqlite3.DatabaseError as error:
+        if database.is_damaged(error) or isinstance(error, sqlite3.IntegrityError):
+            return False
+        raise
+    return not _damage(folder)
 
 
 def _rebuild(folder: Path, secret: bytes | None, make_store: Callable[[int | None], Store]) -> tuple[Path, int]:
