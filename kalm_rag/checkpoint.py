@@ -78,6 +78,7 @@ def find_checkpoint(
     Raises:
         CheckpointError: nothing usable is there; the message says what was looked for and the way out.
     """
+    token = clean_token(token)
     if not isinstance(model, (str, Path)) or not str(model):
         msg = f"model must be an alias ({', '.join(NAMES)}), a folder or a hub id, got {model!r}"
         raise CheckpointError(msg)
@@ -103,6 +104,28 @@ def find_checkpoint(
         )
         raise CheckpointError(msg)
     return read_checkpoint(_download(repo, revision, token, local_files_only), str(model))
+
+
+def clean_token(token: object) -> str | bool | None:
+    """The hub token without the blanks around it that files and variables leave; None if nothing else is in it.
+
+    Raises:
+        TypeError: it is not a string, a truth value or None. No message shows the token.
+        ValueError: no HTTP header can carry it.
+    """
+    if token is None or isinstance(token, bool):
+        return token
+    if not isinstance(token, str):
+        msg = f"token must be a string, True, False or None, got {type(token).__name__}; give the token as a string"
+        raise TypeError(msg)
+    text = token.strip()
+    if not text.isascii() or any(not "!" <= character <= "~" for character in text):
+        msg = (
+            f"token must be printable ASCII without blanks, got {len(text)} characters with another one among them; "
+            "copy the token again from the hub's settings"
+        )
+        raise ValueError(msg)
+    return text or None
 
 
 def _download(repo: str, revision: str | None, token: str | bool | None, local_files_only: bool) -> Path:

@@ -6,14 +6,16 @@ import hashlib
 import os
 import threading
 import weakref
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias, get_args
 
 from kalm_rag.cache import PassageCache, Store
 from kalm_rag.cache.tiers import Keep
+from kalm_rag.checkpoint import clean_token
 from kalm_rag.paths import default_cache_dir
 from kalm_rag.reranker import KaLMReranker
-from kalm_rag.settings import check_choice
+from kalm_rag.settings import check_choice, check_positive, check_share, check_text
 
 CacheLike: TypeAlias = str | Path | PassageCache | Store | None
 """What an adapter takes as its cache: a folder, a ready-made cache or store, or None for memory alone."""
@@ -44,6 +46,57 @@ def check_cache(cache: object, keep: object) -> None:
             f"keep={keep!r}, cache={cache!r:.80}; give a folder, or cache=PassageCache(..., keep={keep!r}) alone"
         )
         raise ValueError(msg)
+
+
+def check_arguments(given: Mapping[str, object]) -> dict[str, Any]:
+    """The arguments of an adapter, or of one of its calls, each checked under its name; numbers become Python's.
+
+    Arguments that only one framework has are passed through.
+
+    Raises:
+        ValueError, TypeError: the message names the argument, what was given, and the rule.
+    """
+    return {name: _CHECKS[name](name, value) if name in _CHECKS else value for name, value in given.items()}
+
+
+def _check_model(name: str, value: object) -> object:
+    if not isinstance(value, Path) and not check_text(name, value).strip():
+        msg = f"{name} must be an alias, a folder or a hub id, got {value!r}; nano is the default"
+        raise ValueError(msg)
+    return value
+
+
+def _check_share(name: str, value: Any) -> float:
+    check_share(name, value)
+    return float(value)
+
+
+def _check_flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        msg = f"{name} must be True or False, got {value!r:.80}"
+        raise TypeError(msg)
+    return value
+
+
+def _or_none(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "model": _check_model,
+    "revision": _or_none(check_text),
+    "device": _or_none(check_text),
+    "dtype": _or_none(check_text),
+    "token": lambda _, value: clean_token(value),
+    "max_length": check_positive,
+    "ratio": _or_none(check_positive),
+    "instruction": _or_none(check_text),
+    "top_n": _or_none(check_positive),
+    "top_k": _or_none(check_positive),
+    "score_threshold": _or_none(_check_share),
+    "keep_retrieval_score": _check_flag,
+    "embedding_separator": check_text,
+}
 
 
 def serialisable_cache(cache: CacheLike) -> str | None:

@@ -13,7 +13,8 @@ import pytest
 
 from kalm_rag import KaLMReranker, PassageCache
 from kalm_rag.cache import ByteStoreAdapter, DiskStore, MemoryStore
-from kalm_rag.shared import SharedHandle, check_cache, serialisable_cache, shared_reranker
+from kalm_rag.checkpoint import clean_token, find_checkpoint
+from kalm_rag.shared import SharedHandle, check_arguments, check_cache, serialisable_cache, shared_reranker
 
 
 def test_equal_arguments_share_and_others_do_not(checkpoint: Path, tmp_path: Path) -> None:
@@ -105,6 +106,56 @@ def test_a_ready_made_cache_has_no_keep_beside_it(checkpoint: Path, tmp_path: Pa
 def test_what_is_no_cache_and_what_no_cache_keeps(cache: Any, keep: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_cache(cache, keep)
+
+
+@pytest.mark.parametrize(
+    ("given", "clean"),
+    [("hf_x", "hf_x"), (" hf_x\r\n", "hf_x"), ("", None), (" \n", None), (None, None), (True, True), (False, False)],
+)
+def test_blanks_around_a_token_are_left_out(given: Any, clean: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    seen: list[object] = []
+
+    def download(*_: object, token: object, **__: object) -> None:
+        seen.append(token)
+        raise OSError
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(ValueError, match="could not get"):
+        find_checkpoint("owner/name", token=given)
+    assert seen == [clean]
+
+
+@pytest.mark.parametrize("token", ["hf_\nx", "hf_ x", "hf_\u00e9", 7, b"hf_secret", ["hf_secret"]])
+def test_a_token_that_no_header_carries_is_refused_unseen(token: Any) -> None:
+    with pytest.raises((ValueError, TypeError), match="token must be") as error:
+        clean_token(token)
+    assert "hf_" not in str(error.value)
+
+
+def test_adapter_arguments_are_checked_by_name() -> None:
+    wrong: dict[str, list[object]] = {
+        "model": [None, 7, "", " "],
+        "revision": [7],
+        "device": [7],
+        "dtype": [7, True],
+        "token": [7],
+        "max_length": [None, True, 2.0, "2", 0],
+        "ratio": [True, 2.0, "2", 0],
+        "instruction": [7, ["text"]],
+        "top_n": [True, 2.0, "2", 0],
+        "top_k": [True, 2.0, "2", 0],
+        "score_threshold": [True, "0.5", 50, -0.1, float("nan"), float("inf")],
+        "keep_retrieval_score": [None, 1, "yes"],
+        "embedding_separator": [None, 7],
+    }
+    for name, values in wrong.items():
+        for value in values:
+            with pytest.raises((ValueError, TypeError), match=f"^{name} must be"):
+                check_arguments({name: value})
+    given = {"model": "nano", "top_n": 3, "score_threshold": 1, "ratio": None, "of_one_framework": object()}
+    assert check_arguments(given) == given
 
 
 @pytest.mark.parametrize("kind", READY_MADE)

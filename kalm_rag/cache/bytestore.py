@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from kalm_rag.cache.keys import KEY_PATTERN
-from kalm_rag.cache.store import StoreStats
+from kalm_rag.cache.store import StoreError, StoreStats
+from kalm_rag.settings import check_text
+
+logger = logging.getLogger(__name__)
+
+_KEY_LENGTH = 64
+_BYTES = (bytes, bytearray, memoryview)
 
 
 class ByteStoreLike(Protocol):
@@ -25,7 +32,7 @@ class ByteStoreLike(Protocol):
         ...
 
     def yield_keys(self, *, prefix: str | None = None) -> Iterator[Any]:
-        """Every key that starts with `prefix`."""
+        """Every key, or those that the store takes to be under `prefix`."""
         ...
 
 
@@ -33,18 +40,27 @@ class ByteStoreAdapter:
     """Keeps passages in a `ByteStore`: a local folder, Redis, or whatever it wraps.
 
     Args:
-        store: the `ByteStore`.
+        store: the `ByteStore`. It must keep any bytes; one that keeps only text needs an encoding wrapper.
         prefix: put in front of every key, so that a store may be shared with other data.
+
+    Raises:
+        TypeError: the prefix is not a string.
+        ValueError: a store that reads keys as paths would read the prefix as another one.
     """
 
     def __init__(self, store: ByteStoreLike, prefix: str = "kalm-rag-") -> None:
         self._store = store
-        self._prefix = prefix
+        self._prefix = _checked_prefix(prefix)
+        self._warned = False
 
     def get_many(self, keys: Sequence[str]) -> dict[str, bytes]:
-        """What is kept under the keys."""
-        values = self._store.mget([self._prefix + key for key in keys])
-        return {key: value for key, value in zip(keys, values, strict=True) if isinstance(value, bytes)}
+        """What is kept under the keys.
+
+        Raises:
+            StoreError: the `ByteStore` gives more or fewer values than keys, so none can be told from another.
+        """
+        found = {key: value for key, value in self._read(keys).items() if isinstance(value, _BYTES)}
+        return {key: bytes(value) for key, value in found.items()}
 
     def put_many(self, items: Mapping[str, bytes]) -> int:
         """Keep values."""
@@ -53,22 +69,67 @@ class ByteStoreAdapter:
         return len(items)
 
     def delete(self, keys: Iterable[str]) -> int:
-        """Forget keys."""
-        known = list(self.get_many(list(keys)))
+        """Forget keys, whatever is kept under them."""
+        known = list(self._read(list(keys)))
         if known:
             self._store.mdelete([self._prefix + key for key in known])
         return len(known)
 
     def keys(self) -> Iterator[str]:
-        """Every key of ours; keys of other data under the same prefix are passed over."""
-        for name in self._store.yield_keys(prefix=self._prefix):
-            key = str(name).removeprefix(self._prefix)
-            if KEY_PATTERN.fullmatch(key):
-                yield key
+        """Every key of ours at the time of the call; keys of other data are passed over.
+
+        The `ByteStore` lists all its keys: some read a prefix as a folder or as a pattern and would find none.
+        """
+        # A dict, because Redis may list a key twice, and a store in memory may not change while it is listed.
+        found: dict[str, None] = {}
+        for name in self._store.yield_keys():
+            text = name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
+            key = text[-_KEY_LENGTH:]
+            if not KEY_PATTERN.fullmatch(key) or not text.endswith(self._prefix + key):
+                continue
+            # A wrapper may list its keys as it encodes them: then the key is ours if the store answers to it.
+            if len(text) == len(self._prefix) + len(key) or self._read([key]):
+                found[key] = None
+        return iter(found)
 
     def stats(self) -> StoreStats:
-        """The number of entries; a `ByteStore` does not tell its size."""
-        return StoreStats(sum(1 for _ in self.keys()), None, None)
+        """Nothing: a `ByteStore` does not tell its size, and counting its keys means reading all of them."""
+        return StoreStats(None, None, None)
 
     def close(self) -> None:
         """The `ByteStore` belongs to whoever made it."""
+
+    def _read(self, keys: Sequence[str]) -> dict[str, Any]:
+        """What the store gives for each key it knows, of any type."""
+        if not keys:
+            return {}
+        values = list(self._store.mget([self._prefix + key for key in keys]))
+        if len(values) != len(keys):
+            msg = (
+                f"{type(self._store).__name__}.mget must give one value for each key, got {len(values)} for "
+                f"{len(keys)} keys; use a store that gives None for a key it does not hold"
+            )
+            raise StoreError(msg)
+        found = {key: value for key, value in zip(keys, values, strict=True) if value is not None}
+        other = next((value for value in found.values() if not isinstance(value, _BYTES)), None)
+        if other is not None and not self._warned:
+            self._warned = True
+            logger.warning(
+                "%s returns %s where bytes were kept; such passages count as not cached: use a store that returns "
+                "bytes (for Redis, decode_responses=False)",
+                type(self._store).__name__,
+                type(other).__name__,
+            )
+        return found
+
+
+def _checked_prefix(prefix: object) -> str:
+    text = check_text("prefix", prefix)
+    parts = text.split("/")
+    if not text.isprintable() or any(part in (".", "..") for part in parts) or "" in parts[:-1]:
+        msg = (
+            f"prefix must be printable, without empty, '.' or '..' parts between slashes, got {prefix!r:.80}; "
+            "some stores read it as a path: use letters, digits, '-' and '_'"
+        )
+        raise ValueError(msg)
+    return text

@@ -78,10 +78,77 @@ def test_init_default() -> None:
 
 @pytest.mark.parametrize("top_k", [0, -2])
 def test_invalid_top_k(options: dict[str, Any], top_k: int) -> None:
-    with pytest.raises(ValueError, match=f"top_k must be > 0, but got {top_k}"):
+    with pytest.raises(ValueError, match=f"top_k must be at least 1, got {top_k}"):
         KalmRanker(top_k=top_k)
-    with pytest.raises(ValueError, match=f"top_k must be > 0, but got {top_k}"):
+    with pytest.raises(ValueError, match=f"top_k must be at least 1, got {top_k}"):
         KalmRanker(**options).run(query=QUERY, documents=documents(), top_k=top_k)
+
+
+WRONG_TYPES: list[dict[str, Any]] = [
+    {"top_k": True},
+    {"top_k": 2.0},
+    {"top_k": "2"},
+    {"score_threshold": "0.5"},
+    {"score_threshold": float("nan")},
+    {"score_threshold": 50},
+    {"score_threshold": True},
+    {"instruction": 7},
+    {"ratio": 2.0},
+]
+
+
+@MODES
+@pytest.mark.parametrize("wrong", WRONG_TYPES)
+def test_wrong_types_are_refused_at_construction_and_at_run(
+    options: dict[str, Any], wrong: dict[str, Any], mode: str
+) -> None:
+    name = next(iter(wrong))
+    with pytest.raises((ValueError, TypeError), match=f"{name} must be"):
+        KalmRanker(**wrong)
+    with pytest.raises((ValueError, TypeError), match=f"{name} must be"):
+        run(KalmRanker(**options), mode, query=QUERY, documents=documents(), **wrong)
+
+
+@pytest.mark.parametrize("kind", [KalmRanker, KalmPassageEncoder])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"meta_fields_to_embed": "title"},
+        {"meta_fields_to_embed": ["title", 7]},
+        {"embedding_separator": None},
+        {"device": "cpu"},
+        {"token": "hf_secret"},
+        {"model": None},
+        {"model": ""},
+        {"revision": 7},
+        {"dtype": 7},
+        {"max_length": True},
+        {"max_length": 2.0},
+        {"ratio": "4"},
+    ],
+)
+def test_wrong_model_arguments_are_refused(kind: Any, wrong: dict[str, Any]) -> None:
+    with pytest.raises((ValueError, TypeError), match=f"{next(iter(wrong))} must be") as error:
+        kind(**wrong)
+    assert "hf_secret" not in str(error.value)
+
+
+def test_numbers_of_numpy_are_numbers(options: dict[str, Any]) -> None:
+    numpy = pytest.importorskip("numpy")
+    ranker = KalmRanker(**options, top_k=numpy.int64(2), score_threshold=numpy.float32(0), ratio=numpy.int32(8))
+    assert (type(ranker.top_k), type(ranker.score_threshold), type(ranker.ratio)) == (int, float, int)
+    assert len(ranker.run(query=QUERY, documents=documents())["documents"]) == 2
+    assert len(ranker.run(query=QUERY, documents=documents(), top_k=numpy.int64(1))["documents"]) == 1
+
+
+def test_an_empty_or_padded_token_does_not_set_it_apart(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    held = KalmRanker(**options).reranker
+    for value in ("", " \n", "hf_x\n"):
+        monkeypatch.setenv("HF_API_TOKEN", value)
+        assert KalmRanker(**options).reranker is held
 
 
 def test_unknown_arguments_are_refused() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +20,7 @@ from pydantic import (
 
 from kalm_rag import KaLMReranker
 from kalm_rag.cache.tiers import Keep
-from kalm_rag.shared import CacheLike, SharedHandle, check_cache, serialisable_cache
+from kalm_rag.shared import CacheLike, SharedHandle, check_arguments, check_cache, serialisable_cache
 
 
 class KalmModel(BaseModel):
@@ -52,6 +52,15 @@ class KalmModel(BaseModel):
     _handle: SharedHandle = PrivateAttr(default_factory=SharedHandle)
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_arguments(cls, values: Any) -> Any:
+        # Before pydantic, which reads True as 1 and "0.5" as 0.5.
+        try:
+            return check_arguments(values) if isinstance(values, dict) else values
+        except TypeError as error:
+            raise ValueError(str(error)) from None
 
     @model_validator(mode="after")
     def _check_cache(self) -> KalmModel:
@@ -91,6 +100,24 @@ def passage_text(document: Document) -> str:
         msg = f"expected a langchain_core Document, got {type(document).__name__}: {document!r:.80}"
         raise TypeError(msg)
     return document.page_content
+
+
+def document_list(documents: object) -> Sequence[Any]:
+    """The documents as a sequence: a list or tuple as it is, any other iterable of documents read into a list.
+
+    Raises:
+        TypeError: it is one document, or not an iterable of documents.
+    """
+    if isinstance(documents, (list, tuple)):
+        return documents
+    # A document is iterable too: over its fields.
+    if isinstance(documents, (str, bytes, Mapping, BaseModel)) or not isinstance(documents, Iterable):
+        msg = (
+            f"documents must be a list of langchain_core Documents, got {type(documents).__name__}: {documents!r:.80}; "
+            "one document goes into a list: [document]"
+        )
+        raise TypeError(msg)
+    return list(documents)
 
 
 def passage_texts(documents: Sequence[Document]) -> list[str]:

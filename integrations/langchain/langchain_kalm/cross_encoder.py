@@ -18,4 +18,4 @@ class KalmCrossEncoder(KalmModel, BaseCrossEncoder):
 
     def score(self, text_pairs: list[tuple[str, str]]) -> list[float]:
         """`P(yes)` of each pair, in input order."""
-        return self.reranker.predict(text_pairs, self.instruction) if text_pairs else []
+        return self.reranker.predict(text_pairs, self.instruction)

@@ -8,7 +8,7 @@ from typing import Any
 from langchain_core.documents import BaseDocumentTransformer, Document
 from langchain_core.embeddings import Embeddings
 
-from langchain_kalm.base import KalmModel, passage_texts
+from langchain_kalm.base import KalmModel, document_list, passage_texts
 
 
 class KalmPassageEncoder(KalmModel, BaseDocumentTransformer):
@@ -16,12 +16,14 @@ class KalmPassageEncoder(KalmModel, BaseDocumentTransformer):
 
     def transform_documents(self, documents: Sequence[Document], **kwargs: Any) -> Sequence[Document]:
         """Encode what the cache does not hold."""
+        documents = document_list(documents)
         if documents:
             self.reranker.encode(passage_texts(documents))
         return documents
 
     async def atransform_documents(self, documents: Sequence[Document], **kwargs: Any) -> Sequence[Document]:
         """Encode without blocking the event loop."""
+        documents = document_list(documents)
         if documents:
             await self.reranker.aencode(passage_texts(documents))
         return documents

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from langchain_core.callbacks import Callbacks
@@ -11,7 +11,8 @@ from langchain_core.runnables import RunnableLambda
 from pydantic import Field
 
 from kalm_rag import RankedPassage
-from langchain_kalm.base import KalmModel, passage_texts
+from kalm_rag.shared import check_arguments
+from langchain_kalm.base import KalmModel, document_list, passage_texts
 
 
 class KalmReranker(KalmModel, BaseDocumentCompressor):
@@ -44,8 +45,9 @@ class KalmReranker(KalmModel, BaseDocumentCompressor):
         """Rerank; a step named `KalmReranker` shows in traces.
 
         Raises:
-            TypeError: the query is no string, or an item is no document.
+            TypeError: the query is not a string, or the documents are not an iterable of documents.
         """
+        documents = document_list(documents)
         if not documents:
             return []
         return self._step().invoke({"documents": documents, "query": query}, config={"callbacks": callbacks})
@@ -54,6 +56,7 @@ class KalmReranker(KalmModel, BaseDocumentCompressor):
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> Sequence[Document]:
         """Rerank without blocking the event loop."""
+        documents = document_list(documents)
         if not documents:
             return []
         return await self._step().ainvoke({"documents": documents, "query": query}, config={"callbacks": callbacks})
@@ -79,19 +82,27 @@ class KalmReranker(KalmModel, BaseDocumentCompressor):
             return []
         return _copies(documents, await self.reranker.arank(query, passage_texts(documents), **options))
 
-    def _arguments(self, call: dict[str, Any]) -> tuple[list[Document], Any, dict[str, Any]]:
+    def _arguments(self, call: Any) -> tuple[Sequence[Document], Any, dict[str, Any]]:
+        if not isinstance(call, Mapping):
+            msg = (
+                f"expected a mapping with a query and documents, got {type(call).__name__}: {call!r:.80}; "
+                'give {"query": ..., "documents": [...]}'
+            )
+            raise TypeError(msg)
         unknown = call.keys() - {"query", "documents", "instruction", "top_n", "score_threshold", "ratio"}
         if unknown or not {"query", "documents"} <= call.keys():
             maybe = "instruction, top_n, score_threshold, ratio"
-            msg = f"expected a query and documents (and maybe {maybe}), got {sorted(call)}"
+            msg = f"expected a query and documents (and maybe {maybe}), got {sorted(map(str, call))}"
             raise ValueError(msg)
+        names = ("top_n", "score_threshold", "instruction", "ratio")
+        chosen = check_arguments({name: call.get(name, getattr(self, name)) for name in names})
         options = {
-            "top_k": call.get("top_n", self.top_n),
-            "threshold": call.get("score_threshold", self.score_threshold),
-            "instruction": call.get("instruction", self.instruction),
-            "ratio": call.get("ratio", self.ratio),
+            "top_k": chosen["top_n"],
+            "threshold": chosen["score_threshold"],
+            "instruction": chosen["instruction"],
+            "ratio": chosen["ratio"],
         }
-        return list(call["documents"]), call["query"], options
+        return document_list(call["documents"]), call["query"], options
 
 
 def _copies(documents: Sequence[Document], ranking: Sequence[RankedPassage]) -> list[Document]:

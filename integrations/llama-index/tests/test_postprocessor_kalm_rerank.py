@@ -17,7 +17,7 @@ from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
 from llama_index.core.llms import MockLLM
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
-from llama_index.core.schema import Document, MetadataMode, NodeWithScore, TextNode
+from llama_index.core.schema import Document, MetadataMode, NodeWithScore, QueryBundle, TextNode
 from llama_index.postprocessor.kalm_rerank import KalmPassageEncoder, KalmRerank
 from llama_index.retrievers.bm25 import BM25Retriever
 
@@ -134,6 +134,38 @@ def test_missing_query_and_wrong_nodes(options: dict[str, Any], mode: str) -> No
         KalmRerank(**options).warm(["text"])  # type: ignore[list-item]
 
 
+@MODES
+def test_a_query_may_be_text_and_nodes_any_iterable(options: dict[str, Any], mode: str) -> None:
+    reranker, given = KalmRerank(**options), nodes()
+
+    def call(some: Any, query: Any) -> list[NodeWithScore]:
+        if mode == "sync":
+            return reranker.postprocess_nodes(some, query_bundle=query)
+        return asyncio.run(reranker.apostprocess_nodes(some, query_bundle=query))
+
+    wanted = rerank(reranker, given, QUERY, mode)
+    for found in (call(given, QUERY), call(iter(given), QueryBundle(QUERY)), call(tuple(given), QUERY)):
+        assert [(hit.node.node_id, hit.score) for hit in found] == [(hit.node.node_id, hit.score) for hit in wanted]
+    assert [node.score for node in given] == [0.5] * len(given)
+    for wrong in (7, QueryBundle(None)):  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="query_bundle must be a QueryBundle or a string, got"):
+            call(given, wrong)
+    for wrong_nodes in (None, given[0], given[0].node, "text"):
+        with pytest.raises(TypeError, match=r"nodes must be a list of nodes, got .*\[node\]"):
+            call(wrong_nodes, QUERY)
+        with pytest.raises(TypeError, match="nodes must be a list of nodes"):
+            KalmPassageEncoder(**options)(wrong_nodes)
+    with pytest.raises(TypeError, match=r"nodes\[0\] must be a NodeWithScore, got TextNode"):
+        call([given[0].node], QUERY)
+
+
+def test_numbers_of_numpy_are_numbers(options: dict[str, Any]) -> None:
+    numpy = pytest.importorskip("numpy")
+    reranker = KalmRerank(**options, top_n=numpy.int64(2), ratio=numpy.int32(8))
+    assert (type(reranker.top_n), type(reranker.ratio)) == (int, int)
+    assert len(rerank(reranker, nodes(), QUERY, "sync")) == 2
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -141,7 +173,19 @@ def test_missing_query_and_wrong_nodes(options: dict[str, Any], mode: str) -> No
         {"ratio": 0},
         {"unknown": 1},
         {"instruction": 7},
+        {"top_n": True},
+        {"top_n": 2.0},
+        {"top_n": "2"},
+        {"ratio": True},
         {"max_length": 0},
+        {"max_length": "5"},
+        {"revision": 7},
+        {"device": 7},
+        {"dtype": 7},
+        {"model": ""},
+        {"model": None},
+        {"keep_retrieval_score": "yes"},
+        {"metadata_mode": "x"},
         {"keep": "all"},
         {"keep": None},
         {"cache": 7},

@@ -138,8 +138,13 @@ def test_blank_documents_are_ranked(options: dict[str, Any], text: str) -> None:
         {"ratio": 0},
         {"score_threshold": 2},
         {"unknown": 1},
-        {"instruction": 7},
         {"max_length": 0},
+        {"max_length": True},
+        {"revision": 7},
+        {"device": 7},
+        {"dtype": 7},
+        {"model": ""},
+        {"model": None},
         {"keep": "all"},
         {"keep": None},
         {"cache": 7},
@@ -148,6 +153,59 @@ def test_blank_documents_are_ranked(options: dict[str, Any], text: str) -> None:
 def test_wrong_arguments_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         KalmReranker(**wrong)
+
+
+WRONG_TYPES: list[dict[str, Any]] = [
+    {"top_n": True},
+    {"top_n": 2.0},
+    {"top_n": "2"},
+    {"score_threshold": "0.5"},
+    {"score_threshold": float("nan")},
+    {"score_threshold": 50},
+    {"score_threshold": True},
+    {"instruction": 7},
+    {"ratio": 2.0},
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG_TYPES)
+def test_wrong_types_are_refused_at_construction_and_in_a_call(options: dict[str, Any], wrong: dict[str, Any]) -> None:
+    name = next(iter(wrong))
+    with pytest.raises(ValidationError, match=f"{name} must be"):
+        KalmReranker(**wrong)
+    with pytest.raises((ValueError, TypeError), match=f"{name} must be"):
+        KalmReranker(**options).as_runnable().invoke({"query": QUERY, "documents": documents(), **wrong})
+
+
+def test_numbers_of_numpy_are_numbers(options: dict[str, Any]) -> None:
+    numpy = pytest.importorskip("numpy")
+    reranker = KalmReranker(**options, top_n=numpy.int64(2), score_threshold=numpy.float32(0), ratio=numpy.int32(8))
+    assert (type(reranker.top_n), type(reranker.score_threshold), type(reranker.ratio)) == (int, float, int)
+    assert len(reranker.compress_documents(documents(), QUERY)) == 2
+    call = {"query": QUERY, "documents": documents(), "top_n": numpy.int64(1)}
+    assert len(reranker.as_runnable().invoke(call)) == 1
+
+
+@MODES
+def test_any_iterable_of_documents_and_nothing_else(options: dict[str, Any], mode: str) -> None:
+    reranker, given = KalmReranker(**options), documents()
+    wanted = rerank(reranker, given, QUERY, mode)
+    assert rerank(reranker, iter(given), QUERY, mode) == rerank(reranker, tuple(given), QUERY, mode) == wanted  # type: ignore[arg-type]
+    encoder = KalmPassageEncoder(**options)
+    assert list(encoder.transform_documents(iter(given))) == given  # type: ignore[arg-type]
+    assert given == documents()
+    for wrong in (None, given[0], "text", 7, {"page_content": "text"}):
+        with pytest.raises(
+            TypeError, match=r"documents must be a list of langchain_core Documents, got .*\[document\]"
+        ):
+            rerank(reranker, wrong, QUERY, mode)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="documents must be a list"):
+            encoder.transform_documents(wrong)  # type: ignore[arg-type]
+    for call in ("text", None, [QUERY, given]):
+        with pytest.raises(TypeError, match="expected a mapping with a query and documents, got"):
+            reranker.as_runnable().invoke(call)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="pairs must be"):
+        KalmCrossEncoder(**options).score(None)  # type: ignore[arg-type]
 
 
 @MODES

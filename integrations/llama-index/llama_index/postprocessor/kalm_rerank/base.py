@@ -12,7 +12,7 @@ from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr
 from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle
-from llama_index.postprocessor.kalm_rerank.model import KalmModel, passage_texts
+from llama_index.postprocessor.kalm_rerank.model import KalmModel, node_list, passage_texts
 
 from kalm_rag import EncodeReport, RankedPassage
 
@@ -63,6 +63,7 @@ class KalmRerank(KalmModel, BaseNodePostprocessor):
     def _postprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
+        nodes = list(node_list(nodes))
         query, texts = self._checked(nodes, query_bundle)
         if not nodes:
             return []
@@ -73,6 +74,7 @@ class KalmRerank(KalmModel, BaseNodePostprocessor):
     async def _apostprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
+        nodes = list(node_list(nodes))
         query, texts = self._checked(nodes, query_bundle)
         if not nodes:
             return []
@@ -81,11 +83,22 @@ class KalmRerank(KalmModel, BaseNodePostprocessor):
             found += self._ranked(nodes, ranking)
         return found
 
-    def _checked(self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None) -> tuple[str, list[str]]:
+    def _checked(self, nodes: list[NodeWithScore], query_bundle: QueryBundle | str | None) -> tuple[str, list[str]]:
         if query_bundle is None:
             msg = "Missing query bundle in extra info."
             raise ValueError(msg)
-        return query_bundle.query_str, passage_texts(nodes, self.metadata_mode)
+        query = query_bundle if isinstance(query_bundle, str) else getattr(query_bundle, "query_str", query_bundle)
+        if not isinstance(query, str):
+            msg = f"query_bundle must be a QueryBundle or a string, got {type(query).__name__}: {query!r:.80}"
+            raise TypeError(msg)
+        for position, node in enumerate(nodes):
+            if not isinstance(node, NodeWithScore):
+                msg = (
+                    f"nodes[{position}] must be a NodeWithScore, got {type(node).__name__}: {node!r:.80}; "
+                    "use NodeWithScore(node=...)"
+                )
+                raise TypeError(msg)
+        return query, passage_texts(nodes, self.metadata_mode)
 
     @contextmanager
     def _events(self, nodes: list[NodeWithScore], query: str) -> Iterator[list[NodeWithScore]]:

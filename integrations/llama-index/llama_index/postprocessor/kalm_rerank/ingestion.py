@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llama_index.core.schema import BaseNode, TransformComponent
-from llama_index.postprocessor.kalm_rerank.model import KalmModel, passage_texts
+from llama_index.postprocessor.kalm_rerank.model import KalmModel, node_list, passage_texts
 
 
 class KalmPassageEncoder(KalmModel, TransformComponent):
@@ -24,12 +24,14 @@ class KalmPassageEncoder(KalmModel, TransformComponent):
 
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         """Encode what the cache does not hold."""
+        nodes = node_list(nodes)
         if nodes:
             self.reranker.encode(passage_texts(nodes, self.metadata_mode))
         return nodes
 
     async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         """Encode without blocking the event loop."""
+        nodes = node_list(nodes)
         if nodes:
             await self.reranker.aencode(passage_texts(nodes, self.metadata_mode))
         return nodes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +20,7 @@ from pydantic import SkipValidation
 
 from kalm_rag import KaLMReranker
 from kalm_rag.cache.tiers import Keep
-from kalm_rag.shared import CacheLike, SharedHandle, check_cache, serialisable_cache
+from kalm_rag.shared import CacheLike, SharedHandle, check_arguments, check_cache, serialisable_cache
 
 
 class KalmModel(BaseComponent):
@@ -61,9 +61,15 @@ class KalmModel(BaseComponent):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_class_name(cls, values: Any) -> Any:
-        # Serialised forms carry the name of the class, which is no argument.
-        return {k: v for k, v in values.items() if k != "class_name"} if isinstance(values, dict) else values
+    def _check_arguments(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        # Serialised forms carry the name of the class, which is not an argument.
+        given = {name: value for name, value in values.items() if name != "class_name"}
+        try:
+            return check_arguments(given)  # before pydantic, which reads True as 1 and "5" as 5
+        except TypeError as error:
+            raise ValueError(str(error)) from None
 
     @field_validator("model", "cache", mode="before")
     @classmethod
@@ -108,6 +114,21 @@ class KalmModel(BaseComponent):
         )
 
 
+def node_list(nodes: object) -> Sequence[Any]:
+    """The nodes as a sequence: a list or tuple as it is, any other iterable of nodes read into a list.
+
+    Raises:
+        TypeError: it is one node, or not an iterable of nodes.
+    """
+    if isinstance(nodes, (list, tuple)):
+        return nodes
+    # A node is iterable too: over its fields.
+    if isinstance(nodes, (str, bytes, Mapping, BaseComponent)) or not isinstance(nodes, Iterable):
+        msg = f"nodes must be a list of nodes, got {type(nodes).__name__}: {nodes!r:.80}; put one into a list: [node]"
+        raise TypeError(msg)
+    return list(nodes)
+
+
 def passage_text(node: BaseNode | NodeWithScore, mode: MetadataMode) -> str:
     """The text that is ranked and encoded, at ingestion and at query time alike.
 
@@ -123,4 +144,4 @@ def passage_text(node: BaseNode | NodeWithScore, mode: MetadataMode) -> str:
 
 def passage_texts(nodes: Sequence[BaseNode | NodeWithScore], mode: MetadataMode) -> list[str]:
     """`passage_text` of each."""
-    return [passage_text(node, mode) for node in nodes]
+    return [passage_text(node, mode) for node in node_list(nodes)]

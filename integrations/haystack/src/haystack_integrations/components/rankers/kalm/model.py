@@ -13,7 +13,8 @@ from haystack.utils import ComponentDevice, Secret
 
 from kalm_rag import KaLMReranker
 from kalm_rag.cache.tiers import Keep
-from kalm_rag.shared import CacheLike, SharedHandle, check_cache, serialisable_cache
+from kalm_rag.checkpoint import clean_token
+from kalm_rag.shared import CacheLike, SharedHandle, check_arguments, check_cache, serialisable_cache
 
 
 class KalmModel:
@@ -35,6 +36,23 @@ class KalmModel:
         embedding_separator: str,
     ) -> None:
         check_cache(cache, keep)
+        checked = check_arguments(
+            {
+                "model": model,
+                "revision": revision,
+                "dtype": dtype,
+                "max_length": max_length,
+                "ratio": ratio,
+                "embedding_separator": embedding_separator,
+            }
+        )
+        if device is not None and not isinstance(device, ComponentDevice):
+            msg = f"device must be a ComponentDevice, got {device!r:.80}; use ComponentDevice.from_str('cpu')"
+            raise TypeError(msg)
+        if token is not None and not isinstance(token, Secret):
+            # The message does not show it: it may be the token itself.
+            msg = f"token must be a Secret, got {type(token).__name__}; use Secret.from_env_var('HF_TOKEN')"
+            raise TypeError(msg)
         self.model = str(model)
         self.revision = revision
         self.cache: CacheLike = str(cache) if isinstance(cache, Path) else cache
@@ -42,9 +60,9 @@ class KalmModel:
         self.device = device
         self.dtype = dtype
         self.token = token
-        self.max_length = max_length
-        self.ratio = ratio
-        self.meta_fields_to_embed = list(meta_fields_to_embed or [])
+        self.max_length: int = checked["max_length"]
+        self.ratio: int | None = checked["ratio"]
+        self.meta_fields_to_embed = _field_names(meta_fields_to_embed)
         self.embedding_separator = embedding_separator
         self._handle = SharedHandle()
 
@@ -63,11 +81,11 @@ class KalmModel:
             ratio=self.ratio,
         )
 
-    def _own_token(self) -> str | None:
+    def _own_token(self) -> str | bool | None:
         """The token, unless it is the one that the hub client finds anyway: then nothing sets this instance apart."""
         from huggingface_hub import get_token
 
-        token = None if self.token is None else self.token.resolve_value()
+        token = None if self.token is None else clean_token(self.token.resolve_value())
         return None if token == get_token() else token
 
     async def warm_up_async(self) -> None:
@@ -105,9 +123,18 @@ class KalmModel:
             TypeError: it is no list of documents.
         """
         if not isinstance(documents, list) or any(not isinstance(document, Document) for document in documents):
-            msg = "documents must be a list of haystack Documents"
+            msg = f"documents must be a list of haystack Documents, got {type(documents).__name__}: {documents!r:.80}"
             raise TypeError(msg)
         return [passage_text(document, self.meta_fields_to_embed, self.embedding_separator) for document in documents]
+
+
+def _field_names(given: object) -> list[str]:
+    if given is None:
+        return []
+    if not isinstance(given, (list, tuple)) or any(not isinstance(name, str) for name in given):
+        msg = f"meta_fields_to_embed must be a list of strings, got {given!r:.80}; one name goes into a list: ['title']"
+        raise TypeError(msg)
+    return list(given)
 
 
 def passage_text(document: Document, meta_fields: Sequence[str], separator: str) -> str:

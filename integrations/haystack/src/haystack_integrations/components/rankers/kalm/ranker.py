@@ -12,7 +12,7 @@ from haystack_integrations.components.rankers.kalm.model import KalmModel
 
 from kalm_rag import RankedPassage
 from kalm_rag.cache.tiers import Keep
-from kalm_rag.shared import CacheLike
+from kalm_rag.shared import CacheLike, check_arguments
 
 
 @component
@@ -71,8 +71,9 @@ class KalmRanker(KalmModel):
             embedding_separator: what stands between them.
 
         Raises:
-            ValueError: `top_k` is not above 0, `cache` or `keep` is none of these, or `keep` is given with a
+            ValueError: an argument is out of range, `cache` or `keep` is none of these, or `keep` is given with a
                 ready-made cache.
+            TypeError: an argument has the wrong type; the message names it.
         """
         # By name: `@component` makes a new class, which `super()` does not know.
         KalmModel.__init__(
@@ -89,8 +90,12 @@ class KalmRanker(KalmModel):
             meta_fields_to_embed=meta_fields_to_embed,
             embedding_separator=embedding_separator,
         )
-        self.top_k = _positive(top_k)
-        self.score_threshold = score_threshold
+        if top_k is None:
+            msg = "top_k must be an integer, got None; give the number of documents to return"
+            raise TypeError(msg)
+        checked = check_arguments({"top_k": top_k, "score_threshold": score_threshold, "instruction": instruction})
+        self.top_k: int = checked["top_k"]
+        self.score_threshold: float | None = checked["score_threshold"]
         self.instruction = instruction
 
     def warm_up(self) -> None:
@@ -121,14 +126,15 @@ class KalmRanker(KalmModel):
             `documents`: copies, best first.
 
         Raises:
-            ValueError: the query is empty, or `top_k` is not above 0.
-            TypeError: the query is no string, or the documents are no list of documents.
+            ValueError: the query is empty, or an argument is out of range.
+            TypeError: the query is not a string, the documents are not a list of documents, or an argument has the
+                wrong type.
         """
-        texts, options = self._checked(query, documents, top_k, instruction, ratio)
+        texts, options, limits = self._checked(query, documents, top_k, score_threshold, instruction, ratio)
         if not texts:
             return {"documents": []}
         ranking = self.reranker.rank(query, texts, **options)
-        return {"documents": self._chosen(documents, ranking, top_k, score_threshold)}
+        return {"documents": self._chosen(documents, ranking, **limits)}
 
     @component.output_types(documents=list[Document])
     async def run_async(
@@ -141,11 +147,11 @@ class KalmRanker(KalmModel):
         ratio: int | None = None,
     ) -> dict[str, list[Document]]:
         """Rank documents without blocking the event loop; arguments and result are those of `run`."""
-        texts, options = self._checked(query, documents, top_k, instruction, ratio)
+        texts, options, limits = self._checked(query, documents, top_k, score_threshold, instruction, ratio)
         if not texts:
             return {"documents": []}
         ranking = await self.reranker.arank(query, texts, **options)
-        return {"documents": self._chosen(documents, ranking, top_k, score_threshold)}
+        return {"documents": self._chosen(documents, ranking, **limits)}
 
     def to_dict(self) -> dict[str, Any]:
         """Serialise the component.
@@ -168,31 +174,41 @@ class KalmRanker(KalmModel):
         return found
 
     def _checked(
-        self, query: Any, documents: Any, top_k: int | None, instruction: str | None, ratio: int | None
-    ) -> tuple[list[str], dict[str, Any]]:
+        self,
+        query: Any,
+        documents: Any,
+        top_k: int | None,
+        score_threshold: float | None,
+        instruction: str | None,
+        ratio: int | None,
+    ) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
+        """The texts, what `rank` is told, and what cuts its result."""
         if not isinstance(query, str):
             msg = f"query must be a string, got {type(query).__name__}"
             raise TypeError(msg)
         if not query:
             msg = "query must not be empty"
             raise ValueError(msg)
-        if top_k is not None:
-            _positive(top_k)
-        return self.texts(documents), {
-            "instruction": self.instruction if instruction is None else instruction,
-            "ratio": ratio,
-        }
+        options = check_arguments(
+            {"instruction": self.instruction if instruction is None else instruction, "ratio": ratio}
+        )
+        limits = check_arguments(
+            {
+                "top_k": self.top_k if top_k is None else top_k,
+                "score_threshold": self.score_threshold if score_threshold is None else score_threshold,
+            }
+        )
+        return self.texts(documents), options, limits
 
     def _chosen(
-        self, documents: list[Document], ranking: list[RankedPassage], top_k: int | None, threshold: float | None
+        self, documents: list[Document], ranking: list[RankedPassage], top_k: int, score_threshold: float | None
     ) -> list[Document]:
-        threshold = self.score_threshold if threshold is None else threshold
         found: dict[str, Document] = {}
         for hit in ranking:
             document = documents[hit.index]
-            if document.id not in found and (threshold is None or hit.score >= threshold):
+            if document.id not in found and (score_threshold is None or hit.score >= score_threshold):
                 found[document.id] = replace(document, score=hit.score, meta=dict(document.meta))
-        return list(found.values())[: self.top_k if top_k is None else top_k]
+        return list(found.values())[:top_k]
 
 
 def restored(data: dict[str, Any]) -> dict[str, Any]:
@@ -203,10 +219,3 @@ def restored(data: dict[str, Any]) -> dict[str, Any]:
     if isinstance(arguments.get("token"), dict):
         arguments["token"] = Secret.from_dict(arguments["token"])
     return {**data, "init_parameters": arguments}
-
-
-def _positive(top_k: int) -> int:
-    if top_k <= 0:
-        msg = f"top_k must be > 0, but got {top_k}"
-        raise ValueError(msg)
-    return top_k
