@@ -27,9 +27,9 @@ def test_text_folder_beir_folder_and_standard_input(tmp_path: Path, monkeypatch:
     assert list(read_passages(tmp_path)) == [Record("b.txt", "one\n\n  two \n"), Record("sub/c.md", "# whole\nfile")]
     (tmp_path / "corpus.jsonl").write_text('{"_id": "d", "text": "beir"}')
     assert list(read_passages(tmp_path)) == [Record("d", "beir")]
-    monkeypatch.setattr("sys.stdin", io.StringIO('{"text": "json"}\n'))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO('{"text": "json"}\n'.encode())))
     assert list(read_passages("-")) == [Record(None, "json")]
-    monkeypatch.setattr("sys.stdin", io.StringIO("plain\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("plain\n".encode())))
     assert list(read_passages("-")) == [Record(None, "plain")]
 
 
@@ -37,8 +37,11 @@ def test_text_folder_beir_folder_and_standard_input(tmp_path: Path, monkeypatch:
     ("content", "message"),
     [
         (b'{"text": "a"}\n{"text"', r"a.jsonl, line 2: not JSON"),
-        (b"[1]", r"a.jsonl, line 1: expected a JSON string or object, got list"),
-        (b'{"body": "a"}', r"a.jsonl, line 1: no text under any of text, .*its keys are \['body'\]"),
+        (b"[1]", r"a.jsonl, line 1: expected a string or an object, got list"),
+        (
+            b'{"body": "a"}',
+            r"a.jsonl, line 1: no text under text or .*; its fields are \['body'\]: name the right one \(--text-field\)",
+        ),
         (b'{"text": 3}', "line 1: no text"),
         (b'{"text": "\xff"}', "not UTF-8"),
     ],

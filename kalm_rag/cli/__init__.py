@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from kalm_rag._version import __version__
 from kalm_rag.cli import cache, demo, encode, evaluate, info, rank
+from kalm_rag.cli.options import replace_what_a_stream_cannot_hold, visible
 from kalm_rag.errors import KaLMError
 
 app = typer.Typer(
@@ -48,10 +50,14 @@ def _options(
 
 def main() -> None:
     """Run the command line; an expected error is one line on standard error and exit code 2."""
+    replace_what_a_stream_cannot_hold()
     try:
         app()
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (KaLMError, ValueError, TypeError, OSError, OverflowError) as error:
         if _debug:
             raise
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {visible(str(error))}", err=True)
         sys.exit(2)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from kalm_rag.checkpoint import MINI
-from kalm_rag.cli.options import console, note_mini, passage_table
+from kalm_rag.cli.options import console, note_mini, passage_table, visible
 
 if TYPE_CHECKING:
     from kalm_rag.corpus import Corpus
@@ -30,17 +30,21 @@ def demo(
 
     from kalm_rag.bm25 import BM25
     from kalm_rag.demo_data import load_demo
+    from kalm_rag.errors import MissingExtraError
     from kalm_rag.evaluation.metrics import Metrics, means
     from kalm_rag.reranker import KaLMReranker
 
     out = console()
-    metrics = Metrics(["nDCG@10"])
+    try:
+        metrics = Metrics(["nDCG@10"])
+    except MissingExtraError as error:
+        raise MissingExtraError(error.module, "demo") from None
     corpus = load_demo()
     out.print(
         f"Corpus: the Python 3.11 FAQ, {len(corpus.passages)} passages; "
         f"{len(corpus.queries)} questions; BM25 finds up to {_CANDIDATES} candidates for each."
     )
-    out.print(Text(f"Model: {model}"))
+    out.print(Text(f"Model: {visible(model)}"))
     note_mini(model)
     index = BM25(corpus.passages)
     with KaLMReranker(model, cache=None) as reranker:

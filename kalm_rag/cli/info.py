@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kalm_rag.cli.options import JsonOption, RevisionOption, console, note_mini, print_json
+from kalm_rag.cli.options import JsonOption, RevisionOption, console, note_mini, print_json, visible
 
 _PACKAGES = ("kalm-rag", "torch", "transformers", "tokenizers", "safetensors", "diskcache", "huggingface-hub")
 
@@ -59,7 +59,7 @@ def info(
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts.items():
-        table.add_row(name, Text(str(value)))
+        table.add_row(name, Text(visible(str(value))))
     console().print(table)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,12 +39,52 @@ CacheOption = Annotated[
         show_default=False,
     ),
 ]
+FormatOption = Annotated[
+    str,
+    typer.Option(
+        "--format",
+        help="How passages are written: jsonl, json, csv, tsv, parquet or text. auto goes by the file's name.",
+    ),
+]
+TextFieldOption = Annotated[
+    str | None,
+    typer.Option(
+        "--text-field", help="Field that holds the text. [default: text, contents, content or passage]", metavar="NAME"
+    ),
+]
+IdFieldOption = Annotated[
+    str | None,
+    typer.Option("--id-field", help="Field that holds the id. [default: _id, id, docid or doc_id]", metavar="NAME"),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
+_BIDI = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+_HIDDEN = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
+_HIDDEN |= {ord(letter): f"\\u{ord(letter):04x}" for letter in f"{_BIDI}\u2028\u2029\ufeff"}
+_JSON = {code: f"\\u{code:04x}" for code in _HIDDEN if code >= 0x7F}
+
+
+def visible(text: str) -> str:
+    """Text that came from a user or a file, for a terminal: what would steer it or reorder the line is written out."""
+    return text.translate(_HIDDEN)
+
+
 def print_json(value: Any) -> None:
-    """One JSON document on standard output."""
-    typer.echo(json.dumps(value, ensure_ascii=False, indent=2))
+    """One JSON document on standard output, valid whatever the stream can hold, and harmless to a terminal."""
+    text = json.dumps(value, ensure_ascii=False, indent=2).translate(_JSON)
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        text = json.dumps(value, indent=2)
+    typer.echo(text)
+
+
+def replace_what_a_stream_cannot_hold() -> None:
+    """Let standard output and error replace characters that their encoding lacks, instead of ending the program."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def console() -> Console:
@@ -65,11 +107,12 @@ def passage_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Tabl
 
     Args:
         columns: headings; numbers stand right, so a heading that starts with "<" marks a column that stands left.
-        rows: the cells, shown as they are, without markup.
+        rows: the cells, shown without markup, and with control characters made visible.
     """
     from rich.table import Table
     from rich.text import Text
 
+    rows = [[visible(cell) for cell in row] for row in rows]
     table = Table(box=None, pad_edge=False)
     for name in columns:
         left = name.startswith("<")

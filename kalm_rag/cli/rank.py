@@ -10,9 +10,12 @@ from kalm_rag.cli.options import (
     CacheOption,
     DeviceOption,
     DtypeOption,
+    FormatOption,
+    IdFieldOption,
     JsonOption,
     ModelOption,
     RevisionOption,
+    TextFieldOption,
     console,
     note_mini,
     passage_table,
@@ -22,7 +25,7 @@ from kalm_rag.cli.options import (
 
 def rank(
     query: Annotated[str, typer.Argument(help="The query.")],
-    passages: Annotated[str, typer.Argument(help="A .jsonl or text file, a folder, or - for standard input.")] = "-",
+    passages: Annotated[str, typer.Argument(help="A file, a folder, or - for standard input.")] = "-",
     model: ModelOption = "nano",
     top_k: Annotated[int | None, typer.Option("--top-k", "-k", help="How many to show. [default: all]")] = None,
     instruction: Annotated[str | None, typer.Option("--instruction", help="What 'relevant' means.")] = None,
@@ -32,6 +35,9 @@ def rank(
     revision: RevisionOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    file_format: FormatOption = "auto",
+    text_field: TextFieldOption = None,
+    id_field: IdFieldOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Order passages by how well they answer a query."""
@@ -39,7 +45,7 @@ def rank(
     from kalm_rag.reranker import KaLMReranker
 
     note_mini(model)
-    records = list(read_passages(passages))
+    records = list(read_passages(passages, file_format, text_field, id_field))
     with KaLMReranker(model, revision=revision, device=device, dtype=dtype, ratio=ratio, cache=cache) as reranker:
         ranking = reranker.rank(query, [record.text for record in records], top_k, instruction, threshold=threshold)
     if as_json:
