@@ -39,6 +39,18 @@ _WANTED = (
     "tokenizer*",
     "special_tokens_map.json",
 )
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+)
+"""Files that shape how text is tokenised."""
+
+_INDEX = "model.safetensors.index.json"
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+_LARGEST_JSON = 64_000_000
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -52,12 +64,68 @@ class Checkpoint:
         folder: where its files are.
         config: the content of `config.json`.
         shards: its safetensors files.
+        marks: what its files looked like before the first of them was read, so that a change shows.
     """
 
     name: str
     folder: Path
     config: dict[str, Any]
     shards: tuple[Path, ...]
+    marks: tuple[str, ...]
+
+    def check_unchanged(self) -> None:
+        """Refuse a checkpoint whose files were replaced since it was found: parts of two models give wrong scores.
+
+        Raises:
+            CheckpointError: a file has changed.
+        """
+        if _marks(self.folder, self.shards) != self.marks:
+            msg = (
+                f"a file of {self.name!r} in {str(self.folder)!r} changed while it was loaded; load it again once "
+                "the files are in place"
+            )
+            raise CheckpointError(msg)
+
+
+def _file_mark(path: Path) -> str:
+    """What tells this version of a file from any other on this machine; a link counts as the file it leads to.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    real = path.resolve()
+    stat = real.stat()
+    return f"file {real} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino} {stat.st_dev}"
+
+
+def _marks(folder: Path, shards: tuple[Path, ...]) -> tuple[str, ...]:
+    files = [folder / "config.json", folder / _INDEX, *(folder / name for name in TOKENIZER_FILES), *shards]
+    found = []
+    for file in files:
+        try:
+            found.append(_file_mark(file))
+        except OSError:
+            found.append(f"none {file.name}")
+    return tuple(found)
+
+
+def check_tensor(shard: Path, key: str, dtype: str) -> None:
+    """Refuse a weight that is not kept in floating-point numbers: transformers would read it as they are.
+
+    Args:
+        shard: the file.
+        key: the tensor's name.
+        dtype: as the file calls it.
+
+    Raises:
+        CheckpointError: it is integers, or floats of 8 bits, whose scale stands elsewhere.
+    """
+    if dtype not in _FLOATS:
+        msg = (
+            f"{str(shard)!r} keeps {key!r} in {dtype}; kalm-rag reads weights in {', '.join(sorted(_FLOATS))}: get the "
+            "checkpoint that is not quantised, and use dtype='int8' for 8 bits on a CPU"
+        )
+        raise CheckpointError(msg)
 
 
 def find_checkpoint(
@@ -82,28 +150,46 @@ def find_checkpoint(
     if not isinstance(model, (str, Path)) or not str(model):
         msg = f"model must be an alias ({', '.join(NAMES)}), a folder or a hub id, got {model!r}"
         raise CheckpointError(msg)
-    path = Path(model).expanduser()
-    if path.is_dir():
+    path = _local(model)
+    named = str(model) in NAMES and not isinstance(model, Path)
+    # A folder that happens to be called like an alias is not meant, unless a checkpoint is in it.
+    if path is not None and path.is_dir() and (not named or (path / "config.json").is_file()):
         if revision is not None:
             msg = f"revision={revision!r} was given for the folder {str(model)!r}; revisions belong to hub ids"
             raise CheckpointError(msg)
         return read_checkpoint(path, str(model))
-    if str(model) == MINI:
+    if named and str(model) == MINI:
         if revision is not None:
             msg = f"revision={revision!r} was given for {MINI!r}, which comes with this package and has no revisions"
             raise CheckpointError(msg)
         return read_checkpoint(Path(__file__).parent / "mini", MINI)
-    repo = ALIASES.get(str(model), str(model))
-    if path.is_file():
+    if not named and path is not None and path.is_file():
         msg = f"model={str(model)!r} is a file; give the folder that holds config.json and the safetensors files"
         raise CheckpointError(msg)
+    repo = ALIASES.get(str(model), str(model))
     if isinstance(model, Path) or not _HUB_ID.fullmatch(repo) or repo.startswith((".", "~")):
         msg = (
             f"no folder {str(model)!r} here, and it is neither an alias ({', '.join(NAMES)}) "
             "nor a hub id of the form owner/name"
         )
         raise CheckpointError(msg)
-    return read_checkpoint(_download(repo, revision, token, local_files_only), str(model))
+    try:
+        return read_checkpoint(_download(repo, revision, token, local_files_only), str(model))
+    except CheckpointError as error:
+        if named and path is not None and path.exists():
+            msg = f"{error}. {str(model)!r} is read as the alias; for the folder of that name write './{model}'"
+            raise CheckpointError(msg) from error
+        raise
+
+
+def _local(model: str | Path) -> Path | None:
+    """The path that `model` may be; None if no file system can hold it."""
+    try:
+        path = Path(model).expanduser()
+        path.exists()
+    except (RuntimeError, ValueError, OSError):  # an unknown home folder, a null character, a name that is too long
+        return None
+    return path
 
 
 def clean_token(token: object) -> str | bool | None:
@@ -166,35 +252,69 @@ def read_checkpoint(folder: Path, name: str) -> Checkpoint:
         there = sorted(entry.name for entry in folder.iterdir())[:8]
         msg = f"the folder {str(folder)!r} holds no config.json, so it is no checkpoint; it holds {there}"
         raise CheckpointError(msg)
-    try:
-        config = json.loads(config_file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        msg = f"cannot read {str(config_file)!r} ({error}); download the checkpoint again"
-        raise CheckpointError(msg) from error
-    kind = config.get("model_type") if isinstance(config, dict) else None
+    shards: tuple[Path, ...] = ()
+    first = _marks(folder, shards)
+    config = _read_json(config_file)
+    kind = config.get("model_type")
     if kind != MODEL_TYPE:
         msg = (
-            f"{name!r} is a {kind!r} checkpoint; kalm-rag runs KaLM-Reranker-V1 checkpoints, whose model_type is "
+            f"{name!r} is a {kind!r:.80} checkpoint; kalm-rag runs KaLM-Reranker-V1 checkpoints, whose model_type is "
             f"{MODEL_TYPE!r}: use one of {', '.join(NAMES)} or a folder with one of them"
         )
         raise CheckpointError(msg)
-    return Checkpoint(name, folder, config, _shards(folder))
+    for part, inner in (("encoder", "text_config"), ("decoder", None)):
+        section = config.get(part)
+        if isinstance(section, dict) and inner is not None:
+            section = section.get(inner)
+        if not isinstance(section, dict):
+            path = part if inner is None else f"{part}.{inner}"
+            msg = f"{str(config_file)!r} has no section {path!r}, or not as an object; download the checkpoint again"
+            raise CheckpointError(msg)
+    shards = _shards(folder)
+    return Checkpoint(name, folder, config, shards, first + _marks(folder, shards)[len(first) :])
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """The object in a file of the checkpoint.
+
+    Raises:
+        CheckpointError: it is not readable, not JSON, not an object, or too large or nested too deeply to be one.
+    """
+    try:
+        size = file.stat().st_size
+        if size > _LARGEST_JSON:
+            msg = f"{size} bytes, at most {_LARGEST_JSON} are expected"
+            raise ValueError(msg)
+        content = json.loads(file.read_text("utf-8"))
+        if not isinstance(content, dict):
+            msg = f"expected an object, got {type(content).__name__}"
+            raise TypeError(msg)
+    except (OSError, ValueError, TypeError, RecursionError, MemoryError) as error:
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        msg = f"cannot read {str(file)!r} ({why}); download the checkpoint again"
+        raise CheckpointError(msg) from error
+    return content
+
+
+def _is_file_in(folder: Path, name: str) -> bool:
+    return Path(name).name == name and "\0" not in name and (folder / name).is_file()
 
 
 def _shards(folder: Path) -> tuple[Path, ...]:
-    index_file = folder / "model.safetensors.index.json"
+    index_file = folder / _INDEX
     if index_file.is_file():
-        try:
-            names = sorted(set(json.loads(index_file.read_text("utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            msg = f"cannot read {str(index_file)!r} ({error!r}); download the checkpoint again"
-            raise CheckpointError(msg) from error
-        bad = [name for name in names if not isinstance(name, str) or Path(name).name != name]
-        missing = [name for name in names if name not in bad and not (folder / name).is_file()]
-        if bad or missing:
-            msg = f"{str(index_file)!r} names files that are not in its folder: {bad + missing}"
+        weight_map = _read_json(index_file).get("weight_map")
+        names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        if not names or not all(isinstance(name, str) for name in names):
+            msg = f"{str(index_file)!r} has no weight_map that names files; download the checkpoint again"
             raise CheckpointError(msg)
-        return tuple(folder / name for name in names)
+        bad = sorted(
+            {name for name in names if Path(name).name != name or "\0" in name or not (folder / name).is_file()}
+        )
+        if bad:
+            msg = f"{str(index_file)!r} names files that are not in its folder: {bad[:8]}"
+            raise CheckpointError(msg)
+        return tuple(folder / name for name in sorted(set(names)))
     single = folder / "model.safetensors"
     if single.is_file():
         return (single,)

@@ -1,11 +1,65 @@
-"""What users hand in as passages, checked and turned into text. Nothing here is ever modified."""
+"""What users hand in as passages and pairs, checked and turned into text. Nothing here is ever modified."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import io
+import logging
+import threading
+from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, Set, Sized
+from typing import Any, NamedTuple
 
 from kalm_rag.results import Document
-from kalm_rag.settings import check_text
+from kalm_rag.settings import check_string
+
+logger = logging.getLogger(__name__)
+
+
+class Passage(NamedTuple):
+    """One passage as it was given, and the text that is read of it.
+
+    Attributes:
+        document: the very object that was given.
+        text: its text; where half characters were replaced, the repaired text.
+        repaired: whether that happened, see `repair_text`.
+    """
+
+    document: Document
+    text: str
+    repaired: bool
+
+
+def repair_text(text: str) -> tuple[str, bool]:
+    r"""The text as UTF-8 can hold it, and whether it had to be changed.
+
+    Half a surrogate pair (`"\ud83d"`), as PDF readers and broken JSON leave it, has no UTF-8 form, so no tokenizer can
+    read it. Each is replaced by U+FFFD, the replacement character. Any other text is returned as it is.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace"), True
+    return text, False
+
+
+class RepairCounter:
+    """Counts the texts that `repair_text` changed. The first ones are a warning in the log, later ones a debug line."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._lock = threading.Lock()
+
+    def add(self, number: int) -> None:
+        """Count that many more."""
+        if not number:
+            return
+        with self._lock:
+            level = logging.DEBUG if self.count else logging.WARNING
+            self.count += number
+        logger.log(
+            level,
+            "%d texts hold half a surrogate pair, which has no UTF-8 form; it is read as U+FFFD. The results say which",
+            number,
+        )
 
 
 def document_text(document: object, position: int, name: str = "documents") -> str:
@@ -13,36 +67,90 @@ def document_text(document: object, position: int, name: str = "documents") -> s
 
     Raises:
         TypeError: it is neither a string nor a mapping with a string under `"text"`.
-        ValueError: the text holds a lone surrogate, which no tokenizer can read.
     """
     where = f"{name}[{position}]"
     if isinstance(document, Mapping):
         if "text" not in document:
             msg = f"{where} is a mapping without the key 'text'; its keys are {sorted(map(str, document))[:10]}"
             raise TypeError(msg)
-        return check_text(f"{where}['text']", document["text"])
+        return check_string(f"{where}['text']", document["text"])
     if not isinstance(document, str):
         msg = (
             f"{where} must be a string or a mapping with the key 'text', "
             f"got {type(document).__name__}: {document!r:.80}"
         )
         raise TypeError(msg)
-    return check_text(where, document)
+    return document
 
 
-def iter_documents(documents: object) -> Iterator[tuple[Document, str]]:
-    """Yield `(document, text)` of any iterable of passages, generators included.
+def iter_documents(documents: object) -> Iterator[Passage]:
+    """Yield the passages of any iterable, generators included.
 
     Raises:
-        TypeError: `documents` is one passage instead of a list of them, or no iterable at all.
+        TypeError: `documents` is one passage instead of a list of them, no iterable at all, or one whose elements are
+            not what was meant, such as the column names of a data frame.
     """
-    if isinstance(documents, (str, bytes, Mapping)):
+    if isinstance(documents, (str, bytes, bytearray)) or (isinstance(documents, Mapping) and "text" in documents):
         msg = (
             f"documents must be a list of passages, got one {type(documents).__name__}; put it into a list: [document]"
         )
         raise TypeError(msg)
-    if not isinstance(documents, Iterable):
-        msg = f"documents must be an iterable of passages, got {type(documents).__name__}"
-        raise TypeError(msg)
-    for position, document in enumerate(documents):
-        yield document, document_text(document, position)
+    values = _check_iterable(
+        documents,
+        "documents must be a list of passages",
+        mapping="list(documents.values())",
+        frame='df["text"]',
+        dimensions=1,
+    )
+    for position, document in enumerate(values):
+        text, repaired = repair_text(document_text(document, position))
+        yield Passage(document, text, repaired)
+
+
+def iter_pairs(pairs: object) -> Iterator[tuple[str, str]]:
+    """Yield the query and the passage of each pair, as given; rows of a numpy array of strings are pairs too.
+
+    Raises:
+        TypeError: `pairs` is no iterable of pairs; the message names the position and what was found there.
+    """
+    values = _check_iterable(
+        pairs,
+        "pairs must be a list of (query, passage) pairs",
+        mapping="list(pairs.items())",
+        frame='df[["query", "text"]].to_numpy()',
+        dimensions=2,
+    )
+    for position, pair in enumerate(values):
+        if isinstance(pair, (str, bytes, Mapping, Set)) or not isinstance(pair, Sized) or len(pair) != 2:
+            msg = f"pairs[{position}] must be a (query, passage) pair, got {type(pair).__name__}: {pair!r:.80}"
+            raise TypeError(msg)
+        query, passage = tuple(pair)  # not by index: to a row of a data frame an index is a label
+        yield check_string(f"pairs[{position}][0]", query), document_text(passage, position, "pairs")
+
+
+def _check_iterable(values: object, rule: str, *, mapping: str, frame: str, dimensions: int) -> Iterable[Any]:
+    """Return `values` unless iterating it gives something else than its user means.
+
+    Args:
+        values: what was given.
+        rule: how the message begins.
+        mapping: what to give instead of a mapping.
+        frame: what to give instead of a data frame.
+        dimensions: that an array of them has at most.
+    """
+    name = type(values).__name__
+    if isinstance(values, Mapping):
+        msg = f"{rule}, got a {name}, whose elements are its keys; give {mapping}"
+    elif hasattr(values, "columns") and hasattr(values, "__getitem__"):
+        msg = f"{rule}, got a {name}, whose elements are its columns; give {frame}"
+    elif isinstance(values, Set) and not isinstance(values, (KeysView, ItemsView)):
+        msg = f"{rule}, got a {name}, which has no order, so that an index into it means nothing; give a list"
+    elif isinstance(values, io.IOBase):
+        msg = f"{rule}, got an open file ({name}); read it: [line.rstrip('\\n') for line in file]"
+    elif isinstance(values, (str, bytes, bytearray, memoryview)) or not isinstance(values, Iterable):
+        msg = f"{rule}, got {name}: {values!r:.80}"
+    elif getattr(values, "ndim", dimensions) not in range(1, dimensions + 1):
+        msg = f"{rule}, got a {name} of {values.ndim} dimensions; give one of {dimensions}"  # type: ignore[attr-defined]
+    else:
+        return values
+    raise TypeError(msg)

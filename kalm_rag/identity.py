@@ -8,26 +8,23 @@ import json
 import logging
 import os
 import threading
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kalm_rag.checkpoint import UNUSED, Checkpoint
+from kalm_rag.checkpoint import TOKENIZER_FILES, UNUSED, Checkpoint, check_tensor
 from kalm_rag.errors import CheckpointError
-from kalm_rag.paths import default_cache_dir
+from kalm_rag.paths import digests_file
 from kalm_rag.prompts import PASSAGE_PREFIX
 
 logger = logging.getLogger(__name__)
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-)
 _VOLATILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache"}
 _MEMO_LIMIT = 64
+_SETTLED_NS = 2_000_000_000
+"""A file that changed less than this ago may change again without a new time: clocks of file systems are coarse."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,35 +57,51 @@ class ModelIdentity:
 def identify(checkpoint: Checkpoint, memo: Path | None = None) -> ModelIdentity:
     """The identity of a checkpoint.
 
-    Hashing the weights takes about a second per gigabyte, so the result is remembered. A file of the hub's cache is
-    recognised by its blob hash, any other by its size, inode, and times of change.
+    Hashing the weights takes about a second per gigabyte, so the result is remembered for files of this size, inode and
+    times of change. The names of the hub's blobs are not relied on: a blob can be overwritten.
 
     Args:
         checkpoint: where the files are.
-        memo: the file that remembers, default `digests.json` in the default cache folder.
+        memo: the file that remembers, default `digests.json` in the cache folder; without a home folder, none.
+
+    Raises:
+        CheckpointError: a file cannot be read, or changed since the checkpoint was found.
     """
     from safetensors import SafetensorError
 
-    memo = memo or default_cache_dir() / "digests.json"
-    known = _read_memo(memo)
-    configs = _config_digest(checkpoint.config)
-    key = tagged_digest(configs, *map(_file_mark, checkpoint.shards)).hexdigest()
-    if key not in known:
-        try:
-            known[key] = _weight_digests(checkpoint)
-        except SafetensorError as error:
-            msg = f"cannot read the weights of {checkpoint.name!r} ({error}); download the checkpoint again"
-            raise CheckpointError(msg) from error
-        _write_memo(memo, known)
-    encoder, decoder = known[key]
-    files = [checkpoint.folder / name for name in _TOKENIZER_FILES]
-    parts = [part for file in files if file.is_file() for part in (file.name, file.read_bytes())]
+    memo = memo or digests_file()
+    known = {} if memo is None else _read_memo(memo)
+    marks = checkpoint.marks[-len(checkpoint.shards) :]
+    key = tagged_digest(_config_digest(checkpoint.config), *marks).hexdigest()
+    settled = _settled(checkpoint.shards)  # before they are read: what changes after this gets a new time
+    try:
+        found = known.get(key) or _weight_digests(checkpoint)
+        tokenizer = _tokenizer_digest(checkpoint.folder)
+    except (SafetensorError, OSError) as error:
+        msg = f"cannot read the files of {checkpoint.name!r} ({error}); download the checkpoint again"
+        raise CheckpointError(msg) from error
+    checkpoint.check_unchanged()  # so what was hashed is what the marks stand for
+    if memo is not None and settled and key not in known:
+        _write_memo(memo, {**known, key: found})
     return ModelIdentity(
-        encoder=encoder,
-        tokenizer=tagged_digest(*parts).hexdigest(),
+        encoder=found[0],
+        tokenizer=tokenizer,
         template=tagged_digest(PASSAGE_PREFIX).hexdigest(),
-        decoder=decoder,
+        decoder=found[1],
     )
+
+
+def _settled(shards: Sequence[Path]) -> bool:
+    """Whether the files are old enough for any later change to have another time."""
+    stats = [shard.stat() for shard in shards]
+    newest = max(max(stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats)
+    return newest + _SETTLED_NS <= time.time_ns()
+
+
+def _tokenizer_digest(folder: Path) -> str:
+    files = [folder / name for name in TOKENIZER_FILES]
+    parts = [part for file in files if file.is_file() for part in (file.name, file.read_bytes())]
+    return tagged_digest(*parts).hexdigest()
 
 
 def tagged_digest(*parts: str | bytes) -> hashlib._Hash:
@@ -145,19 +158,11 @@ def _add_tensors(digest: hashlib._Hash, names: list[str], homes: dict[str, tuple
     for name in names:
         shard, key = homes[name]
         with safe_open(shard, framework="pt") as file:
+            check_tensor(shard, key, file.get_slice(key).get_dtype())
             tensor = file.get_tensor(key)
         head = json.dumps([name, str(tensor.dtype), list(tensor.shape)])
         digest.update(len(head).to_bytes(8, "little") + head.encode())
         digest.update(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
-
-
-def _file_mark(path: Path) -> str:
-    """What tells this version of a file from any other on this machine."""
-    real = path.resolve()
-    if real.parent.name == "blobs" and len(real.name) == 64 and set(real.name) <= set("0123456789abcdef"):
-        return f"blob {real.name}"
-    stat = real.stat()
-    return f"file {real} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
 
 
 def _read_memo(memo: Path) -> dict[str, tuple[str, str]]:

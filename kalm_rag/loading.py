@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from kalm_rag.checkpoint import UNUSED, Checkpoint
+from kalm_rag.checkpoint import UNUSED, Checkpoint, check_tensor
 from kalm_rag.errors import CheckpointError
 from kalm_rag.settings import Settings
 from kalm_rag.tokenization import Tokenizer
@@ -212,6 +212,7 @@ def _text_tensors(checkpoint: Checkpoint) -> dict[str, Any]:
             with safe_open(shard, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
                     if not any(part in key for part in UNUSED):
+                        check_tensor(shard, key, file.get_slice(key).get_dtype())
                         tensors[key] = file.get_tensor(key)
     except (SafetensorError, OSError) as error:
         msg = f"cannot read {str(shard)!r} ({error}); download the checkpoint again"

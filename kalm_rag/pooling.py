@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+_ALWAYS_WHOLE = 128
+
 
 @dataclass(frozen=True, slots=True)
 class PassageStates:
@@ -70,6 +72,9 @@ def mean_groups(rows: torch.Tensor, weights: torch.Tensor, count: int) -> torch.
     from torch.nn.functional import pad
 
     *batch, length, width = rows.shape
+    # The memory this takes never depends on the ratio. At the ratios in use all groups of one size are summed alike,
+    # however short the rows: a passage's numbers do not depend on the batch it is in.
+    count = min(count, max(length, _ALWAYS_WHOLE))
     groups = -(-length // count)
     missing = groups * count - length
     weights = pad(weights, (0, missing)).view(*batch, groups, count)

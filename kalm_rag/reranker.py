@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from kalm_rag.cache import PassageCache, Store
 from kalm_rag.checkpoint import Checkpoint, find_checkpoint
-from kalm_rag.documents import document_text, iter_documents
+from kalm_rag.documents import RepairCounter, iter_documents, iter_pairs, repair_text
 from kalm_rag.progress import Progress
 from kalm_rag.results import Document, EncodeReport, PrefillStats, RankedPassage
 from kalm_rag.settings import (
@@ -28,8 +28,10 @@ from kalm_rag.settings import (
     PrefillStorage,
     Settings,
     check_positive,
+    check_ratio,
     check_share,
-    check_text,
+    check_string,
+    warn_untrained,
 )
 
 if TYPE_CHECKING:
@@ -60,7 +62,8 @@ class KaLMReranker:
             the result says so.
         query_max_length: tokens of a query that are read.
         ratio: encoder states averaged into one (MEP compression): 1 keeps all, 4 is the model cards' default, the
-            models are trained for 1, 2, 4, 8, 16 and 32. None is 1.
+            models are trained for 1, 2, 4, 8, 16 and 32. A ratio of more tokens than a passage has pools it to one
+            state. None is 1.
         instruction: what "relevant" means, in a sentence. Default: the model cards'.
         system_prompt: the sentence before it. Default: the model cards'.
         batch_size: rows per forward pass at most.
@@ -69,7 +72,7 @@ class KaLMReranker:
             breaks them with a space, so that no text can forge the end of the prompt; `allow` lets them through
             as the reference implementation does. Text without control tokens scores the same under both.
         cache: where encoded passages are kept: a folder, a `PassageCache`, a store, or None to keep them in this
-            process alone. Default: the user's cache folder, shared by all processes; `KALM_RAG_CACHE` moves it.
+            process only. Default: the folder that `KALM_RAG_CACHE` names, else the user's, shared by all processes.
         prefill_memory: bytes of prefilled passages kept in memory, on the model's device: what makes a query on known
             passages fast. 0 keeps none.
         prefill_storage: `native`, or `int8` for about half (of bfloat16) or a quarter (of float32) of the bytes;
@@ -77,6 +80,10 @@ class KaLMReranker:
         show_progress: True, False, or None for bars on long work when standard error is a terminal.
         token: hub token, if the model needs one.
         local_files_only: never ask the hub, use what was downloaded.
+
+    Attributes:
+        repairs: its `count` is how many texts held half a surrogate pair , as broken extraction leaves it. It is
+            read as U+FFFD instead of failing the call, and the result says so.
 
     Raises:
         ValueError, TypeError: a setting is wrong; the message names it, its value and the rule.
@@ -127,6 +134,7 @@ class KaLMReranker:
         self._device = device
         self._dtype = dtype
         self._show_progress = show_progress
+        self.repairs = RepairCounter()
         self._lock = threading.RLock()
         self._engine: Engine | None = None
         self._threads: dict[str, ThreadPoolExecutor] = {}
@@ -226,22 +234,23 @@ class KaLMReranker:
             CheckpointError: the model cannot be found or used.
             ScoringError: the model gave non-finite numbers.
         """
-        check_text("query", query)
-        if top_k is not None:
-            check_positive("top_k", top_k)
-        if threshold is not None:
-            check_share("threshold", threshold)
+        query, query_repaired = repair_text(check_string("query", query))
+        top_k = None if top_k is None else check_positive("top_k", top_k)
+        threshold = None if threshold is None else check_share("threshold", threshold)
         given = list(iter_documents(documents))
-        pairs = [(query, text) for _, text in given]
+        self.repairs.add(query_repaired + sum(passage.repaired for passage in given))
+        pairs = [(query, passage.text) for passage in given]
         scored = self._score(pairs, instruction, ratio, show_progress)
         ranking = [
             RankedPassage(
                 index,
                 score.probability,
                 score.margin,
-                given[index][0],
+                given[index].document,
                 score.passage_truncated,
                 score.query_truncated,
+                given[index].repaired,
+                query_repaired,
             )
             for index, score in sorted(enumerate(scored), key=lambda item: -item[1].margin)
             if threshold is None or score.probability >= threshold
@@ -271,7 +280,9 @@ class KaLMReranker:
             CheckpointError: the model cannot be found or used.
             ScoringError: the model gave non-finite numbers.
         """
-        checked = [_check_pair(pair, position) for position, pair in enumerate(_iterate(pairs, "pairs"))]
+        repaired = [(repair_text(query), repair_text(passage)) for query, passage in iter_pairs(pairs)]
+        self.repairs.add(sum(changed for pair in repaired for _, changed in pair))
+        checked = [(query, passage) for (query, _), (passage, _) in repaired]
         return [score.probability for score in self._score(checked, instruction, ratio, show_progress)]
 
     def encode(self, documents: Iterable[Document], show_progress: bool | None = None) -> EncodeReport:
@@ -290,14 +301,17 @@ class KaLMReranker:
             CheckpointError: the model cannot be found or used.
         """
         total = len(documents) if isinstance(documents, Sequence) else None
-        texts = (text for _, text in iter_documents(documents))
-        new = known = truncated = 0
+        given = iter_documents(documents)
+        new = known = truncated = repaired = 0
         with self._progress(total, "encoding", show_progress) as progress:
-            while window := list(islice(texts, _WINDOW)):
-                report = self._loaded().encode(window, progress)
+            while window := list(islice(given, _WINDOW)):
+                changed = sum(passage.repaired for passage in window)
+                self.repairs.add(changed)
+                report = self._loaded().encode([passage.text for passage in window], progress)
                 self.cache.flush()
                 new, known, truncated = new + report.new, known + report.known, truncated + report.truncated
-        return EncodeReport(new, known, truncated)
+                repaired += changed
+        return EncodeReport(new, known, truncated, repaired)
 
     async def arank(self, query: str, documents: Iterable[Document], *args: Any, **options: Any) -> list[RankedPassage]:
         """`rank` for asynchronous programs: the event loop stays free while the model runs.
@@ -340,10 +354,13 @@ class KaLMReranker:
         ratio: int | None,
         show_progress: bool | None,
     ) -> list[Any]:
-        instruction = self.settings.instruction if instruction is None else check_text("instruction", instruction)
-        ratio = self.settings.ratio if ratio is None else check_positive("ratio", ratio)
+        task = self.settings.instruction if instruction is None else check_string("instruction", instruction)
+        instruction, changed = repair_text(task)
+        ratio = self.settings.ratio if ratio is None else check_ratio("ratio", ratio)
         if not pairs:
             return []
+        self.repairs.add(changed)
+        warn_untrained(ratio)
         engine = self._loaded()
         unique = list(dict.fromkeys(pairs))
         found: dict[tuple[str, str], Any] = {}
@@ -361,17 +378,3 @@ class KaLMReranker:
 def _base_ratio(settings: Settings) -> int:
     """Keep states at ratio 4, which serves the multiples of it, or at the ratio asked for if 4 cannot give it."""
     return 4 if settings.ratio % 4 == 0 else settings.ratio
-
-
-def _iterate(values: Any, name: str) -> Iterable[Any]:
-    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        msg = f"{name} must be an iterable of (query, passage) pairs, got {type(values).__name__}"
-        raise TypeError(msg)
-    return values
-
-
-def _check_pair(pair: Any, position: int) -> tuple[str, str]:
-    if isinstance(pair, (str, bytes)) or not isinstance(pair, Sequence) or len(pair) != 2:
-        msg = f"pairs[{position}] must be a (query, passage) pair, got {type(pair).__name__}: {pair!r:.80}"
-        raise TypeError(msg)
-    return check_text(f"pairs[{position}][0]", pair[0]), document_text(pair[1], position, "pairs")

@@ -24,6 +24,8 @@ class RankedPassage:
         document: the very object that was given.
         passage_truncated: the passage was longer than `max_length` tokens and its tail was not read.
         query_truncated: the query was longer than `query_max_length` tokens and its tail was not read.
+        passage_repaired: the passage holds half a surrogate pair, which was read as U+FFFD; `document` is unchanged.
+        query_repaired: the same, of the query.
     """
 
     index: int
@@ -32,6 +34,8 @@ class RankedPassage:
     document: Document
     passage_truncated: bool = False
     query_truncated: bool = False
+    passage_repaired: bool = False
+    query_repaired: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +46,13 @@ class EncodeReport:
         new: passages that were encoded now.
         known: passages that were found encoded already, or that occurred earlier in the same call.
         truncated: among both, those longer than `max_length` tokens.
+        repaired: among both, those with half a surrogate pair, which was read as U+FFFD.
     """
 
     new: int
     known: int
     truncated: int
+    repaired: int = 0
 
     @property
     def total(self) -> int:

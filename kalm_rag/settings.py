@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+import numbers
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeGuard, get_args
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_INSTRUCTION = "Given a query, retrieve documents that answer the query."
 """Task instruction of the KaLM-Reranker-V1 model cards."""
@@ -19,6 +24,12 @@ PrefillStorage = Literal["native", "int8"]
 
 DEFAULT_PREFILL_MEMORY = 1_000_000_000
 """Bytes of prefilled passages kept in memory: about 200 passages of 300 tokens of Nano in float32, 400 in bfloat16."""
+
+TRAINED_RATIOS = (1, 2, 4, 8, 16, 32)
+"""Ratios that the models are trained for (arXiv 2606.22807, section 3)."""
+
+LARGEST_RATIO = 1 << 20
+"""More tokens than any passage has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,42 +53,76 @@ class Settings:
     prefill_storage: PrefillStorage = "native"
 
     def __post_init__(self) -> None:
-        for name in ("max_length", "query_max_length", "ratio", "batch_size", "batch_tokens"):
-            check_positive(name, getattr(self, name))
+        checked = {
+            name: check_positive(name, getattr(self, name))
+            for name in ("max_length", "query_max_length", "batch_size", "batch_tokens")
+        }
+        checked["ratio"] = check_ratio("ratio", self.ratio)
+        checked["prefill_memory"] = check_bytes("prefill_memory", self.prefill_memory)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)  # frozen, and a number may have come as one of numpy's
         for name in ("instruction", "system_prompt"):
             check_text(name, getattr(self, name))
-        check_bytes("prefill_memory", self.prefill_memory)
         check_choice("control_tokens", self.control_tokens, get_args(ControlTokens))
         check_choice("prefill_storage", self.prefill_storage, get_args(PrefillStorage))
 
 
 def check_positive(name: str, value: object) -> int:
-    """Return `value` if it is an integer of at least 1, else raise with the name and the value."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """Return `value` as an `int` if it is an integer of at least 1, else raise with the name and the value."""
+    if not _is_integer(value):
         msg = f"{name} must be an integer, got {value!r} ({type(value).__name__})"
         raise TypeError(msg)
     if value < 1:
         msg = f"{name} must be at least 1, got {value}"
         raise ValueError(msg)
-    return value
+    return int(value)
 
 
-def check_share(name: str, value: object) -> None:
-    """Raise with the name and the value if it is not a number between 0 and 1."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def check_ratio(name: str, value: object) -> int:
+    """Return `value` as a ratio if it is an integer of at least 1, else raise with the name and the value.
+
+    No passage has `LARGEST_RATIO` tokens: a larger ratio pools a passage to one state as well, and becomes that one.
+    """
+    return min(check_positive(name, value), LARGEST_RATIO)
+
+
+@functools.cache
+def warn_untrained(ratio: int) -> None:
+    """Log, once for each ratio, that the models are not trained for it."""
+    if ratio not in TRAINED_RATIOS:
+        logger.warning(
+            "the models are trained for the ratios %s; at ratio %d scores may be worse: measure before relying on them",
+            ", ".join(map(str, TRAINED_RATIOS)),
+            ratio,
+        )
+
+
+def check_share(name: str, value: object) -> float:
+    """Return `value` as a `float` if it is a number between 0 and 1, else raise with the name and the value."""
+    if not _is_real(value):
         msg = f"{name} must be a number between 0 and 1, got {value!r}"
         raise TypeError(msg)
     if not 0 <= value <= 1:
         msg = f"{name} must be a number between 0 and 1, got {value!r}"
         raise ValueError(msg)
+    return float(value)
 
 
 def check_bytes(name: str, value: object) -> int:
-    """Return `value` if it is a number of bytes, 0 included, else raise with the name and the value."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    """Return `value` as an `int` if it is a number of bytes, 0 included, else raise with the name and the value."""
+    if not _is_integer(value) or value < 0:
         msg = f"{name} must be a number of bytes, 0 to keep nothing in memory, got {value!r}"
         raise ValueError(msg)
-    return value
+    return int(value)
+
+
+def _is_integer(value: object) -> TypeGuard[int]:
+    """Whether it is an integer of Python, numpy or another library that registers its own; truth values are not."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_real(value: object) -> TypeGuard[float]:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -89,15 +134,21 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 def check_text(name: str, value: object) -> str:
     """Return `value` if it is a string that UTF-8 can hold, else raise with the name and the fault."""
-    if not isinstance(value, str):
-        msg = f"{name} must be a string, got {type(value).__name__}: {value!r:.80}"
-        raise TypeError(msg)
+    text = check_string(name, value)
     try:
-        value.encode("utf-8")
+        text.encode("utf-8")
     except UnicodeEncodeError as error:
         msg = (
             f"{name} holds a lone surrogate at character {error.start}, which has no UTF-8 form; "
-            "clean it with text.encode('utf-8', 'replace').decode('utf-8')"
+            "clean it with kalm_rag.documents.repair_text"
         )
         raise ValueError(msg) from None
+    return text
+
+
+def check_string(name: str, value: object) -> str:
+    """Return `value` if it is a string, else raise with the name and the value."""
+    if not isinstance(value, str):
+        msg = f"{name} must be a string, got {type(value).__name__}: {value!r:.80}"
+        raise TypeError(msg)
     return value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping
@@ -13,7 +12,7 @@ from typing import Any, TypeAlias, get_args
 from kalm_rag.cache import PassageCache, Store
 from kalm_rag.cache.tiers import Keep
 from kalm_rag.checkpoint import clean_token
-from kalm_rag.paths import default_cache_dir
+from kalm_rag.paths import passages_dir, user_path
 from kalm_rag.reranker import KaLMReranker
 from kalm_rag.settings import check_choice, check_positive, check_share, check_text
 
@@ -156,9 +155,9 @@ def _made(model: str | Path, cache: CacheLike, keep: Keep, options: dict[str, An
 def _key(model: str | Path, cache: CacheLike, keep: Keep, options: dict[str, Any]) -> tuple[Any, ...]:
     place: Any = cache
     if cache == "default":
-        place = str(default_cache_dir() / "passages")
+        place = str(passages_dir())
     elif isinstance(cache, (str, Path)):
-        place = str(Path(os.path.expandvars(cache)).expanduser().absolute())
+        place = str(user_path(cache, "cache"))
     elif cache is not None:
         place = id(cache)
     shown = {name: _unreadable(value) if name == "token" else str(value) for name, value in options.items()}

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from kalm_rag import KaLMReranker
+from kalm_rag import KaLMReranker, PassageCache
 from kalm_rag.errors import CheckpointError, ScoringError
+from kalm_rag.settings import Settings, check_bytes, check_share
 
 
 @pytest.mark.parametrize(
@@ -43,7 +48,7 @@ def test_arguments_of_rank(
         ("one passage", r"got one str; put it into a list: \[document\]"),
         ({"text": "one"}, "got one dict; put it into a list"),
         (b"bytes", "got one bytes"),
-        (7, "documents must be an iterable of passages, got int"),
+        (7, "documents must be a list of passages, got int: 7"),
         (["fine", None], r"documents\[1\] must be a string or a mapping with the key 'text', got NoneType: None"),
         (["fine", 3.5], r"documents\[1\] .* got float: 3.5"),
         ([{"content": "x"}], r"documents\[0\] is a mapping without the key 'text'; its keys are \['content'\]"),
@@ -57,11 +62,134 @@ def test_documents(reranker: KaLMReranker, documents: Any, message: str) -> None
         reranker.encode(documents)
 
 
-def test_lone_surrogates(reranker: KaLMReranker) -> None:
-    with pytest.raises(ValueError, match=r"documents\[1\] holds a lone surrogate at character 3"):
-        reranker.rank("query", ["fine", "abc\ud800"])
-    with pytest.raises(ValueError, match="query holds a lone surrogate at character 0"):
-        reranker.rank("\udfff", ["fine"])
+class Frame:
+    """Iterates its columns, as data frames do."""
+
+    columns = ("id", "text")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.columns)
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, name: str) -> list[str]:
+        return ["one", "two"]
+
+
+class Array:
+    """An array of more or fewer dimensions than a list of passages has."""
+
+    def __init__(self, ndim: int) -> None:
+        self.ndim = ndim
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("given", "document_way_out", "pair_way_out"),
+    [
+        (Frame(), r'got a Frame, whose elements are its columns; give df\["text"\]', r'give df\[\["query", "text"\]\]'),
+        (
+            {"q": "one"},
+            r"got a dict, whose elements are its keys; give list\(documents.values\(\)\)",
+            r"list\(pairs.items",
+        ),
+        ({"ab", "cd"}, "got a set, which has no order, so that an index into it means nothing", "got a set"),
+        (frozenset(["ab"]), "got a frozenset, which has no order", "got a frozenset"),
+        (io.StringIO("ab"), r"got an open file \(StringIO\); read it", "got an open file"),
+        (bytearray(b"ab"), "got one bytearray", "got bytearray"),
+        (memoryview(b"ab"), "got memoryview", "got memoryview"),
+        (Array(0), "got a Array of 0 dimensions; give one of 1", "of 0 dimensions; give one of 2"),
+        (Array(3), "got a Array of 3 dimensions; give one of 1", "of 3 dimensions; give one of 2"),
+    ],
+)
+def test_what_is_iterated_by_accident(
+    reranker: KaLMReranker, given: Any, document_way_out: str, pair_way_out: str
+) -> None:
+    with pytest.raises(TypeError, match=f"documents must be a list of passages, {document_way_out}"):
+        reranker.rank("query", given)
+    with pytest.raises(TypeError, match=document_way_out):
+        reranker.encode(given)
+    with pytest.raises(TypeError, match=rf"pairs must be a list of \(query, passage\) pairs, .*{pair_way_out}"):
+        reranker.predict(given)
+
+
+def test_data_frames_of_pandas(reranker: KaLMReranker) -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"query": ["q", "q"], "text": ["one", "two"]})
+    for call in (partial(reranker.rank, "query"), reranker.encode, reranker.predict):
+        with pytest.raises(TypeError, match=r"give df\["):
+            call(frame)
+    assert [hit.document for hit in sorted(reranker.rank("q", frame["text"]), key=lambda hit: hit.index)] == [
+        "one",
+        "two",
+    ]
+    expected = reranker.predict([("q", "one"), ("q", "two")])
+    assert reranker.predict(frame[["query", "text"]].to_numpy()) == expected
+    assert reranker.predict(row for _, row in frame.iterrows()) == expected
+
+
+def test_what_is_iterated_on_purpose(reranker: KaLMReranker) -> None:
+    expected = reranker.rank("query", ["one", "two"])
+    for given in ({"one": 1, "two": 2}.keys(), {1: "one", 2: "two"}.values(), np.array(["one", "two"])):
+        assert reranker.rank("query", given) == expected
+    pairs = [("query", "one"), ("query", "two")]
+    for rows in (np.array(pairs), np.array(pairs, dtype=object), map(list, pairs), dict([pairs[1]]).items()):
+        assert reranker.predict(rows)[-1] == pytest.approx(reranker.predict(pairs)[-1], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("broken", "repaired"),
+    [
+        ("abc\ud800", "abc\ufffd"),
+        ("\udfff\ud800x", "\ufffd\ufffdx"),
+        ("smile \ud83d\ude00", "smile \U0001f600"),  # both halves of one character, in the right order
+    ],
+)
+def test_half_characters_are_replaced_and_reported(
+    reranker: KaLMReranker, broken: str, repaired: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    mapping = {"text": broken, "id": 7}
+    hits = {hit.index: hit for hit in reranker.rank("query", ["fine", broken, mapping])}
+    plain = {hit.index: hit for hit in reranker.rank("query", ["fine", repaired, repaired])}
+    assert {index: hit.margin for index, hit in hits.items()} == {index: hit.margin for index, hit in plain.items()}
+    assert [hits[index].passage_repaired for index in range(3)] == [False, True, True]
+    assert not any(hit.passage_repaired or hit.query_repaired for hit in plain.values())
+    assert hits[1].document is broken
+    assert hits[2].document is mapping
+    assert mapping == {"text": broken, "id": 7}
+    assert reranker.repairs.count == 2
+    found = reranker.rank(broken, ["fine"], instruction=broken)
+    assert found[0].query_repaired
+    assert found[0].margin == reranker.rank(repaired, ["fine"], instruction=repaired)[0].margin
+    assert reranker.predict([(broken, broken)]) == reranker.predict([(repaired, repaired)])
+    assert (reranker.encode(["fine", broken]).repaired, reranker.encode(["fine"]).repaired) == (1, 0)
+    assert reranker.repairs.count == 2 + 2 + 2 + 1
+    lines = [record for record in caplog.records if "surrogate" in record.message]
+    assert [record.levelname for record in lines].count("WARNING") == 1
+
+
+def test_numbers_of_numpy(reranker: KaLMReranker) -> None:
+    texts = ["one", "two", "three"]
+    expected = reranker.rank("query", texts, top_k=2, ratio=2, threshold=0.25)
+    found = reranker.rank("query", texts, top_k=np.int64(2), ratio=np.uint8(2), threshold=np.float32(0.25))
+    assert found == expected
+    settings = Settings(max_length=np.int32(64), ratio=np.int64(8), prefill_memory=np.int64(7))  # type: ignore[arg-type]
+    assert [type(value) for value in (settings.max_length, settings.ratio, settings.prefill_memory)] == [int] * 3
+    assert type(check_share("share", np.float16(1))) is float
+    assert type(check_bytes("bytes", np.uint64(9))) is int
+    for name in ("top_k", "ratio"):
+        with pytest.raises(TypeError, match=f"{name} must be an integer, got .*2.0"):
+            reranker.rank("query", texts, **{name: np.float64(2)})
+        with pytest.raises(TypeError, match=f"{name} must be an integer, got .*True"):
+            reranker.rank("query", texts, **{name: np.True_})
+    with pytest.raises(TypeError, match="threshold must be a number between 0 and 1, got .*True"):
+        reranker.rank("query", texts, threshold=np.True_)
+    with pytest.raises(ValueError, match="memory must be a number of bytes"):
+        PassageCache(None, memory=np.True_)
+    assert PassageCache(None, memory=np.int64(5), base_ratio=np.int16(2)).base_ratio == 2
 
 
 @pytest.mark.parametrize("query", [None, 3, b"bytes", ["list"]])

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from kalm_rag import KaLMReranker
+from kalm_rag import engine as engine_module
 from kalm_rag import identity as identity_module
 from kalm_rag.checkpoint import find_checkpoint
+from kalm_rag.errors import CheckpointError
 from kalm_rag.identity import identify, tagged_digest
+
+
+@pytest.fixture(autouse=True)
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that a test has just written count as old, so that digests are remembered."""
+    monkeypatch.setattr(identity_module, "_SETTLED_NS", -(10**10))
 
 
 @pytest.fixture
@@ -111,17 +123,97 @@ def test_digest_is_computed_once_and_remembered(folder: Path, tmp_path: Path, mo
     assert len(calls) == 3
 
 
-def test_hub_blob_hash_serves_instead_of_reading(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blobs = tmp_path / "blobs"
+def hub_layout(folder: Path) -> Path:
+    """Turn a folder into a snapshot of the hub's cache, whose weights are a link to a blob."""
+    blobs = folder.parent / "blobs"
     blobs.mkdir()
     blob = blobs / ("ab" * 32)
     (folder / "model.safetensors").rename(blob)
     (folder / "model.safetensors").symlink_to(blob)
-    memo = tmp_path / "memo.json"
+    return blob
+
+
+def test_blob_that_is_overwritten_has_another_identity(folder: Path, tmp_path: Path) -> None:
+    """A blob's name is the digest of what was downloaded, not of what is there now."""
+    blob, memo = hub_layout(folder), tmp_path / "memo.json"
     first = identify(find_checkpoint(folder), memo)
-    blob.touch()
-    monkeypatch.setattr(identity_module, "_weight_digests", lambda *_: pytest.fail("the weights were read again"))
-    assert identify(find_checkpoint(folder), memo) == first
+    tensors = load_file(blob)
+    tensors["model.encoder.norm.weight"].view(-1)[-1] += 1e-3
+    save_file(tensors, tmp_path / "other.safetensors", metadata={"format": "pt"})
+    stat = blob.stat()
+    with blob.open("r+b") as file:  # in place: the inode stays
+        file.write((tmp_path / "other.safetensors").read_bytes())
+    os.utime(blob, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert (blob.stat().st_size, blob.stat().st_ino) == (stat.st_size, stat.st_ino)
+    assert identify(find_checkpoint(folder), memo) != first
+
+
+@pytest.mark.parametrize("field", ["st_size", "st_mtime_ns", "st_ctime_ns", "st_ino"])
+def test_each_mark_of_a_file_counts(folder: Path, field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each one catches a change that the others miss: a replaced file may keep its times, an edited one its inode."""
+    before = find_checkpoint(folder).marks
+    real = Path.stat
+
+    def stat(path: Path, **options: Any) -> Any:
+        found = real(path, **options)
+        names = [name for name in dir(found) if name.startswith("st_")]
+        changed = {name: getattr(found, name) for name in names}
+        if path.name == "model.safetensors":
+            changed[field] += 1
+        return SimpleNamespace(**changed)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    assert find_checkpoint(folder).marks != before
+
+
+def test_digest_of_a_file_that_has_just_changed_is_not_remembered(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second change within the tick of the file system's clock would have the marks of the first."""
+    monkeypatch.undo()
+    memo = tmp_path / "memo.json"
+    changed = (folder / "model.safetensors").stat().st_ctime_ns
+    monkeypatch.setattr(identity_module.time, "time_ns", lambda: changed + 10**8)
+    identify(find_checkpoint(folder), memo)
+    assert not memo.exists()
+    monkeypatch.setattr(identity_module.time, "time_ns", lambda: changed + 10**10)
+    identify(find_checkpoint(folder), memo)
+    assert len(json.loads(memo.read_text())) == 1
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", "added_tokens.json"])
+def test_file_that_is_replaced_while_the_model_loads_is_an_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    """Otherwise the states of one model are kept under the name of another, for every process."""
+    load = engine_module.load_model
+
+    def slow(*args: Any, **options: Any) -> Any:
+        loaded = load(*args, **options)
+        content = (folder / file).read_bytes() if (folder / file).exists() else b"{}"
+        (folder / "new").write_bytes(content)
+        (folder / "new").rename(folder / file)
+        return loaded
+
+    monkeypatch.setattr(engine_module, "load_model", slow)
+    with pytest.raises(CheckpointError, match="changed while it was loaded; load it again"):
+        KaLMReranker(folder, cache=None, device="cpu").load()
+
+
+def test_digest_of_weights_that_change_while_they_are_read_is_not_remembered(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, memo = identity_module._weight_digests, tmp_path / "memo.json"
+
+    def slow(*args: Any) -> Any:
+        found = real(*args)
+        edit_tensor("model.encoder.norm.weight")(folder)
+        return found
+
+    monkeypatch.setattr(identity_module, "_weight_digests", slow)
+    with pytest.raises(CheckpointError, match="changed while"):
+        identify(find_checkpoint(folder), memo)
+    assert not memo.exists()
 
 
 def test_memo_that_cannot_be_written_is_no_error(folder: Path, tmp_path: Path) -> None:

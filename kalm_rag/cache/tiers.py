@@ -16,9 +16,9 @@ from kalm_rag.cache.frame import Frame, FrameError, pack, unpack
 from kalm_rag.cache.keys import KeySpace
 from kalm_rag.cache.memory import MemoryStore
 from kalm_rag.cache.store import Store, StoreStats
-from kalm_rag.paths import default_cache_dir
+from kalm_rag.paths import passages_dir, user_path
 from kalm_rag.pooling import PassageStates
-from kalm_rag.settings import check_bytes, check_choice, check_positive
+from kalm_rag.settings import check_bytes, check_choice, check_positive, check_ratio
 
 if TYPE_CHECKING:
     import torch
@@ -97,8 +97,9 @@ class PassageCache:
     """Encoded passages, shared by processes, and never the source of a wrong score.
 
     Args:
-        where: a folder, a `Store`, or None for memory alone. Default: the folder `passages` in the user's cache
-            folder (`KALM_RAG_CACHE` moves it).
+        where: a folder, a `Store`, or None to keep passages in memory only. `~` and variables in a folder are
+            expanded. Default: the folder that `KALM_RAG_CACHE` names, else `passages` in the user's cache folder; a
+            user without a home folder gets memory only, and a line in the log.
         memory: bytes kept in memory in front of it; 0 turns that level off.
         limit: bytes a folder may take before the least recently stored passages are evicted. It is kept in the folder:
             None leaves it as it is, 10 GB for a new one.
@@ -130,12 +131,12 @@ class PassageCache:
         secret: str | bytes | None = None,
         read_only: bool = False,
     ) -> None:
-        check_bytes("memory", memory)
+        memory = check_bytes("memory", memory)
         check_choice("storage", storage, get_args(Storage))
         check_choice("keep", keep, get_args(Keep))
         if limit is not None:
-            check_positive("limit", limit)
-        self.base_ratio = check_positive("base_ratio", base_ratio)
+            limit = check_positive("limit", limit)
+        self.base_ratio = check_ratio("base_ratio", base_ratio)
         self.storage: Storage = storage
         self.keeps_prefilled = keep == "prefilled"
         self.store = _make_store(where, limit, read_only)
@@ -382,8 +383,8 @@ def _make_store(where: Any, limit: int | None, read_only: bool) -> Store | None:
     if where is None:
         return None
     if isinstance(where, (str, Path)):
-        folder = default_cache_dir() / "passages" if where == "default" else Path(where)
-        return DiskStore(folder, limit=limit, read_only=read_only)
+        folder = passages_dir() if where == "default" else user_path(where, "cache")
+        return None if folder is None else DiskStore(folder, limit=limit, read_only=read_only)
     if isinstance(where, Store):
         return where
     msg = f"the cache must be a folder, a store or None, got {type(where).__name__}: {where!r:.80}"

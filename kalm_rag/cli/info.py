@@ -24,7 +24,7 @@ def info(
     import torch
 
     from kalm_rag.loading import resolve_device, resolve_dtype
-    from kalm_rag.paths import default_cache_dir
+    from kalm_rag.paths import passages_dir
 
     device = resolve_device(None)
     facts: dict[str, Any] = {
@@ -33,7 +33,7 @@ def info(
         "device": str(device) if device.type != "cuda" else f"{device} ({torch.cuda.get_device_name(device)})",
         "threads": torch.get_num_threads(),
         "dtype": str(resolve_dtype(None, device)).removeprefix("torch."),
-        "cache": str(default_cache_dir()),
+        "cache": str(passages_dir() or "none: this user has no home folder"),
     }
     if model is not None:
         from kalm_rag.checkpoint import find_checkpoint
