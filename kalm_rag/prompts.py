@@ -45,15 +45,13 @@ class Prompts:
 
     def passages(self, texts: Sequence[str]) -> list[PassageTokens]:
         """Tokenise passages that went through `Tokenizer.clean` already."""
-        rows = self.tokenizer.encode([PASSAGE_PREFIX + text for text in texts])
-        return [PassageTokens(*self.tokenizer.truncate(ids, self._settings.max_length)) for ids in rows]
+        rows = self.tokenizer.beginnings([PASSAGE_PREFIX + text for text in texts], self._settings.max_length)
+        return [PassageTokens(*row) for row in rows]
 
     def prompt(self, query: str, instruction: str | None = None) -> Prompt:
         """The prompt of one query under `instruction` (default: the one of the settings)."""
         clean = self.tokenizer.clean
-        ids, truncated = self.tokenizer.truncate(
-            self.tokenizer.encode([clean(query)])[0], self._settings.query_max_length
-        )
+        ids, truncated = self.tokenizer.beginnings([clean(query)], self._settings.query_max_length)[0]
         # The reference puts the decoded ids into the prompt, not the query: the round trip is part of the model.
         text = self.prefix(instruction) + clean(self.tokenizer.decode(ids)) + self.suffix()
         return Prompt(self.tokenizer.encode([text])[0], truncated)

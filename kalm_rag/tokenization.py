@@ -7,7 +7,11 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+from kalm_rag.beginnings import BeginningReader
 from kalm_rag.errors import CheckpointError
+
+_LONG = 16
+"""Characters per token from which a text is not read as a whole. Ordinary text has three to six."""
 
 _TEMPLATE_CONTROL_TOKENS = ("<bos>", "<start_of_turn>", "<end_of_turn>")
 
@@ -29,6 +33,7 @@ class Tokenizer:
             msg = f"the tokenizer of {where} is not a fast one: kalm-rag needs its tokenizer.json"
             raise CheckpointError(msg)
         self._fast = fast
+        self._beginnings = BeginningReader(fast)
         self._lock = threading.Lock()  # truncation and padding are state of the Rust object
         self._keep_right = getattr(fast, "truncation_side", "right") == "left"
         special = {str(token) for token in fast.added_tokens_decoder.values() if token.special}
@@ -77,13 +82,33 @@ class Tokenizer:
         ids: list[list[int]] = batch["input_ids"]
         return ids
 
+    def beginnings(self, texts: Sequence[str], limit: int) -> list[tuple[list[int], bool]]:
+        """At most `limit` ids of each text, cut on the tokenizer's own side, and whether something was cut.
+
+        The ids are those of `encode`, but of a long text no more is read than it takes to know them (see
+        `kalm_rag.beginnings`). A tokenizer that keeps the end of a text reads all of it.
+        """
+        whole: list[int] = []
+        rows: list[list[int]] = [[] for _ in texts]
+        for place, text in enumerate(texts):
+            found = None
+            if not self._keep_right and len(text) > _LONG * limit:
+                with self._lock:
+                    found = self._beginnings.first(text, limit)
+            if found is None:
+                whole.append(place)
+            else:
+                rows[place] = found
+        for place, ids in zip(whole, self.encode([texts[place] for place in whole]), strict=True):
+            rows[place] = ids
+        return [self._truncate(ids, limit) for ids in rows]
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, control tokens included and nothing cleaned up, as the reference does it."""
         with self._lock:
             return str(self._fast.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    def truncate(self, ids: list[int], limit: int) -> tuple[list[int], bool]:
-        """At most `limit` ids, cut on the tokenizer's own side, and whether something was cut."""
+    def _truncate(self, ids: list[int], limit: int) -> tuple[list[int], bool]:
         if len(ids) <= limit:
             return ids, False
         return (ids[-limit:] if self._keep_right else ids[:limit]), True
