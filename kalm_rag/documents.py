@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import threading
-from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, Set, Sized
+from collections.abc import Collection, ItemsView, Iterable, Iterator, KeysView, Mapping, Set
 from typing import Any, NamedTuple
 
 from kalm_rag.results import Document
@@ -121,7 +121,7 @@ def iter_pairs(pairs: object) -> Iterator[tuple[str, str]]:
         dimensions=2,
     )
     for position, pair in enumerate(values):
-        if isinstance(pair, (str, bytes, Mapping, Set)) or not isinstance(pair, Sized) or len(pair) != 2:
+        if isinstance(pair, (str, bytes, Mapping, Set)) or not isinstance(pair, Collection) or len(pair) != 2:
             msg = f"pairs[{position}] must be a (query, passage) pair, got {type(pair).__name__}: {pair!r:.80}"
             raise TypeError(msg)
         query, passage = tuple(pair)  # not by index: to a row of a data frame an index is a label

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +97,11 @@ def test_beginning_under_any_merges(merges: list[tuple[str, str]], text: str, li
 def test_what_a_letter_becomes_depends_on_one_far_behind_it(length: int) -> None:
     """Each pair of neighbours merges unless the next one did, back from the last: one letter more turns all around."""
     letters = [chr(0x100 + number) for number in range(length)]
-    merges = list(zip(letters, letters[1:], strict=False))[::-1]
+    merges = list(pairwise(letters))[::-1]
     words = ["<unk>", *BYTES, "x", *letters, *map("".join, merges)]
     vocabulary = {word: number for number, word in enumerate(words)}
     fast = wrap(tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True)))
-    text = "x" * 50 + "".join(letters) + "x" * 500
+    text = "x" * 50 + "".join(letters) + "x" * 5000
     whole = ids_of(fast, text)
     for size in range(60, 140):
         found = BeginningReader(fast)._read(text, size, 1)
