@@ -12,10 +12,14 @@ os.environ["KALM_RAG_CACHE"] = tempfile.mkdtemp(prefix="kalm-rag-tests-")
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from kalm_rag import KaLMReranker
 from kalm_rag.demo_data import load_demo
+
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

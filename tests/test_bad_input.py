@@ -15,7 +15,10 @@ import pytest
 import torch
 
 from kalm_rag import KaLMReranker, PassageCache
+from kalm_rag import checkpoint as mini
+from kalm_rag.checkpoint import find_checkpoint
 from kalm_rag.errors import CheckpointError, ScoringError
+from kalm_rag.identity import identify
 from kalm_rag.settings import Settings, check_bytes, check_share
 
 
@@ -337,3 +340,110 @@ def test_non_finite_logits(checkpoint: Path, tmp_path: Path) -> None:
         ScoringError, match=r"non-finite logits for 2 of 2 passages in torch.float16: use dtype='bfloat16'"
     ):
         KaLMReranker(folder, dtype="float16").rank("query", ["a", "b"])
+
+
+DEEP = "[" * 200_000 + "]" * 200_000
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (DEEP.encode(), "nested too deeply"),
+        (b'{"a":' + DEEP.encode() + b"}", "nested too deeply"),
+        (b"[1, 2]", "expected an object, got list"),
+        (b"null", "expected an object, got NoneType"),
+        (b"\xff\xfe{}", "utf-8"),
+        (b"{", "download the checkpoint again"),
+        (b"", "download the checkpoint again"),
+        (b"9" * 5000, "download the checkpoint again"),
+    ],
+    ids=["deep", "deep inside", "list", "null", "not UTF-8", "half", "empty", "digits"],
+)
+def test_json_that_is_not_a_checkpoints(
+    checkpoint: Path, tmp_path: Path, file: str, content: bytes, message: str
+) -> None:
+    folder = copy(checkpoint, tmp_path / "model")
+    (folder / file).write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"cannot read '.*{file}' \(.*{message}"):
+        find_checkpoint(folder)
+
+
+def test_json_that_is_too_large_is_not_read(checkpoint: Path, tmp_path: Path) -> None:
+    folder = copy(checkpoint, tmp_path / "model")
+    with (folder / "config.json").open("r+b") as file:
+        file.truncate(10**9)
+    with pytest.raises(CheckpointError, match=r"config.json' \(1000000000 bytes, at most 64000000 are expected\)"):
+        find_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "t5gemma2"}, "has no section 'encoder.text_config'"),
+        ({"model_type": "t5gemma2", "encoder": [], "decoder": {}}, "has no section 'encoder.text_config'"),
+        ({"model_type": "t5gemma2", "encoder": {"text_config": 3}, "decoder": {}}, "no section 'encoder.text_config'"),
+        ({"model_type": "t5gemma2", "encoder": {"text_config": {}}, "decoder": "x"}, "has no section 'decoder'"),
+        ({"model_type": ["t5gemma2"]}, r"is a \['t5gemma2'\] checkpoint"),
+    ],
+)
+def test_config_of_another_shape(tmp_path: Path, config: dict[str, Any], message: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message):
+        find_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "weight_map", [{}, [], None, {"a": 1}, {"a": ["x"]}, {"a": "../x"}, {"a": ".."}, {"a": "a\0b"}, {"a": ""}]
+)
+def test_index_that_names_no_files(checkpoint: Path, tmp_path: Path, weight_map: object) -> None:
+    folder = copy(checkpoint, tmp_path / "model")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match="index.json' (has no weight_map|names files that are not in its folder)"):
+        find_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.uint8, torch.int64, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2]
+)
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_weights_that_are_not_floats(checkpoint: Path, tmp_path: Path, part: str, dtype: torch.dtype) -> None:
+    """transformers reads quantised weights as if they were the numbers themselves."""
+    from safetensors.torch import load_file, save_file
+
+    folder = copy(checkpoint, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    name = next(key for key in sorted(tensors) if part in key and "layers.1.mlp.up_proj" in key)
+    tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    message = f"model.safetensors' keeps '{name}' in [A-Z]+[0-9A-Z_]*; kalm-rag reads .* not quantised"
+    with pytest.raises(CheckpointError, match=message):
+        KaLMReranker(folder, cache=None).load()
+    with pytest.raises(CheckpointError, match=message):
+        identify(find_checkpoint(folder))
+
+
+@pytest.mark.parametrize("model", ["a\0b", "x" * 5000, "~nobody-of-this-name/model", Path("a\0b")])
+def test_name_that_no_file_system_holds(model: str | Path) -> None:
+    with pytest.raises(CheckpointError, match="no folder .* nor a hub id"):
+        find_checkpoint(model)
+
+
+def test_folder_that_is_called_like_an_alias(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that is a checkpoint is meant, any other is not; `./` always means the folder."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("mini", "nano"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").write_text("data")
+    assert find_checkpoint("mini").folder == Path(mini.__file__).parent / "mini"
+    with pytest.raises(CheckpointError, match=r"could not get .*Nano-R2.* for the folder of that name write './nano'"):
+        find_checkpoint("nano", local_files_only=True)
+    for model in ("./nano", Path("nano"), tmp_path / "nano"):
+        with pytest.raises(CheckpointError, match="holds no config.json"):
+            find_checkpoint(model)
+    for name in ("mini", "nano"):
+        shutil.copytree(checkpoint, tmp_path / name, dirs_exist_ok=True)
+        assert find_checkpoint(name).folder.resolve() == tmp_path / name
+    (tmp_path / "small").write_text("a file")
+    with pytest.raises(CheckpointError, match=r"could not get .*Small-R2.*write './small'"):
+        find_checkpoint("small", local_files_only=True)

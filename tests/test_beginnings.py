@@ -50,7 +50,7 @@ long_texts = st.one_of(
 
 
 @given(text=long_texts, limit=st.integers(1, 20))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_beginning_of_any_text(fast: Any, text: str, limit: int) -> None:
     found = BeginningReader(fast).first(text, limit)
     if found is not None:
@@ -81,7 +81,7 @@ def merges_of_two_letters(draw: st.DrawFn) -> list[tuple[str, str]]:
 
 
 @given(merges=merges_of_two_letters(), text=st.text("ab", min_size=150, max_size=400), limit=st.integers(1, 4))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_beginning_under_any_merges(merges: list[tuple[str, str]], text: str, limit: int) -> None:
     words = dict.fromkeys(["<unk>", *BYTES, "a", "b", *map("".join, merges)])
     vocabulary = {word: number for number, word in enumerate(words)}

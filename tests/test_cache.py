@@ -154,7 +154,7 @@ def test_default_cache_place(checkpoint: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("KALM_RAG_CACHE", str(tmp_path / "mine"))
     reranker = KaLMReranker(checkpoint)
     reranker.encode(["a passage"])
-    assert (tmp_path / "mine" / "passages" / "cache.db").is_file()
+    assert (tmp_path / "mine" / "cache.db").is_file()
 
 
 def test_shared_cache_object_stays_open(checkpoint: Path, tmp_path: Path, passages: list[str]) -> None:

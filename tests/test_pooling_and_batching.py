@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kalm_rag import KaLMReranker, PassageCache
 from kalm_rag.batching import plan
 from kalm_rag.pooling import PassageStates, mean_groups
 from kalm_rag.scoring import probability
+from kalm_rag.settings import warn_untrained
 
 
 def plain_means(hidden: torch.Tensor, ratio: int) -> torch.Tensor:
@@ -37,6 +41,56 @@ def test_a_coarser_ratio_is_derived_exactly(tokens: int, base: int, factor: int)
 def test_a_ratio_that_is_no_multiple_is_refused() -> None:
     with pytest.raises(ValueError, match="kept at ratio 4 give its multiples, not ratio 6"):
         PassageStates(torch.zeros(3, 2), 12, 4, truncated=False).at(6)
+
+
+@pytest.mark.parametrize("ratio", [300, 10**12])
+def test_a_ratio_above_the_tokens_is_one_group_and_takes_no_memory(ratio: int) -> None:
+    hidden = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(mean_groups(hidden, torch.ones(7), ratio), hidden.mean(0, keepdim=True))
+    merged = PassageStates(hidden, 7, 1, truncated=False).at(ratio)
+    torch.testing.assert_close(merged.states, hidden.mean(0, keepdim=True))
+    assert merged.states.shape == (1, 5)
+
+
+@given(st.integers(1, 40), st.sampled_from([2, 4, 32, 128]))
+def test_the_numbers_of_a_passage_do_not_depend_on_its_batch(tokens: int, ratio: int) -> None:
+    hidden = torch.randn(tokens, 5, generator=torch.Generator().manual_seed(tokens))
+    padded = torch.cat([hidden, torch.ones(200 - tokens, 5)])[None]
+    weights = (torch.arange(200) < tokens).float()[None]
+    together = mean_groups(padded, weights, ratio)[0, : -(-tokens // ratio)]
+    assert torch.equal(mean_groups(hidden, torch.ones(tokens), ratio), together)
+
+
+@pytest.mark.parametrize("base_ratio", [4, 10**10])
+def test_any_ratio_scores_and_keeps(checkpoint: Path, tmp_path: Path, base_ratio: int) -> None:
+    texts = ["a short passage", "a passage that is a little longer than the other one"]
+    expected = KaLMReranker(checkpoint, cache=None, device="cpu").rank("query", texts, ratio=1024)
+    for _ in range(2):
+        cache = PassageCache(tmp_path, base_ratio=base_ratio)
+        reranker = KaLMReranker(checkpoint, cache=cache, device="cpu", prefill_memory=0)
+        for ratio in (1024, 10**9, 10**9 + 1, 10**30) if base_ratio == 4 else (10**9, 10**30):
+            found = reranker.rank("query", texts, ratio=ratio)
+            assert [hit.margin for hit in found] == pytest.approx([hit.margin for hit in expected], abs=1e-5)
+        cache.flush()
+        stats = cache.stats()
+        assert (stats.memory.counters.corrupt, stats.store.counters.corrupt, stats.store.counters.write_failed) == (
+            0,
+        ) * 3
+        reranker.close()
+        cache.close()
+    assert stats.encoded == 0
+
+
+def test_a_ratio_the_models_are_not_trained_for_is_said_once(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    warn_untrained.cache_clear()
+    reranker = KaLMReranker(checkpoint, cache=None, device="cpu")
+    for ratio in (1, 4, 32, 64, 64, 64):
+        reranker.rank("query", ["passage"], ratio=ratio)
+    lines = [record.message for record in caplog.records if "are trained for the ratios" in record.message]
+    assert len(lines) == 1
+    assert "1, 2, 4, 8, 16, 32; at ratio 64" in lines[0]
 
 
 @given(st.lists(st.integers(1, 700), max_size=60), st.integers(1, 9), st.integers(1, 900), st.integers(0, 500))

@@ -17,6 +17,7 @@ from kalm_rag.cache.database import DATABASE
 from kalm_rag.cache.folder import MANIFEST, read_manifest, refuse_network, who_else_may_write, write_manifest
 from kalm_rag.cache.keys import KEY_PATTERN
 from kalm_rag.cache.store import CheckReport, StoreError, StoreStats
+from kalm_rag.paths import user_path
 
 if TYPE_CHECKING:
     from kalm_rag.cache.strict_disk import StrictCache
@@ -80,7 +81,7 @@ class DiskStore:
 
     def __init__(self, folder: str | Path, *, limit: int | None = None, read_only: bool = False) -> None:
         # diskcache expands variables in a path; so that both mean the same folder, it is done here.
-        self.folder = Path(os.path.expandvars(folder)).expanduser().absolute()
+        self.folder = user_path(folder, "folder")
         self.read_only = read_only
         self.authenticated = False
         self._asked_limit = limit
