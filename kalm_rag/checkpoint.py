@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kalm_rag.errors import CheckpointError
+from kalm_rag.paths import user_path
 
 ALIASES = {
     "nano": "KaLM-Embedding/KaLM-Reranker-V1-Nano-R2",
@@ -183,11 +184,11 @@ def find_checkpoint(
 
 
 def _local(model: str | Path) -> Path | None:
-    """The path that `model` may be; None if no file system can hold it."""
+    """The path that `model` may be; None if it is no path, or one that no file system can hold."""
     try:
-        path = Path(model).expanduser()
+        path = user_path(model, "model")
         path.exists()
-    except (RuntimeError, ValueError, OSError):  # an unknown home folder, a null character, a name that is too long
+    except (ValueError, OSError):  # such as an unknown home folder, or a name that is too long
         return None
     return path
 

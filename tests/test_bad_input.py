@@ -429,6 +429,16 @@ def test_name_that_no_file_system_holds(model: str | Path) -> None:
         find_checkpoint(model)
 
 
+def test_path_of_a_checkpoint_is_read_as_any_other(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(checkpoint.parent))
+    monkeypatch.setenv("MODELS", str(checkpoint.parent))
+    monkeypatch.chdir(checkpoint.parent)
+    for model in (checkpoint.name, f"~/{checkpoint.name}", f"$MODELS/{checkpoint.name}", Path("~", checkpoint.name)):
+        assert find_checkpoint(model).folder == checkpoint
+
+
 def test_folder_that_is_called_like_an_alias(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder that is a checkpoint is meant, any other is not; `./` always means the folder."""
     monkeypatch.chdir(tmp_path)

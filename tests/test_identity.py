@@ -26,7 +26,7 @@ from kalm_rag.identity import identify, tagged_digest
 @pytest.fixture(autouse=True)
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files that a test has just written count as old, so that digests are remembered."""
-    monkeypatch.setattr(identity_module, "_SETTLED_NS", -(10**10))
+    monkeypatch.setattr(identity_module, "_SETTLED_NS", -(10**10), raising=False)
 
 
 @pytest.fixture
