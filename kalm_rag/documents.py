@@ -34,6 +34,8 @@ def repair_text(text: str) -> tuple[str, bool]:
     Half a surrogate pair (`"\ud83d"`), as PDF readers and broken JSON leave it, has no UTF-8 form, so no tokenizer can
     read it. Each is replaced by U+FFFD, the replacement character. Any other text is returned as it is.
     """
+    if text.isascii():
+        return text, False
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
