@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kalm_rag.documents import RepairCounter, repair_text
+
 _TEXT_KEYS = ("text", "contents", "content", "passage")
 _NOT_IN_IDS = re.compile(r"[\t\r\n\v\f\ud800-\udfff]")
 _MOST_RELEVANT = 1000
@@ -99,6 +101,7 @@ def _qrels_file(folder: Path, given: str | Path | None, split: str) -> Path:
 
 def _by_id(records: Iterable[Record], where: str, what: str) -> dict[str, str]:
     found: dict[str, str] = {}
+    repaired = 0
     for number, record in enumerate(records, start=1):
         if not record.id:
             msg = f"{where}: {what} {number} has no id; each needs one under {' or '.join(_ID_KEYS)}"
@@ -112,7 +115,9 @@ def _by_id(records: Iterable[Record], where: str, what: str) -> dict[str, str]:
         if record.id in found:
             msg = f"{where}: the id {record.id!r} of {what} {number} occurs before; ids must be unique"
             raise ValueError(msg)
-        found[record.id] = record.text
+        found[record.id], changed = repair_text(record.text)
+        repaired += changed
+    RepairCounter().add(repaired)
     if not found:
         msg = f"{where} holds no {what}; there is nothing to evaluate"
         raise ValueError(msg)

@@ -155,6 +155,10 @@ class Engine:
         known = self._lookup(list(unique), self._cache.base_ratio)
         return [text for text in unique if text not in known]
 
+    def clean(self, text: str) -> str:
+        """A passage as it is encoded and kept."""
+        return self.loaded.tokenizer.clean(text)
+
     def token_counts(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each passage that the encoder reads."""
         return [len(passage.ids) for passage in self._prompts.passages(texts)]

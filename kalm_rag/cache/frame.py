@@ -39,6 +39,7 @@ _TAG = 32
 HEADER_BYTES = _HEAD.size + _CHECKSUM
 """Bytes in front of the payload."""
 
+_FLAGS_AT = struct.calcsize("<8sHB")
 _TRUNCATED, _TAGGED, _PREFILLED = 1, 2, 4
 _CODES = {"float32": 1, "bfloat16": 2, "float16": 3, "int8": 4}
 _NAMES = {code: name for name, code in _CODES.items()}
@@ -107,6 +108,27 @@ def pack(key: str, model: bytes, passage: PassageStates, *, int8: bool = False, 
         tensor, scales = quantise(tensor.detach().cpu())
     sizes = (passage.ratio, passage.tokens)
     return pack_tensor(key, model, tensor, scales, sizes=sizes, truncated=passage.truncated, secret=secret)
+
+
+def probe_frame(key: str) -> bytes:
+    """The smallest valid frame, for finding out whether a store keeps what it is given."""
+    payload = bytes(_SIZES["float32"])
+    head = _HEAD.pack(_MAGIC, FORMAT, _CODES["float32"], 0, 1, 1, 1, 1, len(payload), bytes(32), bytes.fromhex(key))
+    return b"".join((head, _checksum(head, payload), payload))
+
+
+def reseal(data: bytes, key: str, secret: bytes) -> bytes:
+    """A frame with a tag of `secret` in place of the one that it has, if any.
+
+    Raises:
+        FrameError: it does not verify.
+    """
+    unpack(data, key)
+    flags = data[_FLAGS_AT]
+    body = bytearray(data[: len(data) - _TAG] if flags & _TAGGED else data)
+    body[_FLAGS_AT] = flags | _TAGGED
+    body[_HEAD.size : HEADER_BYTES] = _checksum(bytes(body[: _HEAD.size]), bytes(body[HEADER_BYTES:]))
+    return bytes(body) + _tag(bytes(body), secret)
 
 
 def quantise(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

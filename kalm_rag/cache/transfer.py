@@ -8,10 +8,11 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from kalm_rag.cache.frame import Frame, FrameError, unpack
+from kalm_rag.cache.frame import Frame, FrameError, reseal, unpack
 from kalm_rag.cache.keys import FORMAT, KEY_PATTERN
-from kalm_rag.cache.store import Store
+from kalm_rag.cache.store import Store, StoreError
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +28,12 @@ class TransferReport:
     Attributes:
         passages: entries that were moved.
         bytes: what they take.
-        corrupt: entries that did not verify and were left out.
+        corrupt: entries that did not verify, or are no frames at all, and were left out.
         other_models: entries of other models that were left out (export).
         bad_shards: files that could not be read and were skipped (import).
         shards: files that were written or read.
+        known: entries that the store had already and that verify there; they were left as they are (import).
+        lost: entries that verified and that the store did not keep (import).
     """
 
     passages: int
@@ -39,6 +42,8 @@ class TransferReport:
     other_models: int
     bad_shards: tuple[str, ...]
     shards: tuple[str, ...]
+    known: int = 0
+    lost: int = 0
 
 
 class WrongModelError(ValueError):
@@ -124,22 +129,27 @@ def _write_shard(folder: Path, number: int, frames: dict[str, bytes]) -> str:
     return name
 
 
-def import_shards(store: Store, sources: Iterable[str | Path], *, model: bytes | None = None) -> TransferReport:
+def import_shards(
+    store: Store, sources: Iterable[str | Path], *, model: bytes | None = None, secret: bytes | None = None
+) -> TransferReport:
     """Read shards into a store; every entry is verified before it is kept.
+
+    An entry of the store that verifies is not replaced, so that tagged entries stay what they are.
 
     Args:
         store: where they go.
         sources: shards, or folders of shards.
         model: refuse shards that hold entries of another model than the one with this digest.
+        secret: the secret of the cache: entries get its tag, and only entries with its tag count as known.
 
     Raises:
         WrongModelError: a shard holds entries of another model; nothing of that shard is kept.
         FileNotFoundError: a source does not exist or holds no shards.
-        StoreError: the store cannot be written to.
+        StoreError: the store cannot be written to; the import stops there.
     """
     from safetensors import SafetensorError, safe_open
 
-    moved = size = corrupt = 0
+    counts = _Counts()
     bad: list[str] = []
     read: list[str] = []
     for shard in _shards(sources):
@@ -147,31 +157,86 @@ def import_shards(store: Store, sources: Iterable[str | Path], *, model: bytes |
             with safe_open(shard, framework="numpy") as file:
                 names = [key for key in file.keys() if KEY_PATTERN.fullmatch(key)]  # noqa: SIM118
                 if model is not None:
-                    _check_model(shard, (bytes(file.get_tensor(key).tobytes()) for key in names), names, model)
+                    frames = ((key, data) for key in names if (data := _bytes_of(file, key)) is not None)
+                    _check_model(shard, frames, model)
                 for start in range(0, len(names), _BATCH):
-                    batch: dict[str, bytes] = {}
+                    batch = {}
                     for key in names[start : start + _BATCH]:
-                        data = bytes(file.get_tensor(key).tobytes())
-                        try:
-                            unpack(data, key)
-                        except FrameError:
-                            corrupt += 1
+                        data = _sealed(_bytes_of(file, key), key, secret)
+                        if data is None:
+                            counts.corrupt += 1
                         else:
                             batch[key] = data
-                    moved += store.put_many(batch)
-                    size += sum(map(len, batch.values()))
+                    counts.keep(store, batch, secret)
+        except WrongModelError:
+            raise
         except (SafetensorError, OSError, ValueError) as error:
-            if isinstance(error, WrongModelError):
-                raise
             logger.warning("cannot read the shard %s (%s); it is skipped", shard, error)
             bad.append(str(shard))
         else:
             read.append(str(shard))
-    return TransferReport(moved, size, corrupt, 0, tuple(bad), tuple(read))
+    return TransferReport(
+        counts.moved, counts.size, counts.corrupt, 0, tuple(bad), tuple(read), counts.known, counts.lost
+    )
 
 
-def _check_model(shard: Path, frames: Iterable[bytes], names: list[str], model: bytes) -> None:
-    for key, data in zip(names, frames, strict=True):
+@dataclass(slots=True)
+class _Counts:
+    """What an import did so far."""
+
+    moved: int = 0
+    size: int = 0
+    corrupt: int = 0
+    known: int = 0
+    lost: int = 0
+
+    def keep(self, store: Store, batch: dict[str, bytes], secret: bytes | None) -> None:
+        """Keep what the store does not hold, and see what it holds then."""
+        known = _verified(store, list(batch), secret)
+        new = {key: data for key, data in batch.items() if key not in known}
+        if new:
+            store.put_many(new)
+        kept = _verified(store, list(new), secret)
+        self.known += len(known)
+        self.moved += len(kept)
+        self.size += sum(len(new[key]) for key in kept)
+        self.lost += len(new) - len(kept)
+        if new and not kept:
+            held = self.known + self.moved
+            msg = f"the store kept none of {len(new)} entries; it holds {held}, and the import stops here"
+            raise StoreError(msg)
+
+
+def _verified(store: Store, keys: list[str], secret: bytes | None) -> set[str]:
+    found = set()
+    for key, data in store.get_many(keys).items():
+        with contextlib.suppress(FrameError):
+            unpack(data, key, secret)
+            found.add(key)
+    return found
+
+
+def _bytes_of(file: Any, key: str) -> bytes | None:
+    """The bytes of a tensor, None if it is not a row of bytes."""
+    part = file.get_slice(key)
+    if part.get_dtype() != "U8" or len(part.get_shape()) != 1:
+        return None
+    return bytes(file.get_tensor(key).tobytes())
+
+
+def _sealed(data: bytes | None, key: str, secret: bytes | None) -> bytes | None:
+    """A verified frame as the store should keep it, None if there is none."""
+    if data is None:
+        return None
+    try:
+        unpack(data, key)
+        return data if secret is None else reseal(data, key, secret)
+    except FrameError:
+        return None
+
+
+def _check_model(shard: Path, frames: Iterable[tuple[str, bytes]], model: bytes) -> None:
+    for key, data in frames:
         with contextlib.suppress(FrameError):
             frame = unpack(data, key)
             if frame.model != model:

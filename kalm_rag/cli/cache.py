@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kalm_rag.cli.encode import size_text
-from kalm_rag.cli.options import CacheOption, JsonOption, RevisionOption, console, print_json
+from kalm_rag.cli.options import CacheOption, JsonOption, RevisionOption, console, print_json, visible
 
 if TYPE_CHECKING:
     from kalm_rag.cache import DiskStore
@@ -90,8 +90,16 @@ def check(
         out = console()
         out.print(f"{report.entries} entries read: {report.corrupt} damaged, {report.missing} without their file")
         out.print(f"{report.orphans} orphan files ({size_text(report.orphan_bytes)})")
+        if report.database:
+            out.print(f"the database is damaged: {visible(report.database)}", soft_wrap=True)
+        if report.quarantine:
+            out.print(
+                f"moved the damaged database to {report.quarantine}, which you may delete; "
+                f"{report.salvaged} passages were saved from it",
+                soft_wrap=True,
+            )
         if not report.clean:
-            out.print("removed; passages are encoded again when needed" if fix else "remove them with --fix")
+            out.print("mended; what is missing is encoded again when needed" if fix else "mend this with --fix")
     if not report.clean and not fix:
         sys.exit(1)
 
@@ -151,6 +159,7 @@ def import_(
 ) -> None:
     """Read shards into the cache. Each entry is verified; shards of another model are refused."""
     from kalm_rag.cache import DiskStore, PassageCache
+    from kalm_rag.cache.preflight import check_writable
     from kalm_rag.cache.transfer import import_shards
 
     if (model is None) != any_model:
@@ -158,22 +167,22 @@ def import_(
         raise ValueError(msg)
     store = PassageCache(cache).store
     if not isinstance(store, DiskStore):
-        msg = f"the cache must be a folder, got {cache!r}"
-        raise TypeError(msg)
-    store.stats()
-    if store.read_only:
-        msg = f"the cache in {store.folder} is read-only, so nothing can be imported into it"
-        raise PermissionError(msg)
+        msg = "there is no folder to import into; name one with --cache"
+        raise ValueError(msg)
+    check_writable(store)
     report = import_shards(store, sources, model=_digest(model, revision))
     store.close()
     if as_json:
         print_json(dataclasses.asdict(report))
     else:
         out = console()
-        out.print(f"{report.passages} passages, {size_text(report.bytes)}, from {len(report.shards)} shards")
+        shards = f"from {len(report.shards)} shards"
+        out.print(f"{report.passages} new passages, {size_text(report.bytes)}, {report.known} known already, {shards}")
         if report.corrupt:
             out.print(f"left out: {report.corrupt} damaged")
         for name in report.bad_shards:
-            out.print(f"skipped, cannot be read: {name}", soft_wrap=True)
-    if report.bad_shards or report.corrupt:
+            out.print(f"skipped, cannot be read: {visible(name)}", soft_wrap=True)
+        held = report.passages + report.known
+        out.print(f"{held} of {held + report.lost} passages held")
+    if report.bad_shards or report.corrupt or report.lost:
         sys.exit(1)

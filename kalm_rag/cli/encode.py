@@ -6,8 +6,9 @@ import random
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -15,27 +16,30 @@ from kalm_rag.cli.options import (
     CacheOption,
     DeviceOption,
     DtypeOption,
+    FormatOption,
+    IdFieldOption,
     JsonOption,
     ModelOption,
     RevisionOption,
+    TextFieldOption,
     console,
     note_mini,
     print_json,
+    visible,
 )
 
 if TYPE_CHECKING:
     from kalm_rag.cache.tiers import Keep, Storage
+    from kalm_rag.progress import Progress
     from kalm_rag.reranker import KaLMReranker
 
-_WINDOW = 512
+_FIRST_WINDOW, _WINDOW = 32, 512
 _SAMPLE = 256
 _TIMED = 12
 
 
 def encode(
-    corpus: Annotated[
-        str, typer.Argument(help="A .jsonl or text file, a folder, a BEIR folder, or - for standard input.")
-    ],
+    corpus: Annotated[str, typer.Argument(help="A file, a folder, a BEIR folder, or - for standard input.")],
     model: ModelOption = "nano",
     cache: CacheOption = "default",
     base_ratio: Annotated[
@@ -53,14 +57,25 @@ def encode(
     revision: RevisionOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    file_format: FormatOption = "auto",
+    text_field: TextFieldOption = None,
+    id_field: IdFieldOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Encode a corpus into the cache. Interrupted, the same command goes on where it stopped."""
+    """Encode a corpus into the cache.
+
+    If interrupted, rerun the same command to resume. The exit status is 0 only if the cache holds every passage.
+    """
     from kalm_rag.cache import PassageCache
+    from kalm_rag.cache.preflight import check_room, check_writable
     from kalm_rag.corpus import read_passages
+    from kalm_rag.documents import repair_text
     from kalm_rag.progress import Progress
     from kalm_rag.reranker import KaLMReranker
 
+    if limit_gb is not None and not limit_gb * 1e9 >= 1:
+        msg = f"--limit-gb must be a number above 0, got {limit_gb:g}"
+        raise ValueError(msg)
     passages = PassageCache(
         cache,
         memory=0,
@@ -74,107 +89,218 @@ def encode(
     reranker = KaLMReranker(
         model, revision=revision, device=device, dtype=dtype, ratio=ratio, max_length=max_length, cache=passages
     )
+
+    def texts(*, count: bool = False) -> Iterator[str]:
+        for record in read_passages(corpus, file_format, text_field, id_field):
+            text, changed = repair_text(record.text)
+            reranker.repairs.add(changed if count else 0)
+            yield text
+
     if dry_run:
-        _estimate(reranker, corpus, as_json)
+        _show_estimate(_estimate(reranker, texts(), everything=True), as_json)
         return
-    total = None if corpus == "-" else sum(1 for _ in read_passages(corpus))
-    texts = (record.text for record in read_passages(corpus))
-    new = known = truncated = 0
+    if passages.store is None:
+        msg = "there is no folder to keep encoded passages in; name one with --cache"
+        raise ValueError(msg)
+    check_writable(passages.store)
+    total = None
+    if corpus != "-":
+        estimate = _estimate(reranker, texts(), everything=False)
+        total = estimate.passages
+        check_room(passages.store, *estimate.room(prefilled=passages.keeps_prefilled))
     reranker.load()
-    start = time.perf_counter()
+    run = _Run(reranker, total)
     with passages, Progress(total, "encoding") as progress:
         try:
-            for window in _windows(texts):
-                report = reranker._loaded().encode(window, progress)
-                passages.flush()
-                new, known, truncated = new + report.new, known + report.known, truncated + report.truncated
+            for window in _windows(texts(count=True)):
+                run.encode(window, progress)
+                if run.failure:
+                    break
         except KeyboardInterrupt:
             passages.flush()
-            stats = passages.stats()
-            kept = stats.encoded - stats.store.counters.write_failed
-            typer.echo(f"interrupted: {kept} passages encoded by this run are kept; the same command goes on", err=True)
+            typer.echo(f"interrupted: {run.held_now()}; rerun the same command to resume", err=True)
             sys.exit(130)
-        seconds = time.perf_counter() - start
-        stats = passages.stats()
-    facts = {
-        "new": new,
-        "known": known,
-        "truncated": truncated,
-        "seconds": round(seconds, 2),
-        "new_per_second": round(new / seconds, 2) if seconds else 0.0,
-        "write_failed": stats.store.counters.write_failed,
-        "cache_entries": stats.store.size.entries,
-        "cache_bytes": stats.store.size.bytes,
-    }
+        facts = run.facts()
     if as_json:
         print_json(facts)
-        return
-    out = console()
-    rate = f" ({facts['new_per_second']} passages/s)" if new else ""
-    out.print(f"{new} encoded{rate}, {known} known already, in {seconds:.1f} s")
-    if truncated:
-        out.print(f"{truncated} are longer than {max_length} tokens; their tails were not read (--max-length)")
-    if stats.store.counters.write_failed:
-        out.print(f"{stats.store.counters.write_failed} could not be written to the cache; see the log above")
-    if stats.store.size.entries is not None:
-        out.print(f"The cache holds {stats.store.size.entries} passages, {size_text(stats.store.size.bytes or 0)}.")
+    else:
+        run.show(max_length)
+    if run.failure:
+        typer.echo(f"error: {visible(run.failure)}", err=True)
+    if run.failure or run.held < run.seen:
+        sys.exit(1)
+
+
+class _Run:
+    """One run of the command: what was encoded, and what the cache really holds."""
+
+    def __init__(self, reranker: KaLMReranker, total: int | None) -> None:
+        self.seen = self.held = 0
+        self.failure = ""
+        self._reranker = reranker
+        self._total = total
+        self._new = self._known = self._truncated = 0
+        self._start = time.perf_counter()
+        self._evicted = reranker.cache.stats().store.size.evicted
+
+    def encode(self, window: list[str], progress: Progress) -> None:
+        """Encode some passages, and see that the cache holds them; if it does not, that is the run's failure."""
+        engine, cache = self._reranker._loaded(), self._reranker.cache
+        report = engine.encode(window, progress)
+        cache.flush()
+        self._new, self._known = self._new + report.new, self._known + report.known
+        self._truncated += report.truncated
+        missing = engine.unknown(window)
+        if missing:  # once more: a lock or a full disk may have passed
+            engine.encode(missing)
+            cache.flush()
+            missing = engine.unknown(missing)
+        lacking = set(missing)
+        held = sum(engine.clean(text) not in lacking for text in window)
+        self.seen, self.held = self.seen + len(window), self.held + held
+        stats = cache.stats()
+        if stats.store.size.evicted > self._evicted:
+            self.failure = (
+                f"the cache reached its limit of {size_text(stats.store.size.limit or 0)} and gave up passages that it "
+                "held before: raise the limit with --limit-gb"
+            )
+        elif missing or stats.prefilled.write_failed:
+            lost = len(missing) or stats.prefilled.write_failed
+            self.failure = f"the cache did not keep {lost} passages; the log above says why"
+
+    def held_now(self) -> str:
+        """The last line: how much of the corpus the cache holds."""
+        return f"{self.held} of {self.seen if self._total is None else self._total} passages held"
+
+    def facts(self) -> dict[str, Any]:
+        """Everything, for machines."""
+        seconds = time.perf_counter() - self._start
+        stats = self._reranker.cache.stats()
+        return {
+            "new": self._new,
+            "known": self._known,
+            "truncated": self._truncated,
+            "repaired": self._reranker.repairs.count,
+            "seconds": round(seconds, 2),
+            "new_per_second": round(self._new / seconds, 2) if seconds else 0.0,
+            "write_failed": stats.store.counters.write_failed,
+            "passages": self.seen if self._total is None else self._total,
+            "held": self.held,
+            "failure": self.failure or None,
+            "cache_entries": stats.store.size.entries,
+            "cache_bytes": stats.store.size.bytes,
+        }
+
+    def show(self, max_length: int) -> None:
+        """The same for people, the last line telling what counts."""
+        out, facts = console(), self.facts()
+        rate = f" ({facts['new_per_second']} passages/s)" if self._new else ""
+        out.print(f"{self._new} encoded{rate}, {self._known} served from the cache, in {facts['seconds']:.1f} s")
+        if self._truncated:
+            out.print(
+                f"{self._truncated} are longer than {max_length} tokens; their tails were not read (--max-length)"
+            )
+        if facts["repaired"]:
+            out.print(f"{facts['repaired']} hold half a surrogate pair, which was read as U+FFFD")
+        if facts["cache_entries"] is not None:
+            size = size_text(facts["cache_bytes"] or 0)
+            out.print(f"The cache holds {facts['cache_entries']} passages, {size}.")
+        out.print(self.held_now())
 
 
 def _windows(texts: Iterator[str]) -> Iterator[list[str]]:
-    while window := list(islice(texts, _WINDOW)):
+    """Groups that grow: the first ones show soon whether the cache keeps anything, later ones batch better."""
+    size = _FIRST_WINDOW
+    while window := list(islice(texts, size)):
         yield window
+        size = min(_WINDOW, 2 * size)
 
 
-def _estimate(reranker: KaLMReranker, corpus: str, as_json: bool) -> None:
-    """Count everything, look up everything, tokenise a sample, and time a few."""
+@dataclass(frozen=True, slots=True)
+class _Estimate:
+    """What encoding a corpus takes; sizes and times are of a sample.
+
+    Attributes:
+        passages: in the corpus.
+        known: of them, those that the cache holds; of the sample alone unless everything was looked up.
+        sampled: size of the sample.
+        timed: passages of it that were timed.
+        tokens: mean of a passage.
+        each: bytes of an encoded passage.
+        prefilled: bytes of a prefilled passage.
+        seconds: to encode what is new; 0 if nothing was timed.
+    """
+
+    passages: int
+    known: int
+    sampled: int
+    timed: int
+    tokens: float
+    each: float
+    prefilled: float
+    seconds: float
+
+    def room(self, *, prefilled: bool) -> tuple[int, int]:
+        """Bytes of all passages, and of those that are new."""
+        each = self.each + (self.prefilled if prefilled else 0)
+        return round(each * self.passages), round(each * (self.passages - self.known))
+
+
+def _estimate(reranker: KaLMReranker, texts: Iterator[str], *, everything: bool) -> _Estimate:
+    """Count everything and tokenise a sample; with `everything`, also look up everything, and time a few."""
     from kalm_rag.cache.frame import payload_bytes
-    from kalm_rag.corpus import read_passages
 
     engine = reranker._loaded()
     chooser = random.Random(0)  # noqa: S311 - a reproducible sample
-    total = known = 0
+    total = known = drawn = 0
     sample: list[str] = []
-    seen_new = 0
-    for window in _windows(record.text for record in read_passages(corpus)):
+    for window in _windows(texts):
         total += len(window)
-        missing = engine.unknown(window)
-        known += len(window) - len(missing)
-        for text in missing:
-            seen_new += 1
+        candidates = engine.unknown(window) if everything else window
+        known += len(window) - len(candidates)
+        for text in candidates:
+            drawn += 1
             if len(sample) < _SAMPLE:
                 sample.append(text)
-            elif (place := chooser.randrange(seen_new)) < _SAMPLE:
+            elif (place := chooser.randrange(drawn)) < _SAMPLE:
                 sample[place] = text
+    count = max(1, len(sample))
+    if not everything:
+        known = round(total * (1 - len(engine.unknown(sample)) / count))
     lengths = engine.token_counts(sample)
-    mean = sum(lengths) / len(lengths) if lengths else 0.0
     kind = "int8" if reranker.cache.storage == "int8" else str(engine.loaded.dtype).removeprefix("torch.")
     width = engine.loaded.model.config.decoder.hidden_size
-    sizes = [payload_bytes(length, reranker.cache.base_ratio, width, kind) for length in lengths]
-    each = sum(sizes) / len(sizes) if sizes else 0.0
-    prefilled = sum(engine.prefilled_bytes(length) for length in lengths) / len(lengths) if lengths else 0.0
-    timed = sample[:_TIMED]
-    rate = engine.time_encoding(timed) / max(1, sum(lengths[: len(timed)]))
-    seconds = rate * mean * (total - known)
+    each = sum(payload_bytes(length, reranker.cache.base_ratio, width, kind) for length in lengths) / count
+    prefilled = sum(map(engine.prefilled_bytes, lengths)) / count
+    mean = sum(lengths) / count
+    timed = sample[:_TIMED] if everything else []
+    rate = engine.time_encoding(timed) / max(1, sum(lengths[: len(timed)])) if timed else 0.0
+    return _Estimate(total, known, len(sample), len(timed), mean, each, prefilled, rate * mean * (total - known))
+
+
+def _show_estimate(found: _Estimate, as_json: bool) -> None:
+    new = found.passages - found.known
     facts = {
-        "passages": total,
-        "known": known,
-        "to_encode": total - known,
-        "mean_tokens": round(mean, 1),
-        "bytes_per_passage": round(each),
-        "bytes": round(each * (total - known)),
-        "prefilled_bytes": round(prefilled * (total - known)),
-        "seconds": round(seconds, 1),
+        "passages": found.passages,
+        "known": found.known,
+        "to_encode": new,
+        "mean_tokens": round(found.tokens, 1),
+        "bytes_per_passage": round(found.each),
+        "bytes": round(found.each * new),
+        "prefilled_bytes": round(found.prefilled * new),
+        "seconds": round(found.seconds, 1),
     }
     if as_json:
         print_json(facts)
         return
     out = console()
-    out.print(f"{total} passages, {known} known already, {total - known} to encode.")
+    out.print(f"{found.passages} passages, {found.known} known already, {new} to encode.")
     out.print(
-        f"About {mean:.0f} tokens and {size_text(each)} each: {size_text(each * (total - known))} and {_time(seconds)}."
+        f"About {found.tokens:.0f} tokens and {size_text(found.each)} each: {size_text(found.each * new)} and "
+        f"{_time(found.seconds)}."
     )
-    out.print(f"With --keep prefilled: {size_text(prefilled * (total - known))} more, and more time.")
-    out.print(f"Sizes from {len(sample)} of them, time from {len(timed)}.")
+    out.print(f"With --keep prefilled: {size_text(found.prefilled * new)} more, and more time.")
+    out.print(f"Sizes from {found.sampled} of them, time from {found.timed}.")
 
 
 def size_text(count: float) -> str:

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kalm_rag.checkpoint import MINI
-from kalm_rag.cli.options import DeviceOption, JsonOption, console, note_mini, print_json
+from kalm_rag.cli.options import (
+    DeviceOption,
+    FormatOption,
+    IdFieldOption,
+    JsonOption,
+    TextFieldOption,
+    console,
+    note_mini,
+    print_json,
+    visible,
+)
 
 if TYPE_CHECKING:
     from kalm_rag.corpus import Corpus
@@ -55,6 +65,9 @@ def evaluate(
         Path | None, typer.Option(help="Folder of encoded passages. [default: the folder cache in --out]")
     ] = None,
     device: DeviceOption = None,
+    file_format: FormatOption = "auto",
+    text_field: TextFieldOption = None,
+    id_field: IdFieldOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Rerank what a first stage found and measure what that gains, for every ratio, precision and instruction.
@@ -64,19 +77,20 @@ def evaluate(
     """
     from kalm_rag.evaluation import Experiment, Metrics, System
     from kalm_rag.evaluation import evaluate as run_experiment
+    from kalm_rag.evaluation.outputs import claim
     from kalm_rag.evaluation.report import check_extras, write_numbers, write_page
     from kalm_rag.evaluation.summary import summarise
 
     check_extras()
     chosen = Metrics([name.strip() for name in metrics.split(",") if name.strip()])
     ratios = _ratios(ratio)
-    corpus, title = _corpus(source, queries, qrels, split)
+    corpus, title = _corpus(source, queries, qrels, split, (file_format, text_field, id_field))
     candidates = _candidates(corpus, run, depth, limit_queries)
     models = model or [MINI]
     for name in models:
         note_mini(name)
     for warning in candidates.warnings:
-        typer.echo(f"note: {warning}", err=True)
+        typer.echo(f"note: {visible(warning)}", err=True)
     precisions: list[str | None] = [*dtype] if dtype else [None]
     tasks: list[str | None] = [*instruction] if instruction else [None]
     experiment = Experiment(
@@ -95,10 +109,11 @@ def evaluate(
         device=device,
         max_length=max_length,
     )
+    claim(out, [source, queries, qrels, run])
     try:
         summary = summarise(experiment, *run_experiment(experiment))
     except KeyboardInterrupt:
-        typer.echo(f"interrupted: finished queries are kept in {out}; the same command goes on", err=True)
+        typer.echo(f"interrupted: finished queries are kept in {out}; rerun the same command to resume", err=True)
         sys.exit(130)
     numbers = write_numbers(summary, out)
     if as_json:
@@ -120,7 +135,9 @@ def _ratios(text: str) -> list[int]:
     return list(dict.fromkeys(found))
 
 
-def _corpus(source: str | None, queries: Path | None, qrels: Path | None, split: str) -> tuple[Corpus, str]:
+def _corpus(
+    source: str | None, queries: Path | None, qrels: Path | None, split: str, how: tuple[str, str | None, str | None]
+) -> tuple[Corpus, str]:
     from kalm_rag.corpus import read_beir
     from kalm_rag.demo_data import load_demo
 
@@ -129,7 +146,7 @@ def _corpus(source: str | None, queries: Path | None, qrels: Path | None, split:
             msg = "--queries and --qrels belong to a corpus: name it as the first argument"
             raise ValueError(msg)
         return load_demo(), "The Python 3.11 FAQ"
-    return read_beir(source, queries, qrels, split), Path(source).resolve().name
+    return read_beir(source, queries, qrels, split, *how), Path(source).resolve().name
 
 
 def _candidates(corpus: Corpus, run: Path | None, depth: int, most: int | None) -> Candidates:
@@ -146,8 +163,9 @@ def _show(summary: Summary, title: str, shown: tuple[str, ...]) -> None:
     from rich.text import Text
 
     out = console()
-    out.print(Text(f"{title}: {len(summary.rankings)} queries, candidates of {summary.first_name}"))
+    out.print(Text(f"{visible(title)}: {len(summary.rankings)} queries, candidates of {visible(summary.first_name)}"))
     heading, rows = summary.columns()
+    rows = [[visible(cell) for cell in row] for row in rows]
     table = Table(box=None, pad_edge=False)
     for number, name in enumerate(heading):
         # Numbers are never cut: a table that is too wide for the terminal runs over its edge.
@@ -176,10 +194,10 @@ def _show(summary: Summary, title: str, shown: tuple[str, ...]) -> None:
         known = encoding.passages - encoding.new
         out.print(
             Text(
-                f"{encoding.name}{precision}: {encoding.new} passages encoded in {encoding.seconds:.1f} s, "
+                f"{visible(encoding.name)}{precision}: {encoding.new} passages encoded in {encoding.seconds:.1f} s, "
                 f"{known} known already."
             )
         )
     for warning in summary.warnings:
         if warning not in shown:
-            out.print(Text(f"note: {warning}"))
+            out.print(Text(f"note: {visible(warning)}"))

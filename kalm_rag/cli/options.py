@@ -72,12 +72,9 @@ def visible(text: str) -> str:
 
 def print_json(value: Any) -> None:
     """One JSON document on standard output, valid whatever the stream can hold, and harmless to a terminal."""
-    text = json.dumps(value, ensure_ascii=False, indent=2).translate(_JSON)
-    try:
-        text.encode(sys.stdout.encoding or "ascii")
-    except (UnicodeEncodeError, LookupError):
-        text = json.dumps(value, indent=2)
-    typer.echo(text)
+    # A stream of another encoding would hold JSON that no reader takes, or could not hold it at all.
+    is_utf8 = (sys.stdout.encoding or "").lower().replace("_", "-") in ("utf-8", "utf8")
+    typer.echo(json.dumps(value, ensure_ascii=not is_utf8, indent=2).translate(_JSON))
 
 
 def replace_what_a_stream_cannot_hold() -> None:

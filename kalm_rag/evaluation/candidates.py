@@ -135,12 +135,19 @@ def _checked(
     warnings: Sequence[str],
 ) -> Candidates:
     without = sum(not ranking for ranking in rankings.values())
+    if without == len(rankings):
+        msg = (
+            f"{name} finds no candidate for any of the {without} queries, so there is nothing to rerank. BM25 splits "
+            "text at spaces and needs words that queries and passages share; for text without spaces, such as Chinese, "
+            "give the run of another first stage (--run)"
+        )
+        raise ValueError(msg)
     missed = sum(
         not any(qrels[query].get(passage, 0) > 0 for passage, _ in ranking) for query, ranking in rankings.items()
     )
     notes = list(warnings)
     if without:
-        notes.append(f"{without} queries have no candidates; they count as 0")
+        notes.append(f"{without} of {len(rankings)} queries have no candidates of {name}; they count as 0")
     if missed - without:
         notes.append(
             f"{missed - without} queries have no relevant passage among their candidates; no reranker can help them"

@@ -19,6 +19,7 @@ from kalm_rag.corpus import Corpus
 from kalm_rag.evaluation.candidates import Candidates
 from kalm_rag.evaluation.journal import Journal, Record
 from kalm_rag.evaluation.metrics import Metrics, means, p_value
+from kalm_rag.evaluation.outputs import claim
 from kalm_rag.identity import identify
 from kalm_rag.progress import Progress
 from kalm_rag.reranker import KaLMReranker
@@ -199,7 +200,7 @@ def _claimed(out: Path, digest: str) -> Iterator[None]:
     """Hold a folder that belongs to these candidates, or to nobody yet, against other processes."""
     from filelock import FileLock, Timeout
 
-    out.mkdir(parents=True, exist_ok=True)
+    claim(out)
     try:
         with FileLock(out / ".lock", timeout=0):
             owner = out / "candidates.sha256"
@@ -368,6 +369,8 @@ def time_lengths(
     Encoding counts the faster of two runs. Reranking counts the fastest of three, each with a query of its own, after
     one that prefills the passages.
     """
+    if not texts:
+        return []
     engine = reranker._loaded()
     ordered = sorted(range(len(texts)), key=tokens.__getitem__)
     query = experiment.corpus.queries[next(iter(experiment.candidates.rankings))]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import base64
 import importlib.util
 import json
-import os
 from pathlib import Path
 
 from kalm_rag.errors import MissingExtraError
+from kalm_rag.evaluation.outputs import claim, replace_files
 from kalm_rag.evaluation.plots import THEMES, draw_all
 from kalm_rag.evaluation.summary import Summary
-from kalm_rag.evaluation.trec import write_run
+from kalm_rag.evaluation.trec import run_text
 
 _CAPTIONS = {
     "ratio": "Quality against compression ratio",
@@ -34,7 +34,7 @@ def check_extras() -> None:
 
 
 def write_numbers(summary: Summary, out: Path) -> list[Path]:
-    """Write `results.json` and the TREC runs, and remove runs of systems that are no longer among the results.
+    """Write `results.json` and the TREC runs, and delete its own runs of systems that are no longer there.
 
     Args:
         summary: the result.
@@ -42,21 +42,20 @@ def write_numbers(summary: Summary, out: Path) -> list[Path]:
 
     Returns:
         What was written.
+
+    Raises:
+        ValueError, FileExistsError: the folder, or a file in it, is not this evaluation's.
     """
-    (out / "runs").mkdir(parents=True, exist_ok=True)
-    written = [out / "results.json"]
-    _replace(written[0], (json.dumps(summary.as_json(), indent=1) + "\n").encode())
     runs = {"first-stage": summary.rankings}
     runs |= {result.system.slug: result.rankings for result in summary.results}
-    for slug, rankings in runs.items():
-        written.append(out / "runs" / f"{slug}.trec")
-        write_run(written[-1], rankings, slug)
-    _sweep(out / "runs", "*.trec", written)
-    return written
+    files = {"results.json": (json.dumps(summary.as_json(), indent=1) + "\n").encode()}
+    files |= {f"runs/{slug}.trec": run_text(rankings, slug).encode() for slug, rankings in runs.items()}
+    claim(out)
+    return replace_files(out, "numbers", files)
 
 
 def write_page(summary: Summary, out: Path, title: str) -> list[Path]:
-    """Write the plots and `report.html`, and remove plots that are no longer drawn.
+    """Write the plots and `report.html`, and delete its own plots that are no longer drawn.
 
     Args:
         summary: the result.
@@ -72,26 +71,11 @@ def write_page(summary: Summary, out: Path, title: str) -> list[Path]:
     check_extras()
     plots = {theme.name: draw_all(summary, theme) for theme in THEMES}
     page = _page(summary, plots, title)
-    (out / "plots").mkdir(parents=True, exist_ok=True)
-    written = [out / "report.html"]
-    _replace(written[0], page.encode("utf-8", "replace"))
+    files = {"report.html": page.encode("utf-8", "replace")}
     for theme, images in plots.items():
-        for name, image in images.items():
-            written.append(out / "plots" / f"{name}-{theme}.png")
-            _replace(written[-1], image)
-    _sweep(out / "plots", "*.png", written)
-    return written
-
-
-def _sweep(folder: Path, pattern: str, keep: list[Path]) -> None:
-    for path in set(folder.glob(pattern)) - set(keep):
-        path.unlink()
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+        files |= {f"plots/{name}-{theme}.png": image for name, image in images.items()}
+    claim(out)
+    return replace_files(out, "page", files)
 
 
 def _page(summary: Summary, plots: dict[str, dict[str, bytes]], title: str) -> str:

@@ -63,18 +63,24 @@ def quoted(identifier: str) -> str:
 
 
 def write_run(path: str | Path, rankings: Mapping[str, Ranking], tag: str) -> None:
-    """Write a run file, whole or not at all.
+    """Write a run file, whole or not at all; see `run_text`."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(run_text(rankings, tag), "utf-8")
+    os.replace(partial, path)
+
+
+def run_text(rankings: Mapping[str, Ranking], tag: str) -> str:
+    """A run as text.
 
     Evaluation tools order by score alone, which they read in single precision: each written score is a little below
     the one before it where they would tie. Ids are `quoted`.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        for query, ranking in rankings.items():
-            last = math.inf
-            for rank, (passage, score) in enumerate(ranking, start=1):
-                highest = last - max(_STEP, abs(last) * _STEP)
-                last = score if rank == 1 else min(score, highest)
-                file.write(f"{quoted(query)}\tQ0\t{quoted(passage)}\t{rank}\t{last!r}\t{tag}\n")
-    os.replace(partial, path)
+    lines = []
+    for query, ranking in rankings.items():
+        last = math.inf
+        for rank, (passage, score) in enumerate(ranking, start=1):
+            highest = last - max(_STEP, abs(last) * _STEP)
+            last = score if rank == 1 else min(score, highest)
+            lines.append(f"{quoted(query)}\tQ0\t{quoted(passage)}\t{rank}\t{last!r}\t{tag}\n")
+    return "".join(lines)

@@ -1,0 +1,60 @@
+"""What can be known about a store before the work whose result it is to keep."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from hashlib import sha256
+
+from kalm_rag.cache.disk import DiskStore
+from kalm_rag.cache.frame import probe_frame
+from kalm_rag.cache.store import Store, StoreError
+
+
+def check_writable(store: Store) -> None:
+    """Write, read and delete one small entry.
+
+    Raises:
+        StoreError: the store does not keep it.
+    """
+    key = sha256(f"kalm-rag probe {uuid.uuid4()}".encode()).hexdigest()
+    value = probe_frame(key)
+    where = store.folder if isinstance(store, DiskStore) else store
+    kept = store.put_many({key: value})
+    if isinstance(store, DiskStore) and store.read_only:
+        msg = f"the cache in {where} is read-only, so it would keep nothing; give a folder that you may write to"
+        raise StoreError(msg)
+    found = store.get_many([key])
+    store.delete([key])
+    if kept != 1 or found != {key: value}:
+        msg = f"the cache in {where} does not keep what is written to it: a test entry was written and not found again"
+        raise StoreError(msg)
+
+
+def check_room(store: Store, needed: int, new: int) -> None:
+    """Refuse what a store cannot hold.
+
+    Args:
+        store: where the entries are to be kept.
+        needed: bytes of all of them.
+        new: bytes of those that are not there yet.
+
+    Raises:
+        StoreError: they take more than the store's limit, or more than the disk has left.
+    """
+    limit = store.stats().limit
+    if limit is not None and needed > limit:
+        msg = (
+            f"the passages take about {needed:,} bytes, more than the limit of the cache, {limit:,}: the first ones "
+            f"would leave before the last ones are kept. Raise the limit (--limit-gb {1.2 * needed / 1e9:.3g}), use a "
+            "coarser --base-ratio or --storage int8, or encode fewer passages"
+        )
+        raise StoreError(msg)
+    if isinstance(store, DiskStore):
+        free = shutil.disk_usage(store.folder).free
+        if new > free:
+            msg = (
+                f"the new passages take about {new:,} bytes, and the disk of {store.folder} has {free:,} left: free "
+                "some space, or name another folder (--cache)"
+            )
+            raise StoreError(msg)
