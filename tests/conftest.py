@@ -9,6 +9,7 @@ import tempfile
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["KALM_RAG_CACHE"] = tempfile.mkdtemp(prefix="kalm-rag-tests-")
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,24 @@ def queries() -> list[str]:
 def reranker(checkpoint: Path) -> KaLMReranker:
     """One that keeps passages in memory alone."""
     return KaLMReranker(checkpoint, device="cpu", cache=None)
+
+
+@pytest.fixture
+def scale(request: pytest.FixtureRequest) -> int:
+    """How many times more faults to inject than by default."""
+    return int(request.config.getoption("--faults"))
+
+
+@pytest.fixture
+def tally(record_property: Callable[[str, object], None]) -> Callable[[str, int, int], None]:
+    """Count violations and trials for the table of faults; fail on any violation, and where nothing was tried."""
+
+    def record(what: str, violations: int, trials: int) -> None:
+        record_property("faults", (what, violations, trials))
+        assert trials > 0, f"{what}: nothing was tried"
+        assert violations == 0, f"{what}: {violations} violations in {trials} trials"
+
+    return record
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -31,23 +31,6 @@ Tally = Callable[[str, int, int], None]
 POSIX = pytest.mark.skipif(os.name != "posix", reason="POSIX signals, permissions and mounts")
 
 
-@pytest.fixture
-def scale(request: pytest.FixtureRequest) -> int:
-    return int(request.config.getoption("--faults"))
-
-
-@pytest.fixture
-def tally(record_property: Callable[[str, object], None]) -> Tally:
-    """Count, keep for the table, and fail on any violation."""
-
-    def record(what: str, violations: int, trials: int) -> None:
-        record_property("faults", (what, violations, trials))
-        assert trials > 0
-        assert violations == 0, f"{what}: {violations} violations in {trials} trials"
-
-    return record
-
-
 WRITER = """
 folder, seed, size, log = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 store, chooser = DiskStore(folder), random.Random(seed)
