@@ -1,0 +1,154 @@
+"""Rules of the store on disk that only a second process, a failure in mid-transaction or a strange file puts to test."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cachekit import key_of, value_of
+
+from kalm_rag.cache import DiskStore, StoreError
+from kalm_rag.cache import frame as frame_module
+
+SMALL, LARGE = 4_000, 300_000
+"""Values in the database, and in files of their own."""
+
+resource = pytest.importorskip("resource", reason="needs limits on the size of a file") if os.name == "posix" else None
+
+
+def value_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("??/??/*.val"))
+
+
+@contextlib.contextmanager
+def when_verified(monkeypatch: pytest.MonkeyPatch, key: str, act: Callable[[], None]) -> Iterator[None]:
+    """Act once, just after a check has read the entry of this key and before it knows what is wrong with it."""
+    acted: list[str] = []
+    unpack = frame_module.unpack
+
+    def watched(data: bytes, of: str, *secret: Any) -> Any:
+        if of == key and not acted:
+            acted.append(of)
+            act()
+        return unpack(data, of, *secret)
+
+    with monkeypatch.context() as patch:
+        for name in ("frame", "check"):  # whoever imports it by name
+            with contextlib.suppress(ImportError):
+                module = importlib.import_module(f"kalm_rag.cache.{name}")
+                patch.setattr(module, "unpack", watched)
+        yield
+    assert acted, "the check never came to this entry"
+
+
+def damaged(value: bytes) -> bytes:
+    return value[:-1] + bytes([value[-1] ^ 1])
+
+
+@pytest.mark.parametrize("size", [SMALL, LARGE], ids=["in-database", "in-files"])
+def test_a_check_removes_what_it_read_and_not_what_was_stored_since(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """A damaged entry that another process encodes again during the check is sound, and stays."""
+    good = {key_of(n): value_of(key_of(n), size) for n in range(4)}
+    victim = key_of(2)
+    store, other = DiskStore(tmp_path / "store"), DiskStore(tmp_path / "store")
+    store.put_many({**good, victim: damaged(good[victim]), key_of(3): damaged(good[key_of(3)])})
+    with when_verified(monkeypatch, victim, lambda: None if other.put_many({victim: good[victim]}) else None):
+        store.check(fix=True, orphan_age=0)
+    kept = {key: value for key, value in good.items() if key != key_of(3)}
+    for reader in (store, other, DiskStore(tmp_path / "store")):
+        assert reader.get_many(list(good)) == kept, "the rewritten entry stays, and the damaged one is removed"
+    assert store.check(orphan_age=0).clean
+
+
+def test_a_check_leaves_files_that_were_stored_since_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that the check did not see has a file that it must not take for an orphan."""
+    first, later = key_of(0), key_of(1)
+    store, other = DiskStore(tmp_path / "store"), DiskStore(tmp_path / "store")
+    store.put_many({first: damaged(value_of(first, LARGE))})
+    with when_verified(monkeypatch, first, lambda: None if other.put_many({later: value_of(later, LARGE)}) else None):
+        store.check(fix=True)
+    assert other.get_many([first, later]) == {later: value_of(later, LARGE)}
+    assert len(value_files(tmp_path / "store")) == 1
+
+
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Writes beyond this size of any file fail, as they do on a full disk."""
+    assert resource is not None
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.skipif(resource is None, reason="needs limits on the size of a file")
+def test_a_transaction_that_fails_leaves_everything_as_it_was(tmp_path: Path) -> None:
+    """The files of values that were not kept are gone, and those of values that were not replaced are there."""
+    folder = tmp_path / "store"
+    old = {key_of(n): value_of(key_of(n), LARGE) for n in range(3)}
+    store = DiskStore(folder)
+    store.put_many(old)
+    before = value_files(folder)
+    assert len(before) == 3
+    replaced = {key: value_of(key, LARGE, "replaced") for key in old}
+    new = {key_of(n): value_of(key_of(n), LARGE) for n in range(3, 6)}
+    in_database = {key_of(n): value_of(key_of(n), 200_000) for n in range(6, 14)}
+    with largest_file(1_000_000), pytest.raises(StoreError):
+        store.put_many({**replaced, **new, **in_database})  # the files fit, the database does not
+    assert value_files(folder) == before
+    for reader in (store, DiskStore(folder)):
+        assert reader.get_many([*old, *new, *in_database]) == old
+    assert store.stats().entries == len(old)
+    assert store.put_many({**replaced, **new}) == 6
+    assert store.get_many([*old, *new]) == {**replaced, **new}
+    assert len(value_files(folder)) == 6, "the files of replaced values are gone"
+
+
+@pytest.mark.parametrize("bad", [{"not a key": b"x"}, {key_of(9): "text"}], ids=["key", "value"])
+def test_a_transaction_with_an_item_that_is_refused_leaves_no_file(tmp_path: Path, bad: dict[str, Any]) -> None:
+    folder = tmp_path / "store"
+    store = DiskStore(folder)
+    store.put_many({key_of(0): b"x"})
+    with pytest.raises(StoreError):
+        store.put_many({key_of(1): value_of(key_of(1), LARGE), **bad})
+    assert value_files(folder) == []
+    assert store.get_many([key_of(0), key_of(1)]) == {key_of(0): b"x"}
+
+
+@pytest.mark.parametrize("read_only", [False, True], ids=["read-write", "read-only"])
+def test_a_file_that_is_larger_than_any_value_is_not_read(tmp_path: Path, read_only: bool) -> None:
+    """A sparse file costs its owner nothing, and would cost its reader a gigabyte of memory."""
+    folder = tmp_path / "store"
+    values = {key_of(n): value_of(key_of(n), LARGE) for n in range(2)}
+    store = DiskStore(folder)
+    store.put_many(values)
+    store.close()
+    huge = value_files(folder)[0]
+    os.truncate(huge, (1 << 30) + 1)
+    store = DiskStore(folder, read_only=read_only)
+    tracemalloc.start()
+    try:
+        found = store.get_many(list(values))
+        report = store.check()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(found) == 1, "only the other value is found"
+    assert found.items() <= values.items()
+    assert report.corrupt == 1
+    assert peak < 1 << 28
+    if not read_only:
+        assert store.check(fix=True).corrupt == 1
+        assert not huge.exists()
+        assert store.put_many(values) == 2
+        assert store.get_many(list(values)) == values
