@@ -1,4 +1,4 @@
-"""Rules of the store on disk that only a second process, a failure in mid-transaction or a strange file puts to test."""
+"""Rules of the store on disk that only a second process, a failed transaction or a strange file puts to the test."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def value_files(folder: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def when_verified(monkeypatch: pytest.MonkeyPatch, key: str, act: Callable[[], None]) -> Iterator[None]:
+def when_verified(monkeypatch: pytest.MonkeyPatch, key: str, act: Callable[[], object]) -> Iterator[None]:
     """Act once, just after a check has read the entry of this key and before it knows what is wrong with it."""
     acted: list[str] = []
     unpack = frame_module.unpack
@@ -60,7 +60,7 @@ def test_a_check_removes_what_it_read_and_not_what_was_stored_since(
     victim = key_of(2)
     store, other = DiskStore(tmp_path / "store"), DiskStore(tmp_path / "store")
     store.put_many({**good, victim: damaged(good[victim]), key_of(3): damaged(good[key_of(3)])})
-    with when_verified(monkeypatch, victim, lambda: None if other.put_many({victim: good[victim]}) else None):
+    with when_verified(monkeypatch, victim, lambda: other.put_many({victim: good[victim]})):
         store.check(fix=True, orphan_age=0)
     kept = {key: value for key, value in good.items() if key != key_of(3)}
     for reader in (store, other, DiskStore(tmp_path / "store")):
@@ -73,7 +73,7 @@ def test_a_check_leaves_files_that_were_stored_since_it_began(tmp_path: Path, mo
     first, later = key_of(0), key_of(1)
     store, other = DiskStore(tmp_path / "store"), DiskStore(tmp_path / "store")
     store.put_many({first: damaged(value_of(first, LARGE))})
-    with when_verified(monkeypatch, first, lambda: None if other.put_many({later: value_of(later, LARGE)}) else None):
+    with when_verified(monkeypatch, first, lambda: other.put_many({later: value_of(later, LARGE)})):
         store.check(fix=True)
     assert other.get_many([first, later]) == {later: value_of(later, LARGE)}
     assert len(value_files(tmp_path / "store")) == 1
