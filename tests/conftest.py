@@ -9,7 +9,7 @@ import tempfile
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["KALM_RAG_CACHE"] = tempfile.mkdtemp(prefix="kalm-rag-tests-")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,14 @@ def reranker(checkpoint: Path) -> KaLMReranker:
 def scale(request: pytest.FixtureRequest) -> int:
     """How many times more faults to inject than by default."""
     return int(request.config.getoption("--faults"))
+
+
+@pytest.fixture
+def fast_path() -> Iterator[Path]:
+    """A folder where a sync costs nothing, if there is one, for tests that do not depend on syncs."""
+    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="kalm-rag-tests-", dir=place) as name:
+        yield Path(name)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import shutil
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -152,3 +153,67 @@ def test_a_file_that_is_larger_than_any_value_is_not_read(tmp_path: Path, read_o
         assert not huge.exists()
         assert store.put_many(values) == 2
         assert store.get_many(list(values)) == values
+
+
+def test_a_flipped_bit_in_the_database_is_repaired_or_explained(
+    fast_path: Path, scale: int, tally: Callable[[str, int, int], None]
+) -> None:
+    """Wherever it is: every call works or raises a `StoreError`, and what a repair leaves works again and verifies."""
+    values = {key_of(n): value_of(key_of(n), 600) for n in range(8)}
+    store = DiskStore(fast_path / "store")
+    store.put_many({**values, key_of(8): value_of(key_of(8), LARGE)})
+    store.close()
+    size = (fast_path / "store" / "cache.db").stat().st_size
+    offsets = range(0, size, max(1, size // (150 * scale)))
+    refused = 0
+    for trial, offset in enumerate(offsets):
+        folder = fast_path / "damaged"
+        shutil.copytree(fast_path / "store", folder)
+        with (folder / "cache.db").open("r+b") as file:
+            file.seek(offset)
+            old = file.read(1)[0]
+            file.seek(offset)
+            file.write(bytes([old ^ 1 << trial % 8]))
+        store = DiskStore(folder)
+        for call in (
+            lambda store=store: store.get_many(list(values)),
+            lambda store=store: list(store.keys()),
+            lambda store=store: store.stats(),
+            lambda store=store: store.check(),
+            lambda store=store: store.put_many({key_of(9): b"x"}) and store.delete([key_of(9)]),
+        ):
+            with contextlib.suppress(StoreError):
+                call()
+        store.close()
+        with contextlib.closing(DiskStore(folder)) as store:
+            try:
+                store.check(fix=True, orphan_age=0)
+            except StoreError:
+                refused += 1
+            else:
+                assert store.check(orphan_age=0).clean, f"after a flipped bit at {offset}"
+                assert store.get_many(list(values)).items() <= values.items(), f"after a flipped bit at {offset}"
+                assert store.put_many(values) == len(values)
+                assert store.get_many(list(values)) == values, f"after a flipped bit at {offset}"
+        shutil.rmtree(folder)
+    tally("bit flips in the database: refused as not ours, or broken rules", 0, len(offsets) - refused)
+    assert refused < len(offsets) / 10, "a repair that refuses most folders is none"
+
+
+@pytest.mark.parametrize("fix", [False, True])
+def test_a_schema_that_is_no_text_is_an_error_of_the_store(tmp_path: Path, fix: bool) -> None:
+    """SQLite quotes the damaged statement in its message, and Python cannot decode that."""
+    store = DiskStore(tmp_path / "store")
+    store.put_many({key_of(0): b"x"})
+    store.close()
+    database = tmp_path / "store" / "cache.db"
+    statement = b"CREATE INDEX Cache_store_time ON Cache (store_time)"
+    content = database.read_bytes()
+    assert content.count(statement) == 1
+    database.write_bytes(content.replace(statement, statement[:-2] + b"\xf3)"))
+    for call in (lambda: store.get_many([key_of(0)]), lambda: list(store.keys()), lambda: store.put_many({})):
+        with pytest.raises(StoreError):
+            call()
+    with contextlib.suppress(StoreError):
+        store.check(fix=fix)
+    store.close()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import os
 import shutil
 import sqlite3
 import tempfile
@@ -37,9 +36,6 @@ KEYS = [key_of(number) for number in range(6)]
 FILLERS = [key_of(number) for number in range(100, 180)]
 PROBE = key_of(999)
 
-FAST = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-"""Where a sync costs nothing: nothing here depends on one."""
-
 stores = st.integers(0, 1)
 ages = st.sampled_from([0.0, 600.0])
 some_keys = st.lists(st.sampled_from(KEYS), min_size=1, max_size=3, unique=True)
@@ -50,9 +46,12 @@ steps: collections.Counter[str] = collections.Counter()
 class StoreMachine(RuleBasedStateMachine):
     """A folder, two stores that have it open, and what they must find."""
 
+    place: Path
+    """Where folders are made."""
+
     @initialize(careful=st.booleans())
     def start(self, careful: bool) -> None:
-        self.root = Path(tempfile.mkdtemp(prefix="kalm-rag-stateful-", dir=FAST))
+        self.root = Path(tempfile.mkdtemp(dir=self.place))
         self.folder = self.root / "store-0"
         self.stores = [self.open(), self.open()]
         self.careful = careful
@@ -301,14 +300,15 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 def test_any_order_of_events(
-    monkeypatch: pytest.MonkeyPatch, scale: int, tally: Callable[[str, int, int], None]
+    fast_path: Path, monkeypatch: pytest.MonkeyPatch, scale: int, tally: Callable[[str, int, int], None]
 ) -> None:
+    monkeypatch.setattr(StoreMachine, "place", fast_path, raising=False)
     monkeypatch.setitem(strict_disk.SETTINGS, "disk_min_file_size", 4096)
     steps.clear()
     run_state_machine_as_test(
         StoreMachine,
         settings=settings(
-            max_examples=120 * scale,
+            max_examples=80 * scale,
             stateful_step_count=40,
             deadline=None,
             derandomize=True,
