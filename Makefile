@@ -17,7 +17,7 @@ bench: $(VENV)/.dev
 
 # The fault tests with large counts: at least 1,000 kills and 10,000 bit flips.
 faults: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest tests/test_faults.py --faults 85 --timeout 3600
+	$(VENV)/bin/python -m pytest tests/test_faults.py tests/test_store_*.py tests/test_power_loss.py --faults 85 --timeout 7200
 
 # The oldest transformers that pyproject.toml allows.
 test-lowest: $(VENV)-lowest/.ready
