@@ -249,8 +249,10 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(place=places, how=st.sampled_from(["flip", "cut", "remove", "empty", "swap"]))
     def damage_file(self, place: int, how: str) -> None:
+        if self.damaged:
+            return
         one, other = self.file_of(place), self.file_of(place // 7)
-        if self.damaged or one is None or other is None or not one[1].exists():
+        if one is None or other is None or not one[1].exists():
             return
         steps["damage of a value file"] += 1
         key, path = one
