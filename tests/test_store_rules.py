@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import os
 import shutil
+import sqlite3
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -217,3 +218,27 @@ def test_a_schema_that_is_no_text_is_an_error_of_the_store(tmp_path: Path, fix: 
     with contextlib.suppress(StoreError):
         store.check(fix=fix)
     store.close()
+
+
+@pytest.mark.parametrize("first", ["read", "write", "check --fix"])
+def test_a_database_whose_making_was_cut_off_is_rolled_back(tmp_path: Path, first: str) -> None:
+    """A loss of power while the database is made leaves a journal that the next process rolls back."""
+    folder = tmp_path / "store"
+    DiskStore(folder).put_many({})
+    making = tmp_path / "making.db"
+    with contextlib.closing(sqlite3.connect(making, isolation_level=None)) as connection:
+        connection.execute("PRAGMA cache_size = 1")
+        connection.execute("CREATE TABLE Settings ( key TEXT NOT NULL UNIQUE, value)")
+        connection.execute("BEGIN")
+        connection.executemany("INSERT INTO Settings VALUES (?, 1)", [(f"{n:01000}",) for n in range(40)])
+        for suffix in ("", "-wal", "-shm"):
+            (folder / f"cache.db{suffix}").unlink(missing_ok=True)
+        shutil.copy(making, folder / "cache.db")
+        shutil.copy(f"{making}-journal", folder / "cache.db-journal")
+    store = DiskStore(folder)
+    if first == "read":
+        assert store.get_many([key_of(0)]) == {}
+    elif first == "check --fix":
+        assert store.check(fix=True).entries == 0
+    assert store.put_many({key_of(0): b"x"}) == 1
+    assert store.get_many([key_of(0)]) == {key_of(0): b"x"}
