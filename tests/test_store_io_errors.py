@@ -32,11 +32,11 @@ def libfiu() -> str:
 
 @pytest.mark.skipif(os.name != "posix", reason="faults are injected into POSIX calls")
 @pytest.mark.parametrize("kind", ["python", "libc"])
-def test_io_errors(kind: str, tmp_path: Path, scale: int, tally: Callable[[str, int, int], None]) -> None:
+def test_io_errors(kind: str, fast_path: Path, scale: int, tally: Callable[[str, int, int], None]) -> None:
     if kind == "libc" and (reason := libfiu()):
         pytest.skip(reason)
     command = ["fiu-run", "-x"] if kind == "libc" else []
-    command += [sys.executable, KIT, kind, str(scale), str(tmp_path)]
+    command += [sys.executable, KIT, kind, str(scale), str(fast_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200 + 20 * scale)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
