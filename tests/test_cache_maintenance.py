@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import sqlite3
 import subprocess
@@ -478,3 +479,29 @@ class TestLocks:
         for thread in threads:
             thread.join()
         assert errors == []
+
+
+@pytest.mark.parametrize("content", [b"", bytes(64)])
+def test_a_manifest_that_a_loss_of_power_left_empty_heals(tmp_path: Path, content: bytes) -> None:
+    folder = tmp_path / "store"
+    for heal in (
+        lambda store: store.put_many({key_of(9): value_of(key_of(9), 100)}),
+        lambda store: store.check(fix=True),
+    ):
+        store, items = filled(folder, 3, 100)
+        store.close()
+        (folder / "kalm-rag-cache.json").write_bytes(content)
+        assert DiskStore(folder).get_many(list(items)) == items
+        assert "has lost its content" in DiskStore(folder).check().database
+        heal(DiskStore(folder))
+        assert DiskStore(folder).check().clean
+        assert json.loads((folder / "kalm-rag-cache.json").read_text())["format"] == 1
+
+
+def test_an_empty_manifest_does_not_make_another_program_s_database_ours(tmp_path: Path) -> None:
+    change(tmp_path, "CREATE TABLE theirs (x)")
+    (tmp_path / "kalm-rag-cache.json").write_bytes(b"")
+    for action in (lambda store: store.get_many([key_of(0)]), lambda store: store.put_many({key_of(0): b"x"})):
+        with pytest.raises(StoreError, match="which kalm-rag did not create"):
+            action(DiskStore(tmp_path))
+    assert (tmp_path / "kalm-rag-cache.json").read_bytes() == b""

@@ -12,7 +12,7 @@ from typing import Any
 
 from kalm_rag.cache import database
 from kalm_rag.cache.database import DATABASE
-from kalm_rag.cache.folder import MANIFEST_PART, read_manifest
+from kalm_rag.cache.folder import MANIFEST, MANIFEST_PART, is_cut_off, read_manifest, write_manifest
 from kalm_rag.cache.frame import FrameError, unpack
 from kalm_rag.cache.store import CheckReport, Store, StoreError
 from kalm_rag.cache.strict_disk import FILE_PATTERN, StrictDisk
@@ -56,8 +56,12 @@ def check_folder(
     Raises:
         StoreError: the folder is not ours, or something in it cannot be read or written; nothing was removed then.
     """
-    read_manifest(folder)
     try:
+        if is_cut_off(folder):
+            if not fix:
+                return CheckReport(0, 0, 0, 0, 0, f"{MANIFEST} has lost its content")
+            write_manifest(folder)
+        read_manifest(folder)
         return _check(folder, fix, secret, orphan_age, make_store)
     except (sqlite3.Error, OSError) as error:
         msg = f"the check of the cache in {folder} stopped, and nothing was removed: {type(error).__name__}: {error}"
@@ -67,13 +71,18 @@ def check_folder(
 def _check(
     folder: Path, fix: bool, secret: bytes | None, orphan_age: float, make_store: Callable[[int | None], Store]
 ) -> CheckReport:
+    if fix:
+        _roll_back(folder)
+    elif database.is_being_made(folder):
+        return CheckReport(0, 0, 0, 0, 0, "a crash interrupted its creation, or a process is creating it now")
     damage = _damage(folder)
     if not damage and not _has_tables(folder):
         return CheckReport(0, 0, 0, 0, 0)
     if damage and not fix:
         return CheckReport(0, 0, 0, 0, 0, damage)
     quarantine, salvaged = None, 0
-    if damage and not _mended(folder):
+    # What a faulty disk reads once may be sound: a database is moved only if it is found damaged each time.
+    if damage and not _mended(folder) and _damage(folder):
         quarantine, salvaged = _rebuild(folder, secret, make_store)
     disk = StrictDisk(str(folder))
     found = _Found()
@@ -195,6 +204,16 @@ def _locked(folder: Path) -> Iterator[sqlite3.Connection]:
         connection.execute("COMMIT")
 
 
+def _roll_back(folder: Path) -> None:
+    """Let SQLite undo what a crash left half done, which a reader may not."""
+    try:
+        with contextlib.closing(database.connect(folder)) as connection:
+            connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+        if isinstance(error, sqlite3.DatabaseError) and not database.is_damaged(error):
+            raise
+
+
 def _damage(folder: Path) -> str:
     """What SQLite finds wrong with the database, empty if nothing."""
     try:
@@ -213,6 +232,9 @@ def _has_tables(folder: Path) -> bool:
 
 def _integrity(connection: sqlite3.Connection) -> str:
     (first,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
+    # SQLite also lists pages that it could not read; that is a fault of the disk, unless its code is that of damage.
+    if "unable to get the page" in str(first) and "error code=11" not in str(first):
+        raise sqlite3.OperationalError(str(first))
     return "" if first == "ok" else str(first)
 
 
@@ -247,7 +269,7 @@ def _rebuild(folder: Path, secret: bytes | None, make_store: Callable[[int | Non
     limit = _limit_of(folder)
     try:
         aside.mkdir(mode=0o700)
-        for name in (DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm"):
+        for name in (DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm", f"{DATABASE}-journal"):
             with contextlib.suppress(FileNotFoundError):
                 (folder / name).rename(aside / name)
     except OSError as error:

@@ -66,7 +66,7 @@ def connect(folder: Path, options: str = "mode=rw") -> sqlite3.Connection:
         StoreError: a file of the database is a link or a special file.
         sqlite3.Error: it cannot be opened.
     """
-    for name in (DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm"):
+    for name in (DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm", f"{DATABASE}-journal"):
         refuse_special(folder / name)
     connection = sqlite3.connect(
         f"{(folder / DATABASE).as_uri()}?{options}",
@@ -163,7 +163,11 @@ def inspect(connection: sqlite3.Connection) -> None:
     """
     from diskcache.core import DEFAULT_SETTINGS, METADATA
 
-    found = {tuple(row) for row in connection.execute("SELECT type, name, sql FROM sqlite_master").fetchall()}
+    try:
+        found = {tuple(row) for row in connection.execute("SELECT type, name, sql FROM sqlite_master").fetchall()}
+    except UnicodeDecodeError as error:  # SQLite quotes the damaged text in its message, which is no text either
+        msg = "malformed database schema"
+        raise sqlite3.DatabaseError(msg) from error
     strange = found - SCHEMA
     if strange and strange - _installed_schema():
         kind, name, _ = min(strange, key=str)
@@ -190,6 +194,11 @@ def _installed_schema() -> frozenset[tuple[str, str, str | None]]:
             pass
         with contextlib.closing(sqlite3.connect(Path(folder) / DATABASE)) as connection:
             return frozenset(connection.execute("SELECT type, name, sql FROM sqlite_master").fetchall())
+
+
+def is_being_made(folder: Path) -> bool:
+    """Whether another process is creating the database, or was killed while it did. Later on there is no journal."""
+    return (folder / f"{DATABASE}-journal").exists()
 
 
 def is_complete(connection: sqlite3.Connection) -> bool:

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from kalm_rag.cache import database
 from kalm_rag.cache.database import DATABASE
-from kalm_rag.cache.folder import MANIFEST, read_manifest, refuse_network, who_else_may_write, write_manifest
+from kalm_rag.cache.folder import (
+    MANIFEST,
+    is_cut_off,
+    read_manifest,
+    refuse_network,
+    who_else_may_write,
+    write_manifest,
+)
 from kalm_rag.cache.keys import KEY_PATTERN
 from kalm_rag.cache.store import CheckReport, StoreError, StoreStats
 from kalm_rag.paths import user_path
@@ -271,9 +278,12 @@ class DiskStore:
             if not self._forced_read_only and not self.folder.exists():
                 return CheckReport(0, 0, 0, 0, 0)
             self._refuse_missing()
-        if fix and (self._forced_read_only or self._cannot_write()):
-            msg = f"the cache in {self.folder} is read-only and cannot be fixed"
-            raise StoreError(msg)
+        try:
+            if fix and (self._forced_read_only or self._cannot_write()):
+                msg = f"the cache in {self.folder} is read-only and cannot be fixed"
+                raise StoreError(msg)
+        except OSError as error:
+            raise StoreError(database.explain(error, self.folder)) from error
         return check_folder(
             self.folder,
             fix=fix,
@@ -331,6 +341,8 @@ class DiskStore:
                 self._refuse_missing()
                 return None
             self._check_place()
+            if database.is_being_made(self.folder):
+                return None
             self._reader, live = database.connect_reading(self.folder)
         except Exception as error:
             message = database.explain(error, self.folder)
@@ -426,7 +438,7 @@ class DiskStore:
         if not os.access(self.folder, os.R_OK | os.X_OK):
             msg = f"cannot open the cache in {self.folder}: this user may not read it"
             raise StoreError(msg)
-        if self._file() is not None:
+        if self._file() is not None and not is_cut_off(self.folder):
             read_manifest(self.folder)
         writers = None if self.authenticated else who_else_may_write(self.folder)
         if writers:
@@ -451,7 +463,9 @@ class DiskStore:
         with contextlib.suppress(FileExistsError):
             self.folder.mkdir(mode=0o700)
         names = os.listdir(self.folder)
-        if MANIFEST not in names:
+        if MANIFEST in names and is_cut_off(self.folder):
+            self._heal_manifest()
+        elif MANIFEST not in names:
             if any(name.endswith((".val", ".db")) for name in names):
                 read_manifest(self.folder)  # another process may have made it a moment ago; if not, it is foreign
             else:
@@ -463,6 +477,13 @@ class DiskStore:
                 # diskcache waits a minute for a lock when it opens a folder; find out sooner.
                 connection.execute("BEGIN IMMEDIATE")
                 connection.execute("ROLLBACK")
+
+    def _heal_manifest(self) -> None:
+        """Write a manifest again that a loss of power left without content, if the database beside it is ours."""
+        if self._file() is not None:
+            with contextlib.closing(database.connect(self.folder)) as connection:
+                database.inspect(connection)
+        write_manifest(self.folder)
 
     def _diskcache(self) -> StrictCache:
         from kalm_rag.cache.strict_disk import SETTINGS, StrictCache, StrictDisk

@@ -27,11 +27,24 @@ def write_manifest(folder: Path) -> None:
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             json.dump({"what": "encoded passages of kalm-rag", "format": FORMAT}, file)
+            file.flush()
+            os.fsync(file.fileno())  # else a loss of power may keep the name and lose the content
         os.chmod(name, 0o644)  # the folder's mode decides who may read; mkstemp's would keep out whom the user lets in
         os.replace(name, folder / MANIFEST)
     except BaseException:
         os.unlink(name)
         raise
+
+
+def is_cut_off(folder: Path) -> bool:
+    """Whether the manifest has its name and no content, as a loss of power may leave it."""
+    path = folder / MANIFEST
+    refuse_special(path)
+    try:
+        with path.open("rb") as file:
+            return not file.read(65_536).strip(b"\0")
+    except FileNotFoundError:
+        return False
 
 
 def read_manifest(folder: Path) -> None:
