@@ -11,6 +11,7 @@ a hook before that layer lets it run on one token (`only_the_last`).
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -188,6 +189,11 @@ def only_the_last(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     last = key_values.last
     place = torch.arange(len(last), device=last.device)
     return (hidden[place, last][:, None], (cos[0, last][:, None], sin[0, last][:, None]), *rest), kwargs
+
+
+def cache_argument(decoder: Any) -> str:
+    """What this version of transformers calls the cache in a decoder's forward: 5.24 renamed it."""
+    return "cache" if "cache" in inspect.signature(type(decoder).forward).parameters else "past_key_values"
 
 
 def install(decoder: Any) -> None:

@@ -100,7 +100,7 @@ def _attend(
     if mask is None:
         scores = torch.bmm(rows, columns).mul_(scale)
     else:
-        bias = torch.zeros(mask.shape).masked_fill_(~mask, _UNSEEN)
+        bias = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_fill_(~mask, _UNSEEN)
         bias = bias.expand(-1, heads, -1, -1).reshape(len(rows), -1, seen)
         scores = torch.baddbmm(bias, rows, columns, alpha=scale)
     weights = torch.softmax(scores, dim=-1).to(value.dtype)

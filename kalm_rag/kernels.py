@@ -1,16 +1,20 @@
 """The same arithmetic in fewer and faster steps, on a CPU.
 
-torch multiplies float32 matrices through MKL, which leaves AVX-512 unused on AMD processors. oneDNN, which torch brings
-along for bfloat16, uses it, and takes an activation or a gate into the same pass; its operators are the ones that
-torch.compile emits. `speed_up` puts them behind the modules of a loaded model, each checked against what it replaces.
+torch multiplies float32 matrices through MKL, which leaves AVX-512 unused on AMD processors. oneDNN, which torch
+includes for bfloat16, uses it, and takes an activation or a gate into the same pass; its operators are the ones that
+torch.compile emits. Which of the two is faster depends on the CPU: `speed_up` measures both, and uses oneDNN only where
+it is faster and gives the same numbers.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import platform
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +29,15 @@ _ROWS = 512
 """For how many rows oneDNN lays out a matrix; it multiplies any number of them."""
 
 _TINY = torch.finfo(torch.float32).tiny
+
+_MEASURED_ROWS = {"encoder": 256, "decoder": 64}
+"""Rows of the products that are measured: enough that more rows give the same answer. A query has few of them."""
+
+_LEAST_GAIN = 0.97
+"""A replacement must take at most this share of the original's time; otherwise the original stays."""
+
+_FEWEST, _MOST_SECONDS = 4, 0.1
+"""Fewest repetitions of a measurement, and when it ends at the latest."""
 
 
 class Matrix:
@@ -84,6 +97,33 @@ class NarrowMatrix(Matrix):
         return super().product(data).float()
 
 
+class WideMatrix:
+    """A matrix kept in bfloat16 and multiplied in float32, for a CPU that multiplies bfloat16 slowly.
+
+    It is brought to float32 at each use: compared with the product that costs little, and it takes half the memory.
+
+    Args:
+        linear: the layer.
+
+    Attributes:
+        tolerance: as of `Matrix`; the original is in float32 as well.
+    """
+
+    tolerance = 1e-5
+
+    def __init__(self, linear: nn.Linear) -> None:
+        self._weight = linear.weight.detach()
+        self._bias = None if linear.bias is None else linear.bias.detach().float()
+
+    def input(self, data: torch.Tensor) -> torch.Tensor:
+        """The input as it is, in float32."""
+        return data
+
+    def product(self, data: torch.Tensor) -> torch.Tensor:
+        """`data @ weight.T`, and a bias if there is one, in float32."""
+        return nn.functional.linear(data, self._weight.float(), self._bias)
+
+
 class Int8Matrix:
     """A matrix in 8 bits, with one scale per output. Input is brought to 8 bits as it comes, with one scale for all.
 
@@ -103,7 +143,7 @@ class Int8Matrix:
         self._scales = weight.abs().amax(dim=1).clamp_min(_TINY) / 127
         rounded = (weight / self._scales[:, None]).round().to(torch.int8)
         self._packed = torch.ops.onednn.qlinear_prepack(rounded, [_ROWS, weight.shape[1]])
-        self._zeros = torch.zeros(len(weight), dtype=torch.int64)
+        self._zeros = torch.zeros(len(weight), dtype=torch.int64, device="cpu")
 
     def input(self, data: torch.Tensor) -> Any:
         """The input in 8 bits, its scale, and the number that stands for zero."""
@@ -173,11 +213,110 @@ class Matrices:
 
 def has_exact_int8() -> bool:
     """Whether sums of 8-bit products are exact: without VNNI instructions, pairs of large products overflow."""
-    linear = nn.Linear(64, 16, bias=False)
+    linear = nn.Linear(64, 16, bias=False, device="cpu", dtype=torch.float32)
     nn.init.ones_(linear.weight)
     matrix = Int8Matrix(linear)
-    largest = torch.full((3, 64), 255, dtype=torch.uint8)
+    largest = torch.full((3, 64), 255, dtype=torch.uint8, device="cpu")
     return bool((matrix.product((largest, 1.0, 0)) - 255 * 64).abs().max() < 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What was measured on this machine, and what is used.
+
+    Attributes:
+        what: the products.
+        used: the name of what runs them.
+        seconds: the shortest time of each, by name.
+        spent: seconds that it took to find out.
+    """
+
+    what: str
+    used: str
+    seconds: Mapping[str, float]
+    spent: float
+
+    def __str__(self) -> str:
+        """For a log line."""
+        times = ", ".join(f"{name} {1e6 * value:.0f} us" for name, value in self.seconds.items())
+        return f"{self.what}: {self.used} ({times})"
+
+
+_choices: dict[tuple[Any, ...], Choice] = {}
+_choosing = threading.RLock()
+"""Guards `_choices`, and lets one thread measure at a time."""
+
+
+def choices() -> list[Choice]:
+    """What this process has measured so far, in that order."""
+    with _choosing:
+        return list(_choices.values())
+
+
+def _shortest(actions: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """The shortest time of each action.
+
+    Actions take turns, so that other load on the machine meets all of them. A time counts once it is reached twice: on
+    a busy machine a short time is that of the action, a long one that of the others. What is not settled by
+    `_MOST_SECONDS` is compared as it is.
+    """
+    times: dict[str, list[float]] = {name: [] for name in actions}
+    for action in actions.values():
+        action()  # The first call prepares its kernel.
+    start = time.perf_counter()
+    while time.perf_counter() - start < _MOST_SECONDS:
+        for name, action in actions.items():
+            before = time.perf_counter()
+            action()
+            times[name].append(time.perf_counter() - before)
+        if all(_is_settled(sorted(found)) for found in times.values()):
+            break
+    return {name: min(found) for name, found in times.items()}
+
+
+def _is_settled(times: list[float]) -> bool:
+    """Whether the shortest time was reached again; times come in order."""
+    return len(times) >= _FEWEST and times[1] <= 1.03 * times[0]
+
+
+def _random(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """Random input, the same each time, whose making leaves the random numbers of others as they are."""
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    return torch.randn(rows, width, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 at least as fast as float32; measured once per process.
+
+    A CPU with the instructions is at least 1.5 times as fast in bfloat16, one without is up to 200 times slower. What
+    the CPU says about itself is not asked: oneDNN can be limited to older instructions, and a virtual machine can hide
+    them.
+    """
+    key = ("bfloat16", torch.get_num_threads())
+    with _choosing:
+        if key not in _choices:
+            start = time.perf_counter()
+            with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+                seconds = _shortest({name: _product(getattr(torch, name)) for name in ("float32", "bfloat16")})
+            used = min(seconds, key=lambda name: seconds[name])
+            _choices[key] = Choice("products of bfloat16 matrices", used, seconds, time.perf_counter() - start)
+        return _choices[key].used == "bfloat16"
+
+
+def _product(dtype: torch.dtype) -> Callable[[], object]:
+    """A product of the size of a small layer's, by oneDNN in bfloat16 where it can, otherwise by torch."""
+    linear = nn.Linear(512, 512, bias=False, device="cpu", dtype=dtype)
+    linear.weight.data = _random(512, 512, dtype)
+    rows = _random(64, 512, dtype)
+    if dtype == torch.bfloat16:
+        try:
+            matrix = Matrix(linear)
+            matrix.product(rows)
+        except (RuntimeError, AttributeError):
+            logger.debug("oneDNN does not multiply bfloat16 on this CPU")
+        else:
+            return lambda: matrix.product(rows)
+    return lambda: linear(rows)
 
 
 def int8_matrices() -> Matrices:
@@ -185,9 +324,7 @@ def int8_matrices() -> Matrices:
 
     In queries, keys and values they would by themselves: attention turns their rounding into other weights.
     """
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    fast_bfloat16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    return Matrices(NarrowMatrix if fast_bfloat16 else Matrix, RowInt8Matrix, Int8Matrix, RowInt8Matrix)
+    return Matrices(NarrowMatrix if has_fast_bfloat16() else Matrix, RowInt8Matrix, Int8Matrix, RowInt8Matrix)
 
 
 class FastLinear(nn.Module):
@@ -238,14 +375,18 @@ class FastRMSNorm(nn.Module):
         return torch.mul(wide, inverse).mul_(self.scale).to(data.dtype)
 
 
-def speed_up(model: Any, *, int8: bool = False) -> None:
-    """On a CPU, replace the encoder's attention, and modules of encoder and decoder wherever the replacement agrees.
+def speed_up(model: Any, *, int8: bool = False) -> torch.dtype:
+    """On a CPU, replace the encoder's attention, and modules of encoder and decoder where that is faster and agrees.
 
-    Modules are replaced on x86 alone; on other processors nothing of this was measured.
+    Matrices are replaced only on x86; other processors were not measured. A bfloat16 model on a CPU that multiplies
+    bfloat16 slowly is brought to float32 activations on any processor.
 
     Args:
         model: `T5Gemma2ForConditionalGeneration` in evaluation mode, in float32 or bfloat16.
         int8: bring the decoder's matrices to 8 bits, see `int8_matrices`.
+
+    Returns:
+        The dtype of the model's activations.
 
     Raises:
         RuntimeError: torch cannot multiply 8-bit matrices on this machine. Of other modules, the original stays.
@@ -253,60 +394,162 @@ def speed_up(model: Any, *, int8: bool = False) -> None:
     """
     encoder, decoder = model.get_encoder(), model.get_decoder()
     install(encoder)
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        if int8:
-            msg = f"8-bit matrices are for x86 processors, this is {platform.machine()}"
-            raise RuntimeError(msg)
-        return
+    dtype: torch.dtype = next(decoder.parameters()).dtype
+    before = len(choices())
+    wide = dtype == torch.bfloat16 and not has_fast_bfloat16()
+    on_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    if int8 and not on_x86:
+        msg = f"8-bit matrices are for x86 processors, this is {platform.machine()}"
+        raise RuntimeError(msg)
     if int8 and not has_exact_int8():
         msg = "it has no instructions (VNNI) for exact sums of 8-bit products"
         raise RuntimeError(msg)
-    stay = _replace(encoder, Matrices()) + _replace(decoder, int8_matrices() if int8 else Matrices())
+    if not on_x86 and not wide:
+        return dtype
+    replacer = _Replacer(wide=wide, onednn=on_x86)
+    stay = replacer.run(encoder, Matrices(), "encoder")
+    stay += replacer.run(decoder, int8_matrices() if int8 else Matrices(), "decoder", measured=not int8)
     if int8 and any(isinstance(module, nn.Linear) and module.bias is None for module in decoder.modules()):
         msg = "8-bit products cannot be had, or are not near the float ones"
         raise RuntimeError(msg)
     if stay:
-        logger.info("oneDNN gives no numbers or other numbers for %d modules: these run as transformers has them", stay)
+        logger.info("%d modules differ under oneDNN, or it does not run them: they keep their implementation", stay)
+    measured = choices()[before:]
+    if measured:
+        spent = 1000 * sum(choice.spent for choice in measured)
+        logger.info("products measured in %.0f ms: %s", spent, "; ".join(map(str, measured)))
+    if wide:
+        _widen_embeddings(encoder, decoder)
+        _warn_of_slow_bfloat16()
+        return torch.float32
+    return dtype
 
 
-def _replace(module: nn.Module, matrices: Matrices) -> int:
-    """Replace what is below a module; returns for how many of the smallest modules this was not possible."""
-    stay = 0
-    for name, child in module.named_children():
-        make, width = _counterpart(name, child, matrices)
-        fast = None if make is None else _checked(make, child, width)
-        if fast is not None:
-            setattr(module, name, fast)
-        elif make is None or any(True for _ in child.children()):
-            stay += _replace(child, matrices)
-        else:
-            stay += 1
-    return stay
+def _widen_embeddings(*parts: Any) -> None:
+    """Look tokens up, and scale them, in bfloat16, as everywhere else; what follows is float32."""
+    for part in parts:
+        for module in part.modules():
+            if isinstance(module, nn.Embedding):
+                module.register_forward_hook(_widen)
 
 
-def _counterpart(name: str, module: Any, matrices: Matrices) -> tuple[Callable[[], Any] | None, int]:
-    """How to make what may replace a module, and the width of its input."""
-    if isinstance(module, nn.Linear) and module.bias is None:
-        kind = matrices.projection if name in ("q_proj", "k_proj", "v_proj") else matrices.output
-        return lambda: FastLinear(module, kind), module.in_features
+def _widen(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
+    return output.float()
+
+
+_warned = threading.Event()
+
+
+def _warn_of_slow_bfloat16() -> None:
+    """Say it once per process."""
+    if _warned.is_set():
+        return
+    _warned.set()
+    logger.warning(
+        "this CPU multiplies bfloat16 more slowly than float32: with dtype='bfloat16', weights and states stay in "
+        "bfloat16 (half the memory) and products are computed in float32; dtype='float32' is as fast and more exact"
+    )
+
+
+class _Replacer:
+    """Replaces modules by faster ones that agree.
+
+    Args:
+        wide: every matrix becomes a `WideMatrix`.
+        onednn: oneDNN's products may be used.
+    """
+
+    def __init__(self, *, wide: bool, onednn: bool) -> None:
+        self._wide = wide
+        self._onednn = onednn
+
+    def run(self, module: nn.Module, matrices: Matrices, part: str, *, measured: bool = True) -> int:
+        """Replace what is below a module.
+
+        Args:
+            module: whose children are replaced.
+            matrices: by what.
+            part: `encoder` or `decoder`, see `_MEASURED_ROWS`.
+            measured: whether products are replaced only where that is faster.
+
+        Returns:
+            For how many of the smallest modules no replacement agrees.
+        """
+        stay = 0
+        for name, child in module.named_children():
+            make, width = self._counterpart(name, child, matrices)
+            key = self._key(child, part) if measured and make is not None else None
+            if key is not None and _is_stock(key):
+                continue
+            fast = None if make is None else _checked(make, child, width, wide=self._wide)
+            if fast is not None:
+                if key is None or _is_faster(key, child, fast, width):
+                    setattr(module, name, fast)
+            elif make is None or any(True for _ in child.children()):
+                stay += self.run(child, matrices, part, measured=measured)
+            else:
+                stay += 1
+        return stay
+
+    def _counterpart(self, name: str, module: Any, matrices: Matrices) -> tuple[Callable[[], Any] | None, int]:
+        """How to make what may replace a module, and the width of its input."""
+        if isinstance(module, nn.Linear) and self._wide:
+            return lambda: FastLinear(module, WideMatrix), module.in_features
+        if self._onednn and isinstance(module, nn.Linear) and module.bias is None:
+            kind = matrices.projection if name in ("q_proj", "k_proj", "v_proj") else matrices.output
+            return lambda: FastLinear(module, kind), module.in_features
+        if self._onednn and not self._wide and _is_mlp(module):
+            return lambda: FastMLP(module, matrices), module.gate_proj.in_features
+        if self._onednn and type(module).__name__.endswith("RMSNorm") and hasattr(module, "eps"):
+            return lambda: FastRMSNorm(module), len(module.weight)
+        return None, 0
+
+    def _key(self, module: Any, part: str) -> tuple[Any, ...] | None:
+        """What decides which product is faster, or None where nothing is chosen."""
+        if self._wide or not (isinstance(module, nn.Linear) or _is_mlp(module)):
+            return None
+        first = module if isinstance(module, nn.Linear) else module.gate_proj
+        kind = "matrix" if first is module else "feed-forward network"
+        return part, kind, first.in_features, first.out_features, first.weight.dtype, torch.get_num_threads()
+
+
+def _is_mlp(module: Any) -> bool:
     parts = [getattr(module, part, None) for part in ("gate_proj", "up_proj", "down_proj")]
-    if all(isinstance(part, nn.Linear) and part.bias is None for part in parts):
-        return lambda: FastMLP(module, matrices), module.gate_proj.in_features
-    if type(module).__name__.endswith("RMSNorm") and hasattr(module, "eps"):
-        return lambda: FastRMSNorm(module), len(module.weight)
-    return None, 0
+    return all(isinstance(part, nn.Linear) and part.bias is None for part in parts)
 
 
-def _checked(make: Callable[[], Any], module: Any, width: int) -> nn.Module | None:
+def _is_stock(key: tuple[Any, ...]) -> bool:
+    """Whether torch's own product is already known to be the faster one."""
+    with _choosing:
+        return key in _choices and _choices[key].used == "torch"
+
+
+def _is_faster(key: tuple[Any, ...], module: Any, fast: Any, width: int) -> bool:
+    """Whether a replacement is faster, measured once per process for all modules of one shape."""
+    with _choosing:
+        if key not in _choices:
+            part, kind, inputs, outputs, dtype, _ = key
+            data = _random(_MEASURED_ROWS[part], width, dtype)
+            start = time.perf_counter()
+            with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+                seconds = _shortest({"torch": lambda: module(data), "oneDNN": lambda: fast(data)})
+            used = "oneDNN" if seconds["oneDNN"] <= _LEAST_GAIN * seconds["torch"] else "torch"
+            name = str(dtype).removeprefix("torch.")
+            what = f"{part}, {kind} {inputs}x{outputs} in {name}"
+            _choices[key] = Choice(what, used, seconds, time.perf_counter() - start)
+        return _choices[key].used == "oneDNN"
+
+
+def _checked(make: Callable[[], Any], module: Any, width: int, *, wide: bool) -> nn.Module | None:
     """The replacement of a module, if it gives the same numbers on random input."""
-    dtype = next(module.parameters()).dtype
-    data = torch.randn(3, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    original = copy.deepcopy(module).float() if wide else module
+    data = _random(3, width, next(original.parameters()).dtype)
     try:
         fast: Any = make()
         with torch.inference_mode(), torch.autocast("cpu", enabled=False):
-            ours, original = fast(data).float(), module(data).float()
+            ours, expected = fast(data).float(), original(data).float()
     except (RuntimeError, AttributeError) as error:
         logger.debug("no replacement for %s: %s", type(module).__name__, error)
         return None
-    limit = fast.tolerance * float(original.abs().max())
-    return fast if float((ours - original).abs().max()) <= limit else None
+    limit = fast.tolerance * float(expected.abs().max())
+    return fast if float((ours - expected).abs().max()) <= limit else None

@@ -41,8 +41,9 @@ class LoadedModel:
         model: `T5Gemma2ForConditionalGeneration` without its vision tower, in evaluation mode.
         tokenizer: its tokenizer.
         device: where it runs.
-        dtype: what it computes in.
+        dtype: what weights and states are kept in.
         int8: whether the decoder's matrices are int8 where `kalm_rag.kernels` says; everything else is `dtype`.
+        computes: what activations are in, if not in `dtype`: float32 on a CPU that multiplies bfloat16 slowly.
     """
 
     model: Any
@@ -50,14 +51,41 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
     int8: bool = False
+    computes: torch.dtype | None = None
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
-        """Without gradients, and in the model's own precision whatever a caller's autocast says."""
+        """Without gradients, in the model's own precision and on its device, whatever the caller's defaults are."""
         import torch
 
-        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode())
+            stack.enter_context(torch.autocast(self.device.type, enabled=False))
+            if torch.get_default_device() not in (torch.device("cpu"), self.device):
+                # transformers makes tensors without naming a device.
+                stack.enter_context(self.device)
             yield
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What activations are in.
+
+        Where it is wider than `dtype`, states are computed in float32 from the same bfloat16 weights and then rounded.
+        They differ from states that were computed in bfloat16 by less than those differ from one batch size or CPU to
+        another, so both are the same entries of a cache.
+        """
+        return self.computes or self.dtype
+
+    @property
+    def attention_dtype(self) -> torch.dtype:
+        """What a query's attention multiplies prefilled keys and values in."""
+        import torch
+
+        if self.device.type != "cpu" or self.prefill_dtype != torch.bfloat16:
+            return self.prefill_dtype
+        from kalm_rag.kernels import has_fast_bfloat16
+
+        return torch.bfloat16 if has_fast_bfloat16() else torch.float32
 
     @property
     def prefill_dtype(self) -> torch.dtype:
@@ -182,23 +210,39 @@ def load_model(
             delattr(encoder, name)
     model = model.to(device).eval()
     model.requires_grad_(False)
+    computes = dtype
     if fast and device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
-        _speed_up(model, int8=int8)
+        computes = _speed_up(model, int8=int8)
     logger.info("loaded %s on %s in %s", checkpoint.name, device, "int8" if int8 else dtype)
-    return LoadedModel(model, tokenizer, device, dtype, int8)
+    return LoadedModel(model, tokenizer, device, dtype, int8, computes)
 
 
-def _speed_up(model: Any, *, int8: bool) -> None:
+def _speed_up(model: Any, *, int8: bool) -> torch.dtype:
+    """Install the faster modules; returns the dtype of the model's activations."""
     from kalm_rag.kernels import speed_up
 
     try:
         with quiet_transformers():
-            speed_up(model, int8=int8)
+            return speed_up(model, int8=int8)
     except (RuntimeError, AttributeError) as error:
         if not int8:
             raise
-        msg = f"torch {metadata.version('torch')} cannot run int8 matrices on this machine ({error}): use bfloat16"
+        msg = (
+            f"torch {metadata.version('torch')} cannot run dtype='int8' on this machine ({error}): {_instead_of_int8()}"
+        )
         raise ValueError(msg) from error
+
+
+def _instead_of_int8() -> str:
+    """What helps on a machine that cannot run int8 matrices."""
+    from kalm_rag.kernels import has_fast_bfloat16
+
+    if has_fast_bfloat16():
+        return "use dtype='bfloat16'"
+    return (
+        "use dtype='float32', the fastest here; bfloat16 is not faster on this CPU. To save memory and disk, keep "
+        "passages in 8 bits with prefill_storage='int8' and PassageCache(..., storage='int8')"
+    )
 
 
 def _text_tensors(checkpoint: Checkpoint) -> dict[str, Any]:

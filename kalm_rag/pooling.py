@@ -50,8 +50,9 @@ class PassageStates:
         import torch
 
         starts = range(0, self.tokens, self.ratio)
-        sizes = torch.tensor([min(self.ratio, self.tokens - start) for start in starts], dtype=torch.float32)
-        merged = mean_groups(self.states, sizes.to(self.states.device), ratio // self.ratio)
+        sizes = [min(self.ratio, self.tokens - start) for start in starts]
+        weights = torch.tensor(sizes, dtype=torch.float32, device="cpu").to(self.states.device)
+        merged = mean_groups(self.states, weights, ratio // self.ratio)
         return PassageStates(merged, self.tokens, ratio, self.truncated)
 
 

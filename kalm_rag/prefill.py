@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from kalm_rag.attention import KeyValues, PrefillUnsupportedError, install
+from kalm_rag.attention import KeyValues, PrefillUnsupportedError, cache_argument, install
 from kalm_rag.batching import launch_tokens, plan, run_halving
 from kalm_rag.cache.frame import Frame, FrameError, pack_tensor, quantise
 from kalm_rag.loading import LoadedModel
 from kalm_rag.pooling import PassageStates
 from kalm_rag.prompts import Prompt, Prompts
-from kalm_rag.scoring import YesNoHead, right_pad_states, to_device
+from kalm_rag.scoring import YesNoHead, host_integers, right_pad_states, to_device
 from kalm_rag.settings import Settings
 
 if TYPE_CHECKING:
@@ -155,6 +155,8 @@ class PrefillScorer:
         self._head = YesNoHead(loaded)
         self._verified = False
         self._rooms: dict[torch.dtype, torch.Tensor] = {}
+        self._cache_argument = cache_argument(self._decoder)
+        self._attention_dtype = loaded.attention_dtype
         install(self._decoder)
 
     @property
@@ -208,13 +210,13 @@ class PrefillScorer:
         with self._loaded.computing():
             states, mask = right_pad_states([passage.states for passage in passages], loaded)
             cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-            ids = to_device(torch.tensor([beginning.ids]), loaded.device).expand(len(passages), -1)
+            ids = to_device(host_integers([beginning.ids]), loaded.device).expand(len(passages), -1)
             self._decoder(
                 input_ids=ids,
                 encoder_hidden_states=states,
                 encoder_attention_mask=mask,
-                past_key_values=cache,
                 use_cache=True,
+                **{self._cache_argument: cache},
             )
             layers = list(zip(cache.self_attention_cache.layers, cache.cross_attention_cache.layers, strict=True))
             found = []
@@ -264,13 +266,13 @@ class PrefillScorer:
     def _forward(self, skip: int, pairs: Sequence[WarmPair]) -> list[float]:
         import torch
 
-        device, dtype = self._loaded.device, self._loaded.dtype
+        device, dtype = self._loaded.device, self._loaded.compute_dtype
         with self._loaded.computing():
             rows = [pair.prompt.ids[skip:] for pair in pairs]
             lengths = [len(row) for row in rows]
             new = max(lengths)
             embeddings = self._embed(rows, new)
-            last = to_device(torch.tensor(lengths) - 1, device)
+            last = to_device(host_integers(lengths) - 1, device)
             key_values = self._key_values(skip, new, last, [pair.passage for pair in pairs])
             nothing = torch.empty(len(pairs), 0, self._config.hidden_size, device=device, dtype=dtype)
             own = torch.empty(1, 1, new, new, device=device, dtype=torch.bool)
@@ -282,9 +284,9 @@ class PrefillScorer:
                 attention_mask={"full_attention": own, "sliding_attention": own},
                 encoder_hidden_states=nothing,
                 encoder_attention_mask={"full_attention": none},
-                past_key_values=self._no_passage(len(pairs)),
                 use_cache=True,
                 key_values=key_values,
+                **{self._cache_argument: self._no_passage(len(pairs))},
             ).last_hidden_state
             if len(key_values.used) != self._config.num_hidden_layers:
                 msg = "this version of transformers does not hand arguments on to the attention function"
@@ -302,7 +304,7 @@ class PrefillScorer:
 
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         layers, kv_heads, width = self.shape
-        empty = torch.empty(batch, kv_heads, 0, width, device=self._loaded.device, dtype=self._loaded.dtype)
+        empty = torch.empty(batch, kv_heads, 0, width, device=self._loaded.device, dtype=self._loaded.compute_dtype)
         for layer in range(layers):
             cache.cross_attention_cache.update(empty, empty, layer)
             cache.is_updated[layer] = True
@@ -310,11 +312,9 @@ class PrefillScorer:
 
     def _embed(self, rows: Sequence[Sequence[int]], new: int) -> torch.Tensor:
         """Embeddings of the new tokens, shape `(batch, new, width)`; equal rows are looked up once."""
-        import torch
-
         unique = list(dict.fromkeys(tuple(row) for row in rows))
         pad = self._loaded.tokenizer.pad_id
-        ids = to_device(torch.tensor([[*row, *[pad] * (new - len(row))] for row in unique]), self._loaded.device)
+        ids = to_device(host_integers([[*row, *[pad] * (new - len(row))] for row in unique]), self._loaded.device)
         found: torch.Tensor = self._decoder.get_input_embeddings()(ids)
         if len(unique) == 1:
             return found.expand(len(rows), -1, -1)
@@ -327,7 +327,7 @@ class PrefillScorer:
         layers, kv_heads, width = self.shape
         positions = max(passage.positions for passage in passages)
         shape = (2, layers, len(passages), kv_heads, positions + new, width)
-        both = self._scratch(shape, self._loaded.prefill_dtype)
+        both = self._scratch(shape, self._attention_dtype)
         for row, passage in enumerate(passages):
             place = both[:, :, row, :, : passage.positions]
             if passage.scales is None:
@@ -343,7 +343,7 @@ class PrefillScorer:
     @property
     def _widens(self) -> bool:
         """Whether keys are brought to float32 for exact scores, as the fused kernel of other devices does inside."""
-        return self._loaded.device.type == "cpu" and self._loaded.prefill_dtype.itemsize < 4
+        return self._loaded.device.type == "cpu" and self._attention_dtype.itemsize < 4
 
     def _scratch(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Room for a batch, kept from one to the next: touching fresh memory costs more than filling it."""
@@ -360,7 +360,7 @@ class PrefillScorer:
         import torch
 
         device = self._loaded.device
-        lengths = to_device(torch.tensor([passage.positions for passage in passages]), device)
+        lengths = to_device(host_integers([passage.positions for passage in passages]), device)
         columns = torch.arange(positions, device=device)
         known = (columns < lengths[:, None])[:, None, :].expand(-1, new, -1)
         step = torch.arange(new, device=device)
@@ -375,7 +375,7 @@ class PrefillScorer:
                 seen = known & ((columns >= skip) | (distance < window))
                 mine = own & (step[:, None] - step < window)
             allowed = torch.cat([seen, mine.expand(len(passages), -1, -1)], dim=-1)
-            mask = torch.zeros(allowed.shape, device=device).masked_fill_(~allowed, float("-inf"))
+            mask = torch.zeros(allowed.shape, device=device, dtype=torch.float32).masked_fill_(~allowed, float("-inf"))
             heads = self._config.num_attention_heads // self._config.num_key_value_heads
             found[kind] = mask.repeat(1, heads, 1)[:, None]
         return found

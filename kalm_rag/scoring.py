@@ -41,11 +41,10 @@ class YesNoHead:
     """
 
     def __init__(self, loaded: LoadedModel) -> None:
-        import torch
-
         tokenizer = loaded.tokenizer
         weight = loaded.model.get_output_embeddings().weight
-        self._rows = weight[torch.tensor([tokenizer.yes_id, tokenizer.no_id], device=weight.device)]
+        answers = to_device(host_integers([tokenizer.yes_id, tokenizer.no_id]), weight.device)
+        self._rows = weight[answers].to(loaded.compute_dtype)
         self._cap = loaded.model.config.decoder.final_logit_softcapping
 
     def margins(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -95,7 +94,7 @@ class Encoder:
             ids, mask = right_pad([passage.ids for passage in passages], self._loaded.tokenizer.pad_id, device)
             hidden = self._loaded.model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
             # One copy off the device for the whole batch: the cache keeps states in host memory.
-            pooled = mean_groups(hidden, mask.float(), ratio).cpu()
+            pooled = mean_groups(hidden, mask.float(), ratio).to(self._loaded.dtype).cpu()
             # A copy per passage: a view would keep the whole padded batch alive.
             return [
                 PassageStates(row[: -(-len(passage.ids) // ratio)].clone(), len(passage.ids), ratio, passage.truncated)
@@ -168,23 +167,32 @@ def check_finite(margins: list[float], dtype: torch.dtype) -> list[float]:
 
 def right_pad(rows: Sequence[Sequence[int]], pad_id: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and their mask, both int64 of shape `(batch, longest)`, padded on the right."""
-    import torch
-
     longest = max(map(len, rows))
-    ids = torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in rows], dtype=torch.long)
-    lengths = torch.tensor([len(row) for row in rows])
-    mask = (torch.arange(longest) < lengths[:, None]).long()
-    return to_device(ids, device), to_device(mask, device)
+    ids = host_integers([[*row, *[pad_id] * (longest - len(row))] for row in rows])
+    return to_device(ids, device), to_device(_mask(rows, longest), device)
 
 
 def right_pad_states(rows: Sequence[torch.Tensor], loaded: LoadedModel) -> tuple[torch.Tensor, torch.Tensor]:
     """Pooled states `(batch, most groups, width)` on the model's device, and their int64 mask."""
     import torch
 
-    batch = torch.nn.utils.rnn.pad_sequence([row.to(loaded.dtype) for row in rows], batch_first=True)
-    lengths = torch.tensor([len(row) for row in rows])
-    mask = (torch.arange(batch.shape[1]) < lengths[:, None]).long()
-    return to_device(batch, loaded.device), to_device(mask, loaded.device)
+    batch = torch.nn.utils.rnn.pad_sequence([row.to(loaded.compute_dtype) for row in rows], batch_first=True)
+    return to_device(batch, loaded.device), to_device(_mask(rows, batch.shape[1]), loaded.device)
+
+
+def _mask(rows: Sequence[Sequence[int] | torch.Tensor], longest: int) -> torch.Tensor:
+    """Which places hold something, int64 of shape `(batch, longest)`, in host memory."""
+    import torch
+
+    lengths = host_integers([len(row) for row in rows])
+    return (torch.arange(longest, device="cpu", dtype=torch.long) < lengths[:, None]).long()
+
+
+def host_integers(numbers: Any) -> torch.Tensor:
+    """Integers as an int64 tensor in host memory, whatever the caller's default device is."""
+    import torch
+
+    return torch.tensor(numbers, dtype=torch.long, device="cpu")
 
 
 def to_device(tensor: torch.Tensor, device: Any) -> torch.Tensor:
