@@ -61,9 +61,7 @@ class LoadedModel:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode())
             stack.enter_context(torch.autocast(self.device.type, enabled=False))
-            if torch.get_default_device() not in (torch.device("cpu"), self.device):
-                # transformers makes tensors without naming a device.
-                stack.enter_context(self.device)
+            stack.enter_context(_own_device(self.device))
             yield
 
     @property
@@ -93,6 +91,18 @@ class LoadedModel:
         import torch
 
         return torch.bfloat16 if self.int8 else self.dtype
+
+
+def _own_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """A default device for what transformers makes without naming one, where the caller has set another default.
+
+    Without need it is not set: it makes every call of torch a little slower.
+    """
+    import torch
+
+    if torch.get_default_device() in (torch.device("cpu"), device):
+        return contextlib.nullcontext()
+    return device
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
@@ -161,6 +171,15 @@ def load_model(
         ValueError: no such dtype, or not on this device.
         CheckpointError: a file is damaged, a weight is missing or has another shape than the config says.
     """
+    import torch
+
+    with _own_device(torch.device("cpu")):
+        return _load(checkpoint, settings, device, dtype, fast=fast)
+
+
+def _load(
+    checkpoint: Checkpoint, settings: Settings, device: torch.device, dtype: str | torch.dtype | None, *, fast: bool
+) -> LoadedModel:
     import torch
     import transformers
 
