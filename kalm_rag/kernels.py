@@ -213,9 +213,7 @@ class Matrices:
 
 def has_exact_int8() -> bool:
     """Whether sums of 8-bit products are exact: without VNNI instructions, pairs of large products overflow."""
-    linear = nn.Linear(64, 16, bias=False, device="cpu", dtype=torch.float32)
-    nn.init.ones_(linear.weight)
-    matrix = Int8Matrix(linear)
+    matrix = Int8Matrix(_layer(torch.ones(16, 64, dtype=torch.float32, device="cpu")))
     largest = torch.full((3, 64), 255, dtype=torch.uint8, device="cpu")
     return bool((matrix.product((largest, 1.0, 0)) - 255 * 64).abs().max() < 1)
 
@@ -279,6 +277,13 @@ def _is_settled(times: list[float]) -> bool:
     return len(times) >= _FEWEST and times[1] <= 1.03 * times[0]
 
 
+def _layer(weight: torch.Tensor) -> nn.Linear:
+    """A layer of this weight, made without random numbers."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
+
+
 def _random(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
     """Random input, the same each time, whose making leaves the random numbers of others as they are."""
     generator = torch.Generator(device="cpu").manual_seed(0)
@@ -305,9 +310,7 @@ def has_fast_bfloat16() -> bool:
 
 def _product(dtype: torch.dtype) -> Callable[[], object]:
     """A product of the size of a small layer's, by oneDNN in bfloat16 where it can, otherwise by torch."""
-    linear = nn.Linear(512, 512, bias=False, device="cpu", dtype=dtype)
-    linear.weight.data = _random(512, 512, dtype)
-    rows = _random(64, 512, dtype)
+    linear, rows = _layer(_random(512, 512, dtype)), _random(64, 512, dtype)
     if dtype == torch.bfloat16:
         try:
             matrix = Matrix(linear)
