@@ -31,19 +31,20 @@ PEERS = {
 }
 
 
-def build_peer(folder: Path, name: str, tokenizer_file: Path) -> Any:
-    """A random cross-encoder of a peer's geometry, loaded through sentence-transformers."""
+def build_peer(folder: Path, name: str, tokenizer_file: Path, *, small: bool) -> Any:
+    """A random cross-encoder of a peer's geometry, or of one layer, loaded through sentence-transformers."""
     import torch
     import transformers
     from sentence_transformers import CrossEncoder
 
-    rows = 250_002 if name.startswith("XLM") else 30_522
+    rows = 16_384 if small else 250_002 if name.startswith("XLM") else 30_522
+    geometry = {**PEERS[name], **({"num_hidden_layers": 1} if small else {})}
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(tokenizer_file), bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
     )
     fast.model_max_length = 512
     config = transformers.XLMRobertaConfig(
-        vocab_size=rows, max_position_embeddings=514, num_labels=1, pad_token_id=fast.pad_token_id, **PEERS[name]
+        vocab_size=rows, max_position_embeddings=514, num_labels=1, pad_token_id=fast.pad_token_id, **geometry
     )
     torch.manual_seed(0)
     transformers.XLMRobertaForSequenceClassification(config).save_pretrained(folder)
@@ -67,7 +68,7 @@ def main() -> None:
         folder = Path(name)
         bench = Bench(folder, list(load_demo().passages.values()), options.small, None)
         peers = {
-            peer: build_peer(folder / str(number), peer, bench.model / "tokenizer.json")
+            peer: build_peer(folder / str(number), peer, bench.model / "tokenizer.json", small=options.small)
             for number, peer in enumerate(PEERS)
         }
         for dtype in ("float32", "bfloat16"):

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from report import environment, print_table
+from report import can_run, environment, print_table
 
 KINDS: dict[str, dict[str, Any]] = {
     "float32": {},
@@ -52,7 +52,8 @@ def measure(model: Any, lists: dict[str, list[str]]) -> dict[str, dict[str, floa
 
     results: dict[str, dict[str, float]] = {}
     exact: dict[str, list[float]] = {}
-    for kind, arguments in KINDS.items():
+    kinds = {kind: options for kind, options in KINDS.items() if can_run(options.get("dtype", "float32"))}
+    for kind, arguments in kinds.items():
         with KaLMReranker(model, device="cpu", cache=None, **{"dtype": "float32", **arguments}) as reranker:
             found = {query: reranker.predict([(query, text) for text in texts]) for query, texts in lists.items()}
         exact = exact or found

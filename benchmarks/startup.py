@@ -78,7 +78,7 @@ def main() -> None:
         geometry = TINY if options.small else NANO
         build_checkpoint(folder, geometry=geometry, vision=vision, vocabulary=1024, dtype=torch.bfloat16)
         size = (Path(folder) / "model.safetensors").stat().st_size
-        for dtype in ("float32", "bfloat16"):
+        for dtype in ("float32",) if options.small else ("float32", "bfloat16"):
             for kind in ("kalm-rag", "stock"):
                 runs = []
                 for _ in range(min(options.repeats, 3)):

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from report import environment, percentiles, print_table
+from report import can_run, environment, percentiles, print_table
 
 CANDIDATES, TOKENS, NEW = (10, 32, 100), (128, 304, 512, 1024, 4096), (8, 15, 30)
 BASE = (32, None, 15)
@@ -100,10 +100,11 @@ def peak(rows: int, geometry: Any, dtype: str) -> tuple[float, float]:
     """Best FLOP/s that this process reaches on the decoder's largest matrix products, at `rows` rows: torch's, any."""
     import torch
 
-    from kalm_rag.kernels import Int8Matrix, Matrix
+    from kalm_rag.kernels import Int8Matrix, Matrix, has_fast_bfloat16
 
     wide, narrow = geometry.intermediate_size, geometry.hidden_size
-    kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    # Where bfloat16 is slow, its products are computed in float32.
+    kind = torch.bfloat16 if dtype == "bfloat16" and has_fast_bfloat16() else torch.float32
     layers = [torch.nn.Linear(*sizes, bias=False, dtype=kind) for sizes in ((narrow, wide), (wide, narrow))]
     data = [torch.randn(rows, layer.in_features).to(kind) for layer in layers]
     packed = [(Int8Matrix if dtype == "int8" else Matrix)(layer) for layer in layers]
@@ -260,7 +261,7 @@ def main() -> None:
         texts = list(load_demo().passages.values())
     texts = texts[:200]
     count, tokens, new = (4, None, 40) if options.small else BASE
-    dtypes = ("float32", "bfloat16", "int8")
+    dtypes = tuple(dtype for dtype in ("float32", "bfloat16", "int8") if can_run(dtype))
     cases = [(dtype, (count, tokens, new), True, 4) for dtype in dtypes]
     if options.full:
         cases += [(d, (c, t, n), t <= 512, 4) for d in dtypes for c in CANDIDATES for t in TOKENS for n in NEW]
@@ -278,7 +279,7 @@ def main() -> None:
             print(" ".join(row(results[-1])), flush=True)
     print("\ncandidates x passage tokens / new tokens, ratio; seconds; warm is the median")
     print_table(HEADER, [row(result) for result in results])
-    for dtype in ("float32", "bfloat16", "int8"):
+    for dtype in dtypes:
         found = [result for result in results if result["dtype"] == dtype]
         if found:
             best = {name: max(result[name] for result in found) for name in ("torch_peak_gflops", "peak_gflops")}

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
 
-def run(script: str, *arguments: str) -> dict[str, object]:
-    command = [sys.executable, str(FOLDER / script), "--small", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
-    assert found["environment"]["torch"]
-    return found
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
+    """Runs a script in this process: to import torch again and again would take most of the time."""
+
+    def call(script: str, *arguments: str) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", [str(FOLDER / script), "--small", *arguments])
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert found["environment"]["torch"]
+        return found
+
+    return call
 
 
 @pytest.mark.parametrize("script", ["warm.py", "memory.py", "cache.py", "peers.py", "precision.py", "adapters.py"])
-def test_script(script: str, tmp_path: Path) -> None:
+def test_script(script: str, tmp_path: Path, run: Callable[..., dict[str, Any]]) -> None:
     if script in ("cache.py", "adapters.py"):
         assert run(script).keys() & {"samples", "samples_ms"}
         return
@@ -33,5 +40,5 @@ def test_script(script: str, tmp_path: Path) -> None:
         assert all(item["largest_difference"] <= 1e-5 for item in compared)
 
 
-def test_startup() -> None:
+def test_startup(run: Callable[..., dict[str, Any]]) -> None:
     assert run("startup.py", "--repeats", "1")["file_bytes"] > 0

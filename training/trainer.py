@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kalm_rag.kernels import has_fast_bfloat16
 from kalm_rag.pooling import mean_groups
 from kalm_rag.prompts import PASSAGE_PREFIX, Prompts
 from kalm_rag.settings import Settings
@@ -72,9 +73,11 @@ class Trainer:
 
         self.recipe, self.out = recipe, out
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # A CPU without the instructions is up to 200 times slower in bfloat16.
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" or has_fast_bfloat16() else torch.float32
         torch.manual_seed(recipe.seed)
         self.random = random.Random(recipe.seed)
-        self.teacher = Teacher(self.device)
+        self.teacher = Teacher(self.device, self.dtype)
         began = time.monotonic()
         texts = {s.name: read_source(data, s, recipe.queries_per_source, recipe.seed) for s in SOURCES}
         counts = start.count_tokens(self.teacher.tokenizer, _count_over(texts))
@@ -162,7 +165,7 @@ class Trainer:
             ids, mask = self._passages(keys, longest)
             inner, inner_mask = ids[:, len(self.prefix) :], mask[:, len(self.prefix) :]
             taught = self._teach(keys, inner, inner_mask)
-            with self._autocast():
+            with self.autocast():
                 states = self.model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
                 read = self.heads.states(states[:, len(self.prefix) :])
             loss = states_loss(read.float(), taught[:, 1:-1], inner_mask)
@@ -229,7 +232,7 @@ class Trainer:
         ids, mask = self._passages(keys, longest)
         self._know_passages(keys, ids, mask)
         rows = self._rows(groups, ids, mask)
-        with self._autocast():
+        with self.autocast():
             states = self.model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
         total: dict[str, Tensor] = {}
         dense = plan.dense[0] + (plan.dense[1] - plan.dense[0]) * min(1.0, progress * 2)
@@ -253,7 +256,7 @@ class Trainer:
         pooled = mean_groups(states, mask.float(), ratio)
         lengths = -(-mask.sum(1) // ratio)
         pooled_mask = (torch.arange(pooled.shape[1], device=self.device) < lengths[:, None]).long()
-        with self._autocast():
+        with self.autocast():
             made = self.model.get_decoder()(
                 input_ids=prompts,
                 attention_mask=prompts_mask,
@@ -349,8 +352,9 @@ class Trainer:
             ),
         )
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16)
+    def autocast(self) -> torch.autocast:
+        """Products in bfloat16 where the machine is fast at it."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     @staticmethod
     def _step(optimiser: torch.optim.Optimizer, loss: Tensor, parameters: list[Tensor]) -> None:
