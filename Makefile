@@ -1,9 +1,10 @@
 # Every target makes the environment it needs in .venv, from the pinned versions of constraints.txt.
 PYTHON ?= python3
 VENV := .venv
+TODAY := $(shell date +%F)
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test bench faults test-lowest test-floors lint types docs dist check clean
+.PHONY: demo test bench faults test-lowest test-newest test-floors lint types docs dist check clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/kalm-rag demo
@@ -23,6 +24,12 @@ faults: $(VENV)/.dev
 test-lowest: $(VENV)-lowest/.ready
 	$(VENV)-lowest/bin/python -m pytest tests \
 	  --ignore tests/test_frameworks.py --ignore tests/test_examples.py --ignore tests/test_benchmarks.py
+
+# The newest transformers and everything else that pyproject.toml allows, torch apart. A use that a release deprecates is
+# an error, so that it is mended before a later one removes it.
+test-newest: $(VENV)-newest/.ready
+	$(VENV)-newest/bin/python -m pytest -W error::FutureWarning -W error::DeprecationWarning \
+	  tests/test_newest.py tests/test_loading.py
 
 # The oldest frameworks that the integrations allow.
 test-floors: $(VENV)-floors/.ready
@@ -70,6 +77,17 @@ $(VENV)-lowest/.ready: pyproject.toml constraints.txt
 	  torch==2.13.0 transformers==5.3.0 --editable '.[demo,eval]' --group test
 	touch $@
 
+# Made again each day: what is newest changes without a change here.
+$(VENV)-newest/.ready: pyproject.toml $(VENV)-newest/$(TODAY)
+	$(PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	$(VENV)-newest/bin/pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
+	  torch==2.13.0 --editable '.[demo]' pytest pytest-asyncio pytest-timeout
+	touch $@
+
+$(VENV)-newest/$(TODAY):
+	mkdir -p $(VENV)-newest && touch $@
+
 $(VENV)-floors/.ready: pyproject.toml constraints.txt integrations/*/pyproject.toml
 	$(PYTHON) -m venv $(VENV)-floors
 	$(VENV)-floors/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
@@ -80,4 +98,4 @@ $(VENV)-floors/.ready: pyproject.toml constraints.txt integrations/*/pyproject.t
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-floors dist site
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest $(VENV)-floors dist site

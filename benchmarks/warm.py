@@ -165,18 +165,16 @@ def states_kept(bench: Bench, engine: Any, dtype: str, query: str, passages: lis
 
     encoded = engine._lookup(passages, ratio)
     device = engine.loaded.device
-    model = load_model(
-        find_checkpoint(bench.model), settings=engine._settings, device=device, dtype=dtype, fast=False
-    ).model
+    stock = load_model(find_checkpoint(bench.model), settings=engine._settings, device=device, dtype=dtype, fast=False)
 
     def run() -> None:
         with torch.inference_mode():
             for start in range(0, len(passages), 32):
                 part = passages[start : start + 32]
-                states, mask = right_pad_states([encoded[text].states for text in part], engine.loaded)
+                states, mask = right_pad_states([encoded[text].states for text in part], stock)
                 prompt = engine._prompts.prompt(query)
                 ids, ids_mask = right_pad([prompt.ids] * len(part), 0, engine.loaded.device)
-                model(
+                stock.model(
                     encoder_outputs=BaseModelOutput(last_hidden_state=states),
                     attention_mask=mask,
                     decoder_input_ids=ids,
