@@ -297,7 +297,7 @@ def has_fast_bfloat16() -> bool:
     the CPU says about itself is not asked: oneDNN can be limited to older instructions, and a virtual machine can hide
     them.
     """
-    key = ("bfloat16", torch.get_num_threads())
+    key = ("bfloat16",)
     with _choosing:
         if key not in _choices:
             start = time.perf_counter()
