@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 import logging
-import threading
 from collections.abc import Collection, ItemsView, Iterable, Iterator, KeysView, Mapping, Set
 from typing import Any, NamedTuple
 
+from kalm_rag import forks
 from kalm_rag.results import Document
 from kalm_rag.settings import check_string
 
@@ -48,7 +48,7 @@ class RepairCounter:
 
     def __init__(self) -> None:
         self.count = 0
-        self._lock = threading.Lock()
+        self._lock = forks.Lock()
 
     def add(self, number: int) -> None:
         """Count that many more."""

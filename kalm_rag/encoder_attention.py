@@ -115,4 +115,5 @@ def install(encoder: Any) -> None:
 
     AttentionInterface.register(IMPLEMENTATION, encoder_attention)
     AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
-    encoder.set_attn_implementation(IMPLEMENTATION)
+    # On its text part: transformers warns about a vision tower that a config names and a model lacks.
+    getattr(encoder, "text_model", encoder).set_attn_implementation(IMPLEMENTATION)

@@ -30,3 +30,7 @@ class MissingExtraError(KaLMError, ImportError):
         )
         self.module = module
         self.extra = extra
+
+
+class ForkError(KaLMError, RuntimeError):
+    """A forked process cannot use the model that its parent loaded; the message names the way out."""

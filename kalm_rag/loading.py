@@ -1,11 +1,15 @@
-"""From the files of a checkpoint to a model in memory: text part only, with transformers' own loading."""
+"""From the files of a checkpoint to a model in memory: text part only.
+
+transformers' `from_pretrained` replaces functions and defaults of the whole process while it runs, and puts back what
+it found: two loads at once can leave the process with the replacements. So the module is built here, without weights,
+and each weight is put in its place. Nothing outside of the new model is changed.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -181,7 +185,6 @@ def _load(
     checkpoint: Checkpoint, settings: Settings, device: torch.device, dtype: str | torch.dtype | None, *, fast: bool
 ) -> LoadedModel:
     import torch
-    import transformers
 
     int8 = str(dtype).lower().removeprefix("torch.") == "int8"
     if int8 and device.type != "cpu":
@@ -190,45 +193,19 @@ def _load(
     dtype = resolve_dtype(dtype, device)
     tokenizer = _load_tokenizer(checkpoint, escape=settings.control_tokens == "escape")
     try:
-        config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
-        text_config = copy.deepcopy(config)
-        vision = type(config.encoder.vision_config)
-        text_config.encoder.vision_config = vision(
-            hidden_size=8,
-            intermediate_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=1,
-            image_size=8,
-            patch_size=4,
-        )
-        with quiet_transformers():
-            model, info = transformers.T5Gemma2ForConditionalGeneration.from_pretrained(
-                None,
-                config=text_config,
-                state_dict=_text_tensors(checkpoint),
-                dtype=dtype,
-                output_loading_info=True,
-            )
+        model = _build(checkpoint, dtype)
+        faulty = _fill(model, _text_tensors(checkpoint), device, dtype)
     except CheckpointError:
         raise
     except Exception as error:
         msg = f"cannot load {checkpoint.name!r} from {str(checkpoint.folder)!r}: {type(error).__name__}: {error}"
         raise CheckpointError(msg) from error
-    missing = sorted(key for key in info["missing_keys"] if not any(part in key for part in UNUSED))
-    faulty = missing + sorted(str(key) for key in info["mismatched_keys"])
     if faulty:
         msg = (
             f"{checkpoint.name!r} lacks {len(faulty)} weights of the text model, or has them in another shape "
             f"(first: {faulty[0]}); download the checkpoint again"
         )
         raise CheckpointError(msg)
-    encoder = model.get_encoder()
-    for part in UNUSED:
-        name = part.rstrip(".")
-        if hasattr(encoder, name):
-            delattr(encoder, name)
-    model = model.to(device).eval()
-    model.requires_grad_(False)
     computes = dtype
     if fast and device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
         computes = _speed_up(model, int8=int8)
@@ -236,13 +213,106 @@ def _load(
     return LoadedModel(model, tokenizer, device, dtype, int8, computes)
 
 
+def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """The text part of the model, its weights without content, in evaluation mode."""
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    config.encoder.vision_config = type(config.encoder.vision_config)(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=8, patch_size=4
+    )
+    configs = [config, config.encoder, config.encoder.text_config, config.encoder.vision_config, config.decoder]
+    for part in configs:
+        part.dtype = None  # transformers would make a dtype that it finds here the default of the process
+    with torch.device("meta"):
+        model = transformers.T5Gemma2ForConditionalGeneration(config)
+    for part in configs:
+        part.dtype = dtype
+    encoder = model.get_encoder()
+    for name in UNUSED:
+        delattr(encoder, name.rstrip("."))
+    return model.eval()
+
+
+def _fill(model: Any, tensors: dict[str, Any], device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Put weights and computed constants in their places; returns which weights are missing or do not fit."""
+    import torch
+
+    expected = {name: weight.shape for name, weight in model.named_parameters(remove_duplicate=False)}
+    found = {}
+    for key in list(tensors):
+        tensor, name = tensors.pop(key), _name(key, expected)
+        if name is not None:
+            found[name] = tensor
+    _share_tied(found, model.all_tied_weights_keys)
+    faulty = sorted(name for name, shape in expected.items() if name not in found or found[name].shape != shape)
+    if faulty:
+        return faulty
+    made: dict[int, torch.nn.Parameter] = {}
+    for name in expected:
+        tensor = found[name]
+        if id(tensor) not in made:
+            made[id(tensor)] = torch.nn.Parameter(tensor.to(device=device, dtype=dtype), requires_grad=False)
+        parent, _, leaf = name.rpartition(".")
+        # Not by `setattr`, which goes through functions that other libraries replace while they load.
+        model.get_submodule(parent)._parameters[leaf] = made[id(tensor)]
+    _fill_constants(model, device, dtype)
+    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    if left:
+        msg = f"transformers {metadata.version('transformers')} has parts that kalm-rag does not fill: {left[:3]}"
+        raise RuntimeError(msg)
+    return []
+
+
+def _name(key: str, expected: Collection[str]) -> str | None:
+    """The name of a tensor in the model: releases differ in whether the encoder's text part has a level of its own."""
+    whole = key if key.startswith(("model.", "lm_head.")) else f"model.{key}"
+    names = (whole, whole.replace("model.encoder.", "model.encoder.text_model.", 1))
+    return next((name for name in names if name in expected), None)
+
+
+def _share_tied(found: dict[str, Any], tied: Mapping[str, str]) -> None:
+    """Give weights that share a tensor the one in the file; where the file holds two that differ, each keeps its own.
+
+    Args:
+        found: tensors by name; names are added.
+        tied: by name, the name of the weight that it shares, if the file holds that one.
+    """
+    for source in dict.fromkeys(tied.values()):
+        group = [source, *(name for name, other in tied.items() if other == source)]
+        present = next((found[name] for name in group if name in found), None)
+        for name in group:
+            if present is not None and (name not in found or _equal(found[name], present)):
+                found[name] = present
+
+
+def _equal(left: Any, right: Any) -> bool:
+    import torch
+
+    return left.shape == right.shape and left.dtype == right.dtype and torch.equal(left, right)
+
+
+def _fill_constants(model: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """What no file holds: scales of the embeddings, frequencies of the rotary positions."""
+    import torch
+
+    for module in model.modules():
+        if "embed_scale" in module._buffers:
+            module._buffers["embed_scale"] = torch.tensor(module.scalar_embed_scale, dtype=dtype, device=device)
+        elif type(module).__name__.endswith("RotaryEmbedding"):
+            with torch.device("cpu"):
+                fresh = type(module)(module.config)
+            for name, buffer in fresh._buffers.items():
+                module._buffers[name] = buffer.to(device)
+
+
 def _speed_up(model: Any, *, int8: bool) -> torch.dtype:
     """Install the faster modules; returns the dtype of the model's activations."""
     from kalm_rag.kernels import speed_up
 
     try:
-        with quiet_transformers():
-            return speed_up(model, int8=int8)
+        return speed_up(model, int8=int8)
     except (RuntimeError, AttributeError) as error:
         if not int8:
             raise
@@ -295,20 +365,3 @@ def _load_tokenizer(checkpoint: Checkpoint, *, escape: bool) -> Tokenizer:
         )
         raise CheckpointError(msg) from error
     return Tokenizer(fast, escape=escape, where=repr(checkpoint.name))
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No bars and no reports. The load report would list the toy vision tower; what is missing is checked here."""
-    from transformers.utils import logging as transformers_logging
-
-    level = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()

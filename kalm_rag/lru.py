@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
 from typing import Generic, TypeVar
 
+from kalm_rag import forks
 from kalm_rag.cache.store import StoreStats
 
 logger = logging.getLogger(__name__)
@@ -17,7 +17,7 @@ V = TypeVar("V")
 
 
 class BudgetLRU(Generic[K, V]):
-    """A mapping whose values take at most `limit` bytes together. Safe from any thread.
+    """A mapping whose values take at most `limit` bytes together. Safe from any thread: `_lock` guards all of it.
 
     Args:
         limit: bytes; 0 keeps nothing.
@@ -33,7 +33,7 @@ class BudgetLRU(Generic[K, V]):
         self._bytes = 0
         self._evicted = 0
         self._refused = 0
-        self._lock = threading.Lock()
+        self._lock = forks.Lock()
 
     def get_many(self, keys: Iterable[K]) -> dict[K, V]:
         """What is kept under the keys, each becoming the most recently used."""

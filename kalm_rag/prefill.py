@@ -9,7 +9,7 @@ its own tokens and the closing ones, and reads two rows of the output matrix at 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from kalm_rag.pooling import PassageStates
 from kalm_rag.prompts import Prompt, Prompts
 from kalm_rag.scoring import YesNoHead, host_integers, right_pad_states, to_device
 from kalm_rag.settings import Settings
+from kalm_rag.turns import Turns
 
 if TYPE_CHECKING:
     import torch
@@ -143,12 +144,14 @@ class PrefillScorer:
     Args:
         loaded: the model; its decoder gets the attention of `kalm_rag.attention`.
         settings: batch sizes.
+        turns: taken for each batch; it guards the rooms of `_scratch` and `_verified`.
         int8: keep keys and values in 8 bits.
     """
 
-    def __init__(self, loaded: LoadedModel, settings: Settings, *, int8: bool = False) -> None:
+    def __init__(self, loaded: LoadedModel, settings: Settings, turns: Turns, *, int8: bool = False) -> None:
         self._loaded = loaded
         self._settings = settings
+        self._turns = turns
         self._int8 = int8
         self._decoder = loaded.model.get_decoder()
         self._config = self._decoder.config
@@ -185,8 +188,12 @@ class PrefillScorer:
         """What keys and values are kept in: a dtype, or `int8`."""
         return "int8" if self._int8 else str(self._loaded.prefill_dtype).removeprefix("torch.")
 
+    def batches(self, beginning: Beginning, passages: Sequence[PassageStates]) -> Iterator[list[int]]:
+        """Positions into `passages` that are prefilled together."""
+        return self._plan([len(beginning.ids) + len(passage.states) for passage in passages])
+
     def prefill(self, beginning: Beginning, passages: Sequence[PassageStates]) -> list[Prefilled]:
-        """Run the prompt's beginning on each passage, in batches.
+        """Run the prompt's beginning on the passages of one batch, which needs the model's turn.
 
         Args:
             beginning: tokens of the prompt's beginning.
@@ -195,12 +202,7 @@ class PrefillScorer:
         Returns:
             In input order, on the model's device.
         """
-        found: list[Any] = [None] * len(passages)
-        for batch in self._plan([len(beginning.ids) + len(passage.states) for passage in passages]):
-            done = run_halving(lambda rows: self._prefill(beginning, rows), [passages[place] for place in batch])
-            for place, passage in zip(batch, done, strict=True):
-                found[place] = passage
-        return found
+        return run_halving(lambda rows: self._prefill(beginning, rows), passages)
 
     def _prefill(self, beginning: Beginning, passages: Sequence[PassageStates]) -> list[Prefilled]:
         import torch
@@ -247,12 +249,13 @@ class PrefillScorer:
         found = [0.0] * len(pairs)
         skip = len(beginning.ids)
         for batch in self._plan([len(pair.prompt.ids) - skip + pair.passage.positions for pair in pairs]):
-            margins = run_halving(lambda rows: self._forward(skip, rows), [pairs[place] for place in batch])
+            with self._turns:
+                margins = run_halving(lambda rows: self._forward(skip, rows), [pairs[place] for place in batch])
             for place, margin in zip(batch, margins, strict=True):
                 found[place] = margin
         return found
 
-    def _plan(self, lengths: Sequence[int]) -> Any:
+    def _plan(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         on_cpu = self._loaded.device.type == "cpu"
         return plan(
             lengths,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import TracebackType
 
 from tqdm.auto import tqdm
@@ -18,20 +19,15 @@ class Progress:
     """
 
     def __init__(self, total: int | None, label: str, *, unit: str = "passage", show: bool | None = None) -> None:
-        disable = None if show is None else not show
-        self._bar = tqdm(
-            total=total,
-            desc=label,
-            unit=f" {unit}s",
-            disable=disable,
-            delay=1.0,
-            dynamic_ncols=True,
-            leave=False,
-        )
+        # A bar takes locks of the whole process even when it draws nothing.
+        self._bar = None
+        if show or (show is None and sys.stderr is not None and sys.stderr.isatty()):
+            self._bar = tqdm(total=total, desc=label, unit=f" {unit}s", delay=1.0, dynamic_ncols=True, leave=False)
 
     def advance(self, count: int) -> None:
         """Count `count` more items."""
-        self._bar.update(count)
+        if self._bar is not None:
+            self._bar.update(count)
 
     def __enter__(self) -> Progress:
         return self
@@ -39,4 +35,5 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()

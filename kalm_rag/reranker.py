@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import gc
-import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from kalm_rag import forks
 from kalm_rag.cache import PassageCache, Store
 from kalm_rag.checkpoint import Checkpoint, find_checkpoint
 from kalm_rag.documents import RepairCounter, iter_documents, iter_pairs, repair_text
@@ -33,6 +33,7 @@ from kalm_rag.settings import (
     check_string,
     warn_untrained,
 )
+from kalm_rag.turns import stop_with
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
     from kalm_rag.engine import Engine
 
 T = TypeVar("T")
+
+_ASYNC_CALLS = 16
+"""Asynchronous calls of a kind that run side by side; more of them wait for one to end."""
 
 _WINDOW = 2048
 """Distinct passages held at once: bounds memory on long inputs, and is enough to batch by length."""
@@ -49,7 +53,11 @@ class KaLMReranker:
     """Scores passages against queries with a KaLM-Reranker-V1 checkpoint (arXiv 2606.22807).
 
     Nothing is loaded until the first call that needs the model, or `load()`. One instance may be used from any
-    number of threads; it may be a context manager, and `close()` frees its memory.
+    number of threads, whose calls take turns batch by batch. It may be a context manager; `close()` frees its memory.
+
+    In a forked process a model on a CPU works, with one thread; start processes with the method `spawn` to use more. A
+    copy or a pickle is made of the arguments, `token` included, and loads its own model; a `PassageCache` or a store
+    is shared by copies in one process.
 
     Args:
         model: `nano`, `small` or `large` (the R2 releases), `mini` (a demonstration checkpoint inside this package, for
@@ -124,6 +132,26 @@ class KaLMReranker:
             prefill_memory=prefill_memory,
             prefill_storage=prefill_storage,
         )
+        self._arguments = {
+            "model": model,
+            "revision": revision,
+            "device": device,
+            "dtype": dtype,
+            "max_length": max_length,
+            "query_max_length": query_max_length,
+            "ratio": ratio,
+            "instruction": instruction,
+            "system_prompt": system_prompt,
+            "batch_size": batch_size,
+            "batch_tokens": batch_tokens,
+            "control_tokens": control_tokens,
+            "cache": cache,
+            "prefill_memory": prefill_memory,
+            "prefill_storage": prefill_storage,
+            "show_progress": show_progress,
+            "token": token,
+            "local_files_only": local_files_only,
+        }
         self._owns_cache = cache is None or isinstance(cache, (str, Path))
         self.cache = (
             cache if isinstance(cache, PassageCache) else PassageCache(cache, base_ratio=_base_ratio(self.settings))
@@ -135,11 +163,32 @@ class KaLMReranker:
         self._dtype = dtype
         self._show_progress = show_progress
         self.repairs = RepairCounter()
-        self._lock = threading.RLock()
         self._engine: Engine | None = None
+        self.after_fork_in_child()
+        forks.watch(self)
+
+    def after_fork_in_child(self) -> None:
+        """Locks and threads of the parent are of no use; the model is."""
+        self._lock = threading.RLock()  # held while the model loads
         self._threads: dict[str, ThreadPoolExecutor] = {}
-        self._threads_pid = 0
-        self._threads_lock = threading.Lock()
+        self._threads_lock = threading.Lock()  # of the line above, and of nothing that takes time
+
+    def __copy__(self) -> KaLMReranker:
+        """One like this, with a model of its own."""
+        return self._like(self._arguments, self._owns_cache)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KaLMReranker:
+        """The same as a shallow copy."""
+        return self._like(self._arguments, self._owns_cache)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._like, (self._arguments, self._owns_cache)
+
+    @classmethod
+    def _like(cls, arguments: dict[str, Any], owns_cache: bool) -> KaLMReranker:
+        made = cls(**arguments)
+        made._owns_cache = owns_cache
+        return made
 
     def __repr__(self) -> str:
         state = "not loaded" if self._engine is None else "loaded"
@@ -316,8 +365,8 @@ class KaLMReranker:
     async def arank(self, query: str, documents: Iterable[Document], *args: Any, **options: Any) -> list[RankedPassage]:
         """`rank` for asynchronous programs: the event loop stays free while the model runs.
 
-        Calls wait in a thread of this instance's own, so that they do not fill the pool that other work shares. A call
-        that is cancelled before its turn does not run. Nothing is bound to an event loop.
+        Calls wait in threads of this instance's own, so that they do not fill the pool that other work shares, and take
+        turns batch by batch. A call that is cancelled ends at its next batch. Nothing is bound to an event loop.
         """
         return await self._in_thread("rank", self.rank, query, documents, *args, **options)
 
@@ -332,15 +381,19 @@ class KaLMReranker:
     async def _in_thread(self, kind: str, action: Callable[..., T], *args: Any, **options: Any) -> T:
         # A lock of its own: the other one is held while the model loads, and this runs on the event loop.
         with self._threads_lock:
-            if self._threads_pid != os.getpid():
-                self._threads, self._threads_pid = {}, os.getpid()
-            # Queries and encoding each have a thread, so that a corpus being encoded does not hold up the queries.
-            thread = self._threads.get(kind)
-            if thread is None:
-                thread = self._threads[kind] = ThreadPoolExecutor(1, thread_name_prefix=f"kalm-rag-{kind}")
-        context = contextvars.copy_context()
+            # Queries and encoding have threads each, so that many corpora being encoded do not hold up the queries.
+            threads = self._threads.get(kind)
+            if threads is None:
+                threads = ThreadPoolExecutor(_ASYNC_CALLS, thread_name_prefix=f"kalm-rag-{kind}")
+                self._threads[kind] = threads
+        context, stop = contextvars.copy_context(), threading.Event()
+        context.run(stop_with, stop)
         call = partial(context.run, action, *args, **options)
-        return await asyncio.get_running_loop().run_in_executor(thread, call)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(threads, call)
+        except asyncio.CancelledError:
+            stop.set()
+            raise
 
     def prefill_stats(self) -> PrefillStats | None:
         """Hits, misses and size of the prefilled passages in memory; None while the model is not loaded."""

@@ -14,6 +14,7 @@ from kalm_rag.pooling import PassageStates, mean_groups
 from kalm_rag.progress import Progress
 from kalm_rag.prompts import PassageTokens, Prompt
 from kalm_rag.settings import Settings
+from kalm_rag.turns import Turns
 
 if TYPE_CHECKING:
     import torch
@@ -66,26 +67,24 @@ class YesNoHead:
 
 
 class Encoder:
-    """Runs the encoder over passages and pools its states."""
+    """Runs the encoder over passages and pools its states, a batch at a time."""
 
     def __init__(self, loaded: LoadedModel, settings: Settings) -> None:
         self._loaded = loaded
         self._settings = settings
 
-    def encode(self, passages: Sequence[PassageTokens], ratio: int) -> Iterator[tuple[list[int], list[PassageStates]]]:
-        """Encode batch by batch, longest passages first.
-
-        Yields:
-            Positions into `passages`, and their states at `ratio`, in host memory.
-        """
-        batches = plan(
+    def batches(self, passages: Sequence[PassageTokens]) -> Iterator[list[int]]:
+        """Positions into `passages` that are encoded together, longest passages first."""
+        return plan(
             [len(passage.ids) for passage in passages],
             batch_size=self._settings.batch_size,
             batch_tokens=self._settings.batch_tokens,
             padding_tokens=launch_tokens(self._loaded.device.type),
         )
-        for batch in batches:
-            yield batch, run_halving(lambda rows: self._forward(rows, ratio), [passages[i] for i in batch])
+
+    def encode(self, passages: Sequence[PassageTokens], ratio: int) -> list[PassageStates]:
+        """Encode one batch, which needs the model's turn; returns its states at `ratio`, in host memory."""
+        return run_halving(lambda rows: self._forward(rows, ratio), passages)
 
     def _forward(self, passages: Sequence[PassageTokens], ratio: int) -> list[PassageStates]:
 
@@ -103,11 +102,18 @@ class Encoder:
 
 
 class PlainScorer:
-    """Runs the whole prompt against pooled states: the plain path that every faster one is tested against."""
+    """Runs the whole prompt against pooled states: the plain path that every faster one is tested against.
 
-    def __init__(self, loaded: LoadedModel, settings: Settings) -> None:
+    Args:
+        loaded: the model.
+        settings: batch sizes.
+        turns: taken for each batch.
+    """
+
+    def __init__(self, loaded: LoadedModel, settings: Settings, turns: Turns) -> None:
         self._loaded = loaded
         self._settings = settings
+        self._turns = turns
         self._head = YesNoHead(loaded)
 
     def margins(self, pairs: Sequence[Pair], progress: Progress | None = None) -> list[float]:
@@ -120,7 +126,8 @@ class PlainScorer:
             padding_tokens=launch_tokens(self._loaded.device.type),
         )
         for batch in batches:
-            margins = run_halving(self._forward, [pairs[position] for position in batch])
+            with self._turns:
+                margins = run_halving(self._forward, [pairs[position] for position in batch])
             for position, margin in zip(batch, margins, strict=True):
                 found[position] = margin
             if progress is not None:

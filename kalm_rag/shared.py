@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping
@@ -24,6 +25,16 @@ DEFAULT_KEEP: Keep = "states"
 
 _instances: weakref.WeakValueDictionary[tuple[Any, ...], KaLMReranker] = weakref.WeakValueDictionary()
 _lock = threading.Lock()
+"""Held while a reranker is looked up or made, which loads nothing."""
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def check_cache(cache: object, keep: object) -> None:
@@ -146,9 +157,12 @@ def shared_reranker(
 
 def _made(model: str | Path, cache: CacheLike, keep: Keep, options: dict[str, Any]) -> KaLMReranker:
     reranker = KaLMReranker(model, cache=cache, **options)
-    if keep != DEFAULT_KEEP and not isinstance(cache, PassageCache):
-        # In place of the cache it made for itself, which nothing has opened: its ratio is kept, and it stays its own.
-        reranker.cache = PassageCache(cache, base_ratio=reranker.cache.base_ratio, keep=keep)
+    if keep == DEFAULT_KEEP or not (cache is None or isinstance(cache, (str, Path))):
+        return reranker
+    # Its own cache has the right ratio, and is closed with it; nothing has opened the one that it made for itself.
+    own = PassageCache(cache, base_ratio=reranker.cache.base_ratio, keep=keep)
+    reranker = KaLMReranker(model, cache=own, **options)
+    reranker._owns_cache = True
     return reranker
 
 

@@ -7,8 +7,9 @@ their scores mean nothing, and are exact.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,8 +104,6 @@ def build_checkpoint(
     import torch
     import transformers
 
-    from kalm_rag.loading import quiet_transformers
-
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if tokenizer_file is None:
@@ -129,9 +128,22 @@ def build_checkpoint(
         _spread_weights(model, spread)
     finally:
         torch.random.set_rng_state(state)
-    with quiet_transformers():
+    with _no_bars():
         model.to(dtype or torch.float32).save_pretrained(folder)
     return folder
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    from transformers.utils import logging as transformers_logging
+
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def t5gemma2_config(geometry: Geometry, vision: Vision, vocabulary: int, fast: Any) -> Any:

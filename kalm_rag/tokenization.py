@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Sequence
 from typing import Any
 
+from kalm_rag import forks
 from kalm_rag.beginnings import BeginningReader
 from kalm_rag.errors import CheckpointError
 
@@ -33,8 +33,8 @@ class Tokenizer:
             msg = f"the tokenizer of {where} is not a fast one: kalm-rag needs its tokenizer.json"
             raise CheckpointError(msg)
         self._fast = fast
+        self._lock = forks.Lock()  # truncation and padding are state of the Rust object
         self._beginnings = BeginningReader(fast)
-        self._lock = threading.Lock()  # truncation and padding are state of the Rust object
         self._keep_right = getattr(fast, "truncation_side", "right") == "left"
         special = {str(token) for token in fast.added_tokens_decoder.values() if token.special}
         special.update(_TEMPLATE_CONTROL_TOKENS)

@@ -471,13 +471,3 @@ def test_a_lock_at_opening_is_a_short_wait_and_not_for_ever(tmp_path: Path, monk
     locker.communicate("")
     store._writing_again.worked()
     assert store.put_many({key_of(1): b"x"}) == 1
-
-
-def test_cache_closed_while_a_query_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = PassageCache(tmp_path / "store")
-    cache.keep(space(), {"text 0": passage(0)})
-    cache.flush()
-    assert cache._writer is not None
-    cache._writer.shutdown()
-    cache.keep(space(), {"text 1": passage(1)})
-    assert lookup(cache.store, 2)[:2] == (2, 0)

@@ -6,7 +6,10 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -124,3 +127,133 @@ def test_hub_id_through_the_hub_cache(
     found = KaLMReranker("nano", local_files_only=True)
     assert found.find().folder == snapshot
     assert found.predict(PAIRS) == reranker.predict(PAIRS)
+
+
+def process_state() -> dict[str, Any]:
+    """What `from_pretrained` of transformers replaces while it runs."""
+    from transformers import PreTrainedModel
+    from transformers.utils import logging
+
+    functions = {name: getattr(torch.nn.init, name) for name in dir(torch.nn.init) if name.endswith("_")}
+    return {
+        **functions,
+        "tie_weights": PreTrainedModel.tie_weights,
+        "init_weights": PreTrainedModel.init_weights,
+        "linspace": torch.linspace,
+        "dtype": torch.get_default_dtype(),
+        "verbosity": logging.get_verbosity(),
+        "bars": logging.is_progress_bar_enabled(),
+    }
+
+
+def test_loading_changes_nothing_in_the_process(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor for a moment: another thread may be loading a model of its own."""
+    from transformers.models.t5gemma2 import modeling_t5gemma2
+
+    from kalm_rag import encoder_attention
+
+    before, seen = process_state(), []
+
+    def watch(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+        monkeypatch.setattr(
+            owner, name, lambda *args, **kwargs: seen.append(process_state()) or original(*args, **kwargs)
+        )
+
+    for owner, name in [
+        (modeling_t5gemma2.T5Gemma2MLP, "__init__"),
+        (modeling_t5gemma2.T5Gemma2MultiModalProjector, "__init__"),
+        (encoder_attention, "encoder_attention"),
+        (torch.Tensor, "to"),
+        (torch.nn.Module, "register_forward_pre_hook"),
+    ]:
+        watch(owner, name)
+    KaLMReranker(checkpoint, cache=None, device="cpu", dtype="bfloat16").load()
+    assert len(seen) > 20
+    assert all(state == before for state in seen)
+    assert process_state() == before
+
+
+def test_loading_does_not_care_what_another_load_replaced(
+    checkpoint: Path, reranker: KaLMReranker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the process is while another thread is in `from_pretrained`, or in `init_empty_weights` of accelerate."""
+    from transformers import PreTrainedModel
+
+    expected = reranker.predict(PAIRS)
+
+    def nothing(*_: Any, **__: Any) -> None:
+        return None
+
+    register = torch.nn.Module.register_parameter
+
+    def register_empty(module: Any, name: str, weight: Any) -> None:
+        register(module, name, None if weight is None else torch.nn.Parameter(weight.to("meta"), requires_grad=False))
+
+    for name in ("tie_weights", "init_weights"):
+        monkeypatch.setattr(PreTrainedModel, name, nothing)
+    for name in ("normal_", "zeros_", "kaiming_uniform_", "constant_", "copy_"):
+        monkeypatch.setattr(torch.nn.init, name, nothing, raising=False)
+    monkeypatch.setattr(torch.nn.Module, "register_parameter", register_empty)
+    loading = KaLMReranker(checkpoint, cache=None, device="cpu")
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        loading.load()
+    finally:
+        torch.set_default_dtype(default)
+    assert loading.predict(PAIRS) == expected
+
+
+def test_two_models_load_at_once_beside_one_of_the_host_program(
+    checkpoint: Path, reranker: KaLMReranker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All three are inside of the module's construction at the same time, and end in an order that once did harm."""
+    import transformers
+    from transformers.models.t5gemma2 import modeling_t5gemma2
+
+    expected, before = reranker.predict(PAIRS), process_state()
+    meet = threading.Barrier(3, timeout=60)
+    build = modeling_t5gemma2.T5Gemma2Decoder.__init__
+
+    def together(*args: Any, **kwargs: Any) -> None:
+        meet.wait()
+        build(*args, **kwargs)
+        meet.wait()
+
+    monkeypatch.setattr(modeling_t5gemma2.T5Gemma2Decoder, "__init__", together)
+    ours = [KaLMReranker(checkpoint, cache=None, device="cpu") for _ in range(2)]
+    with ThreadPoolExecutor(3) as pool:
+        loads = [pool.submit(model.load) for model in ours]
+        host = pool.submit(transformers.T5Gemma2ForConditionalGeneration.from_pretrained, checkpoint)
+        assert host.result(60) is not None
+        assert [load.result(60).predict(PAIRS) for load in loads] == [expected, expected]
+    assert process_state() == before
+
+
+@pytest.mark.parametrize(
+    ("present", "shared"),
+    [
+        ("model.encoder.embed_tokens", True),
+        ("lm_head.out_proj", True),
+        ("model.decoder.embed_tokens", True),
+        ("both", True),
+        ("different", False),
+    ],
+)
+def test_tied_weights_under_any_of_their_names(
+    checkpoint: Path, tmp_path: Path, reranker: KaLMReranker, present: str, shared: bool
+) -> None:
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    table = tensors["model.encoder.embed_tokens.weight"]
+    if present in ("both", "different"):
+        tensors["lm_head.out_proj.weight"] = table.clone() if shared else table * 2
+    else:
+        tensors[f"{present}.weight"] = tensors.pop("model.encoder.embed_tokens.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    found = KaLMReranker(folder, cache=None, device="cpu")
+    model = found._loaded().loaded.model
+    pointers = {part.weight.data_ptr() for part in (model.get_output_embeddings(), model.get_input_embeddings())}
+    assert len(pointers) == (1 if shared else 2)
+    assert (found.predict(PAIRS) == reranker.predict(PAIRS)) == shared

@@ -234,35 +234,6 @@ def test_fifty_concurrent_calls_give_the_scores_of_one(
         asyncio.run(main())
 
 
-def test_the_loop_stays_free_and_a_cancelled_call_does_not_run(checkpoint: Path) -> None:
-    reranker = KaLMReranker(checkpoint, cache=None)
-    gate = threading.Event()
-    ran: list[str] = []
-
-    def slow(query: str, *_: object) -> list[object]:
-        ran.append(query)
-        gate.wait(30)
-        return []
-
-    reranker.rank = slow  # type: ignore[assignment,method-assign]
-
-    async def main() -> None:
-        first = asyncio.create_task(reranker.arank("first", []))
-        while not ran:
-            await asyncio.sleep(0.01)
-        second = asyncio.create_task(reranker.arank("second", []))
-        await asyncio.sleep(0.05)
-        second.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await second
-        gate.set()
-        assert await first == []
-        assert await reranker.arank("third", []) == []
-
-    asyncio.run(main())
-    assert ran == ["first", "third"]
-
-
 def test_context_variables_travel(checkpoint: Path) -> None:
     variable: contextvars.ContextVar[str] = contextvars.ContextVar("trace", default="none")
     reranker = KaLMReranker(checkpoint, cache=None)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import logging
-import os
-import threading
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
+from kalm_rag import forks
 from kalm_rag.cache.disk import DiskStore
 from kalm_rag.cache.frame import Frame, FrameError, pack, unpack
 from kalm_rag.cache.keys import KeySpace
 from kalm_rag.cache.memory import MemoryStore
 from kalm_rag.cache.store import Store, StoreStats
+from kalm_rag.cache.writer import WriteBehind
 from kalm_rag.paths import passages_dir, user_path
 from kalm_rag.pooling import PassageStates
 from kalm_rag.settings import check_bytes, check_choice, check_positive, check_ratio
@@ -112,8 +112,14 @@ class PassageCache:
             write to.
         read_only: write nothing to a folder.
 
-    One instance may be used from any number of threads, and after a fork that happens between calls. What is encoded
-    is written behind: `flush()` waits for it, and so does leaving a `with` block, `close()`, or the end of the process.
+    One instance may be used from any number of threads, and in a forked process. `_lock` guards the counters and
+    `_faults`; the memory level, the writes that wait and the store have locks of their own.
+
+    What is encoded is written asynchronously: `flush()` waits for it, and so does leaving a `with` block, `close()`, or
+    the end of the process. A fork waits for the write that is running; later ones are the parent's.
+
+    A pickle holds the arguments, so that another process opens the same folder: no passages, but the secret, if there
+    is one. Copies in the same process are the cache itself.
 
     Raises:
         ValueError, TypeError: an argument is wrong.
@@ -144,19 +150,46 @@ class PassageCache:
         if self._secret is not None and len(self._secret) < 16:
             msg = f"secret must have at least 16 bytes, got {len(self._secret)}; use secrets.token_hex(32)"
             raise ValueError(msg)
+        self._arguments = {
+            "where": where,
+            "memory": memory,
+            "limit": limit,
+            "base_ratio": self.base_ratio,
+            "keep": keep,
+            "storage": storage,
+            "secret": secret,
+            "read_only": read_only,
+        }
         if isinstance(self.store, DiskStore):
             self.store.authenticated = self._secret is not None
         self._memory = MemoryStore(memory)
+        self._writer = WriteBehind(_PENDING_BYTES)
+        self._lock = forks.Lock()
         self._counts = _Counts()
-        self._counting = threading.Lock()
-        self._pending: dict[Future[None], int] = {}
-        self._writer: ThreadPoolExecutor | None = None
-        self._writer_pid = 0
         self._faults: set[str] = set()
+        forks.watch(self)
+        if hasattr(self.store, "after_fork_in_child"):
+            forks.watch(self.store)
+
+    def __copy__(self) -> PassageCache:
+        """The cache itself."""
+        return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PassageCache:
         """The cache itself: a copy of what holds it shares it."""
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self._arguments
+
+    def __setstate__(self, arguments: dict[str, Any]) -> None:
+        PassageCache.__init__(self, **arguments)
+
+    def after_fork_in_child(self) -> None:
+        """Go without a store that another thread was in the middle of: what it held there is held forever."""
+        if forks.is_broken() and self.store is not None:
+            self.store = None
+            logger.warning("the process was forked during a write to the passage cache: the child goes without it")
 
     def __repr__(self) -> str:
         place = self.store.folder if isinstance(self.store, DiskStore) else self.store
@@ -176,13 +209,7 @@ class PassageCache:
             width: of the model's states.
         """
         keys = {space.key(text): text for text in texts}
-
-        def decode(frame: Frame) -> PassageStates | None:
-            if frame.width != width:
-                msg = f"states of width {frame.width}, the model has {width}"
-                raise FrameError(msg)
-            return frame.states(dtype).at(ratio) if ratio % frame.ratio == 0 else None
-
+        decode = self._decoder(ratio, dtype, width)
         found, _ = self._take(self._memory, self._counts.memory, list(keys), decode)
         missing = [key for key in keys if key not in found]
         if missing and self.store is not None:
@@ -190,6 +217,24 @@ class PassageCache:
             self._memory.put_many(frames)
             found |= stored
         return {keys[key]: states for key, states in found.items()}
+
+    def recall(
+        self, space: KeySpace, texts: Iterable[str], ratio: int, dtype: torch.dtype, width: int
+    ) -> dict[str, PassageStates]:
+        """As `lookup`, from memory only and without counting: for passages that were looked up a moment ago."""
+        keys = {space.key(text): text for text in texts}
+        found, _ = self._take(self._memory, LevelCounters(), list(keys), self._decoder(ratio, dtype, width))
+        return {keys[key]: states for key, states in found.items()}
+
+    @staticmethod
+    def _decoder(ratio: int, dtype: torch.dtype, width: int) -> Callable[[Frame], PassageStates | None]:
+        def decode(frame: Frame) -> PassageStates | None:
+            if frame.width != width:
+                msg = f"states of width {frame.width}, the model has {width}"
+                raise FrameError(msg)
+            return frame.states(dtype).at(ratio) if ratio % frame.ratio == 0 else None
+
+        return decode
 
     def lookup_prefilled(self, keys: Iterable[str], decode: Callable[[Frame], T]) -> dict[str, T]:
         """The prefilled passages that the store holds, in one batch; the rest is left out.
@@ -227,7 +272,7 @@ class PassageCache:
                 continue
             if value is not None:
                 found[key], good[key] = value, data
-        with self._counting:
+        with self._lock:
             counters.hits += len(good)
             counters.corrupt += corrupt
             counters.read_failed += len(keys) if failed else 0
@@ -236,11 +281,19 @@ class PassageCache:
         return found, good
 
     def keep(self, space: KeySpace, passages: Mapping[str, PassageStates]) -> dict[str, PassageStates]:
-        """Keep what was just encoded, in memory now and in the store behind the caller's back.
+        """Keep what was just encoded, in memory now and in the store asynchronously; returns what `remember` does."""
+        kept, frames = self.remember(space, passages)
+        self.write(frames)
+        return kept
+
+    def remember(
+        self, space: KeySpace, passages: Mapping[str, PassageStates]
+    ) -> tuple[dict[str, PassageStates], dict[str, bytes]]:
+        """Keep what was just encoded in memory, which waits for nothing.
 
         Returns:
             The passages as a later `lookup` will return them, so that a score does not depend on whether the cache was
-            warm: the same states, or with `int8` the rounded ones.
+            warm: the same states, or with `int8` the rounded ones. And what `write` takes.
         """
         frames: dict[str, bytes] = {}
         kept = dict(passages)
@@ -255,15 +308,18 @@ class PassageCache:
                 states = passage.states
                 kept[text] = unpack(frames[key], key).states(states.dtype)
                 kept[text] = replace(kept[text], states=kept[text].states.to(states.device))
-        with self._counting:
+        with self._lock:
             self._counts.encoded += len(passages)
         self._memory.put_many(frames)
+        return kept, frames
+
+    def write(self, frames: Mapping[str, bytes]) -> None:
+        """Keep in the store, asynchronously, what `remember` returned; waits while too much is on its way there."""
         if self.store is not None and frames:
             self._submit(frames, self._counts.store)
-        return kept
 
     def keep_prefilled(self, makers: Mapping[str, Callable[[bytes | None], bytes]]) -> None:
-        """Keep prefilled passages in the store, behind the caller's back.
+        """Keep prefilled passages in the store, asynchronously.
 
         Args:
             makers: by key, what makes the frame, given the secret of this cache.
@@ -286,76 +342,51 @@ class PassageCache:
             return
         store = self.store
         dropped = self._attempt("delete from", lambda: store.delete(keys)) or 0
-        with self._counting:
+        with self._lock:
             self._counts.store.corrupt += dropped
 
-    def _submit(self, frames: dict[str, bytes], counters: LevelCounters) -> None:
-        size = sum(map(len, frames.values()))
-        with self._counting:
-            if self._writer is None or self._writer_pid != os.getpid():
-                self._writer = ThreadPoolExecutor(1, thread_name_prefix="kalm-rag-cache")
-                self._writer_pid = os.getpid()
-                self._pending = {}
-            writer = self._writer
-            waiting = list(self._pending) if sum(self._pending.values()) + size > _PENDING_BYTES else []
-        for future in waiting:  # the store is slower than the encoder: wait, rather than grow or drop
-            future.result()
-        try:
-            future = writer.submit(self._write, frames, counters)
-        except RuntimeError:  # the cache was closed, or the interpreter ends, while this call was running
-            self._write(frames, counters)
-            return
-        with self._counting:
-            self._pending[future] = size
-        future.add_done_callback(self._forget_future)
+    def _submit(self, frames: Mapping[str, bytes], counters: LevelCounters) -> None:
+        self._writer.submit(sum(map(len, frames.values())), partial(self._write, frames, counters))
 
-    def _forget_future(self, future: Future[None]) -> None:
-        with self._counting:
-            self._pending.pop(future, None)
-
-    def _write(self, frames: dict[str, bytes], counters: LevelCounters) -> None:
+    def _write(self, frames: Mapping[str, bytes], counters: LevelCounters) -> None:
         store = self.store
         if store is None:
             return
         kept = self._attempt("write to", lambda: store.put_many(frames))
-        with self._counting:
+        with self._lock:
             counters.write_failed += len(frames) - (kept or 0)
             if kept:
                 counters.bytes_written += sum(map(len, frames.values())) * kept // len(frames)
 
     def flush(self) -> None:
         """Wait until everything that was encoded is in the store, or has failed to get there."""
-        while True:
-            with self._counting:
-                waiting = list(self._pending) if self._writer_pid == os.getpid() else []
-            if not waiting:
-                return
-            for future in waiting:
-                future.result()
-                self._forget_future(future)
+        self._writer.flush()
 
     def _attempt(self, what: str, action: Callable[[], R]) -> R | None:
         """Run something on a store. Whatever it raises is a log line and None: a store may be anybody's code."""
         try:
-            return action()
+            with forks.native():
+                return action()
         except Exception as error:  # noqa: BLE001
             self._fault(what, f"cannot {what} the passage cache, going on without: {error}")
             return None
 
     def _fault(self, kind: str, message: str) -> None:
         """Log a fault: the first of its kind as a warning, the rest for those who look for them."""
-        level = logging.DEBUG if kind in self._faults else logging.WARNING
-        self._faults.add(kind)
+        with self._lock:
+            level = logging.DEBUG if kind in self._faults else logging.WARNING
+            self._faults.add(kind)
         logger.log(level, "%s", message)
 
     def stats(self) -> CacheStats:
         """Counters and sizes of both levels."""
         store = self.store
         size = _EMPTY if store is None else self._attempt("read", store.stats) or _EMPTY
-        with self._counting:
+        memory = self._memory.stats()
+        with self._lock:
             counts = self._counts
             return CacheStats(
-                LevelStats(replace(counts.memory), self._memory.stats()),
+                LevelStats(replace(counts.memory), memory),
                 LevelStats(replace(counts.store), size),
                 replace(counts.prefilled),
                 counts.encoded,
@@ -363,11 +394,7 @@ class PassageCache:
 
     def close(self) -> None:
         """Write what is pending and release the store. A later call opens it again."""
-        self.flush()
-        with self._counting:
-            writer, self._writer = self._writer, None
-        if writer is not None and self._writer_pid == os.getpid():
-            writer.shutdown()
+        self._writer.close()
         self._memory.close()
         if self.store is not None:
             self._attempt("close", self.store.close)

@@ -1,0 +1,84 @@
+"""Writes that the caller does not wait for, on one thread, and no more of them than memory should hold."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from kalm_rag import forks
+
+
+class WriteBehind:
+    """Runs writes in the order in which they were given.
+
+    Writes that a parent process had not done at a fork are the parent's.
+
+    Args:
+        limit: bytes that may wait; who gives more waits until they fit.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self.after_fork_in_child()
+        forks.watch(self)
+
+    def after_fork_in_child(self) -> None:
+        """The thread did not survive, and what it had to do is done in the parent."""
+        self._changed = threading.Condition(threading.Lock())  # of everything below
+        self._thread: ThreadPoolExecutor | None = None
+        self._pending: dict[Future[None], int] = {}
+        self._bytes = 0
+        self._blocked = 0
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that wait."""
+        return self._bytes
+
+    @property
+    def blocked(self) -> int:
+        """How many callers wait until theirs fit."""
+        return self._blocked
+
+    def submit(self, size: int, action: Callable[[], None]) -> None:
+        """Run a write soon; waits while too many bytes do."""
+        with self._changed:
+            self._blocked += 1
+            try:
+                # The store is slower than the encoder: wait, rather than grow or drop.
+                self._changed.wait_for(lambda: not self._pending or self._bytes + size <= self._limit)
+            finally:
+                self._blocked -= 1
+            if self._thread is None:
+                self._thread = ThreadPoolExecutor(1, thread_name_prefix="kalm-rag-cache")
+            future: Future[None] | None = None
+            # The interpreter takes no more work when it ends.
+            with contextlib.suppress(RuntimeError):
+                future = self._thread.submit(action)
+                self._pending[future] = size
+                self._bytes += size
+        if future is None:
+            action()
+        else:
+            future.add_done_callback(self._done)
+
+    def _done(self, future: Future[None]) -> None:
+        with self._changed:
+            self._bytes -= self._pending.pop(future, 0)
+            self._changed.notify_all()
+
+    def flush(self) -> None:
+        """Wait until everything that was given by now is done."""
+        with self._changed:
+            waiting = set(self._pending)
+            self._changed.wait_for(lambda: waiting.isdisjoint(self._pending))
+
+    def close(self) -> None:
+        """Wait for what was given, and end the thread; a later write starts another."""
+        self.flush()
+        with self._changed:
+            thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.shutdown()
