@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import copy
 import fnmatch
+import pickle
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -304,3 +306,13 @@ def test_large_batches_are_written_in_several_transactions(tmp_path: Path, monke
     monkeypatch.setattr(store, "_put", lambda cache, part, limit: sizes.append(len(part)) or put(cache, part, limit))
     assert store.put_many({key: value_of(key, 40_000) for key in KEYS}) == 12
     assert sizes == [3, 3, 3, 3]
+
+
+def test_disk_is_copied_by_its_arguments(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path / "store", limit=5_000_000)
+    store.put_many({KEYS[0]: b"value"})
+    assert copy.deepcopy(store) is store
+    other = pickle.loads(pickle.dumps(store))
+    assert other.get_many(KEYS) == {KEYS[0]: b"value"}
+    assert other.stats().limit == 5_000_000
+    assert pickle.loads(pickle.dumps(DiskStore(tmp_path / "store", read_only=True))).read_only

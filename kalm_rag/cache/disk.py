@@ -107,6 +107,13 @@ class DiskStore:
         self._write_lock = threading.Lock()
         self._pid = os.getpid()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> DiskStore:
+        """The store itself: a copy would open the same folder."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopened, (self.folder, self._asked_limit, self._forced_read_only)
+
     def get_many(self, keys: Sequence[str]) -> dict[str, bytes]:
         """What is kept under the keys; a row that cannot be read is left out.
 
@@ -523,6 +530,10 @@ class DiskStore:
         if kind not in self._said:
             self._said.add(kind)
             logger.warning(message, *values)
+
+
+def _reopened(folder: Path, limit: int | None, read_only: bool) -> DiskStore:
+    return DiskStore(folder, limit=limit, read_only=read_only)
 
 
 def _parts(items: Mapping[str, bytes], most: int) -> Iterator[list[tuple[str, bytes]]]:
