@@ -11,6 +11,9 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 TARGET = Path(__file__).parent.parent / "docs" / "assets"
+INK = "<style>text{fill:#374151!important}@media(prefers-color-scheme:dark){text{fill:#d1d5db!important}}</style>"
+"""Labels that are dark on a light page and light on a dark one; no single grey is readable on both."""
+
 GREY, BLUE, ORANGE, GREEN = "#808895", "#3b82f6", "#f59e0b", "#10b981"
 
 
@@ -37,6 +40,7 @@ def save(figure: Any, name: str) -> None:
     """Write an SVG without a date, so that equal data gives an equal file."""
     figure.tight_layout()
     figure.savefig(TARGET / name, metadata={"Date": None})
+    (TARGET / name).write_text((TARGET / name).read_text("utf-8").replace("<defs>", f"{INK}\n<defs>", 1), "utf-8")
     print(TARGET / name)
 
 
