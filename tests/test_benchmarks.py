@@ -42,3 +42,8 @@ def test_script(script: str, tmp_path: Path, run: Callable[..., dict[str, Any]])
 
 def test_startup(run: Callable[..., dict[str, Any]]) -> None:
     assert run("startup.py", "--repeats", "1")["file_bytes"] > 0
+
+
+def test_paired(run: Callable[..., dict[str, Any]]) -> None:
+    root = str(FOLDER.parent)
+    assert run("paired.py", root, root)["results"].keys() == {"load", "cold", "warm"}

@@ -53,6 +53,19 @@ def test_a_new_folder_has_the_documented_limit(tmp_path: Path) -> None:
         assert PassageCache(tmp_path / "new", **options).stats().store.size.limit == 10_000_000_000
 
 
+def test_a_folder_that_has_the_library_s_own_limit_gets_ours(tmp_path: Path) -> None:
+    """Nobody asked for 1 GiB: it is what diskcache writes where it is given no limit."""
+    store, _ = filled(tmp_path / "store", 1)
+    change(tmp_path / "store", "UPDATE Settings SET value = 1073741824 WHERE key = 'size_limit'")
+    store.close()
+    store.put_many({key_of(9): value_of(key_of(9), 100)})
+    assert store.stats().limit == 10_000_000_000
+    asked, _ = filled(tmp_path / "asked", 1, limit=3_000_000)
+    asked.close()
+    DiskStore(tmp_path / "asked").put_many({key_of(9): value_of(key_of(9), 100)})
+    assert DiskStore(tmp_path / "asked").stats().limit == 3_000_000
+
+
 class TestCheck:
     def test_a_value_that_cannot_be_read_now_is_not_removed(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -493,26 +493,29 @@ class DiskStore:
         write_manifest(self.folder)
 
     def _diskcache(self) -> StrictCache:
+        from diskcache.core import DEFAULT_SETTINGS
+
         from kalm_rag.cache.strict_disk import SETTINGS, StrictCache, StrictDisk
 
         limit = self._asked_limit
-        if limit is None and not self._has_limit():
+        # 1 GiB is what diskcache writes by itself, as kalm-rag once let it; nobody asked for that.
+        if limit is None and self._kept_limit() in (None, DEFAULT_SETTINGS["size_limit"]):
             limit = DEFAULT_LIMIT
         options = SETTINGS if limit is None else {**SETTINGS, "size_limit": limit}
         return StrictCache(str(self.folder), timeout=database.LOCK_SECONDS, disk=StrictDisk, **options)
 
-    def _has_limit(self) -> bool:
-        """Whether the folder has a limit already: it belongs to the folder, not to whoever opens it."""
+    def _kept_limit(self) -> Any:
+        """The limit that the folder has: it belongs to the folder, not to whoever opens it. None if it has none."""
         if self._file() is None:
-            return False
+            return None
         with contextlib.closing(database.connect(self.folder)) as connection:
             try:
-                found = connection.execute("SELECT 1 FROM Settings WHERE key = 'size_limit'").fetchone()
+                found = connection.execute("SELECT value FROM Settings WHERE key = 'size_limit'").fetchone()
             except sqlite3.OperationalError as error:
                 if "no such table" not in str(error):
                     raise
-                return False
-        return found is not None
+                return None
+        return None if found is None else found[0]
 
     def _file(self) -> tuple[int, int] | None:
         """What tells the database's file from another one in its place; None if there is none."""
