@@ -60,7 +60,7 @@ def test_bm25_names_only_what_shares_a_word() -> None:
     corpus = Corpus(CORPUS.passages, {**CORPUS.queries, "q2": "zebra"}, CORPUS.qrels)
     found = bm25_candidates(corpus, 50)
     assert found.rankings["q2"] == []
-    assert "1 queries have no candidates; they count as 0" in found.warnings
+    assert "1 of 3 queries have no candidates of BM25; they count as 0" in found.warnings
     with pytest.raises(ValueError, match="none of the 1 passages holds one besides stop words"):
         bm25_candidates(Corpus({"a": "the of"}, {"q": "x"}, {"q": {"a": 1}}), 5)
 
@@ -123,7 +123,7 @@ def test_a_run_that_fits_in_part_is_counted(tmp_path: Path) -> None:
     assert found.rankings == {"q1": [("p1", 2.5), ("p2", 1.5)], "q2": [("p1", 1.0)], "q3": []}
     assert found.warnings == (
         "1 passages of the run are not in the corpus and are left out",
-        "1 queries have no candidates; they count as 0",
+        "1 of 3 queries have no candidates of first; they count as 0",
         "1 queries have no relevant passage among their candidates; no reranker can help them",
     )
     shallow = run_candidates(CORPUS, tmp_path / "first.trec", 1, most_queries=1)

@@ -118,7 +118,11 @@ def encode(
                     break
         except KeyboardInterrupt:
             passages.flush()
-            typer.echo(f"interrupted: {run.held_now()}; rerun the same command to resume", err=True)
+            stats = passages.stats()
+            kept = stats.encoded - stats.store.counters.write_failed
+            typer.echo(
+                f"interrupted: {kept} passages encoded by this run are kept; rerun the same command to resume", err=True
+            )
             sys.exit(130)
         facts = run.facts()
     if as_json:
