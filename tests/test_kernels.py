@@ -412,8 +412,8 @@ def test_slow_bfloat16_is_computed_in_float32(
     assert engine.loaded.dtype == torch.bfloat16
     assert {weight.dtype for weight in engine.loaded.model.parameters()} == {torch.bfloat16}
     assert {item.key_values.dtype for item in engine._prefilled._items.values()} == {torch.bfloat16}
-    [batch] = engine._encoder.encode(engine._prompts.passages(passages[:1]), 4)
-    assert batch[1][0].states.dtype == torch.bfloat16
+    [states] = engine._encoder.encode(engine._prompts.passages(passages[:1]), 4)
+    assert states.states.dtype == torch.bfloat16
     again = KaLMReranker(checkpoint, device="cpu", dtype="bfloat16", cache=tmp_path)
     assert again.encode([text for _, text in pairs]).new == 0
     plain = KaLMReranker(checkpoint, device="cpu", dtype="bfloat16", cache=tmp_path, prefill_memory=0)
