@@ -82,7 +82,7 @@ $(VENV)-newest/.ready: pyproject.toml $(VENV)-newest/$(TODAY)
 	$(PYTHON) -m venv $(VENV)-newest
 	$(VENV)-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
 	$(VENV)-newest/bin/pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
-	  torch==2.13.0 --editable '.[demo]' pytest pytest-asyncio pytest-timeout
+	  torch==2.13.0 --editable '.[demo]' hypothesis pytest pytest-asyncio pytest-timeout
 	touch $@
 
 $(VENV)-newest/$(TODAY):
