@@ -427,3 +427,15 @@ def test_demo_without_its_extra_names_it(monkeypatch: pytest.MonkeyPatch, capsys
     with pytest.raises(SystemExit):
         cli.main()
     assert "pip install 'kalm-rag[demo]'" in capsys.readouterr().err
+
+
+def test_cache_commands_without_a_home_folder_name_the_way_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from kalm_rag import cli
+
+    monkeypatch.setattr("kalm_rag.cache.tiers.passages_dir", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["kalm-rag", "cache", "info"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "no home folder; name one with --cache" in capsys.readouterr().err

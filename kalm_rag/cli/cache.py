@@ -26,6 +26,9 @@ def _disk(cache: str) -> DiskStore:
     from kalm_rag.cache.folder import MANIFEST
 
     store = PassageCache(cache).store
+    if store is None:
+        msg = "there is no cache folder, because this user has no home folder; name one with --cache"
+        raise FileNotFoundError(msg)
     if not isinstance(store, DiskStore) or not (store.folder / MANIFEST).is_file():
         msg = f"there is no cache in {store.folder if isinstance(store, DiskStore) else cache}"
         raise FileNotFoundError(msg)
