@@ -48,8 +48,9 @@ class Lock:
 class _Forks:
     """The state of this module: one object for the process.
 
-    `changed` guards `inside` and `closed_by`, and is notified when a thread leaves; `registry` guards `locks` and
-    `watched`; who holds `forking` is between the first and the last hook of a fork, and may use the rest.
+    `changed` guards `inside` (how often each thread is) and `closed_by`, and is notified when a thread leaves;
+    `registry` guards `locks` and `watched`; who holds `forking` is between the first and the last hook of a fork, and
+    may use the rest.
     """
 
     def __init__(self) -> None:
@@ -60,25 +61,31 @@ class _Forks:
         self.clean = True
         self.broken = False
         self.one_thread = False
+        self.told = False
         self._renew()
 
     def _renew(self) -> None:
         self.forking = threading.Lock()
         self.registry = threading.RLock()
         self.changed = threading.Condition(threading.Lock())
-        self.inside: set[int] = set()
+        self.inside: dict[int, int] = {}
         self.closed_by: int | None = None
+        self.ready = threading.local()
 
     def enter(self) -> None:
         me = threading.get_ident()
         with self.changed:
-            while self.closed_by not in (None, me):
+            # A thread that is inside already goes on: the fork waits for it.
+            while me not in self.inside and self.closed_by not in (None, me):
                 self.changed.wait()
-            self.inside.add(me)
+            self.inside[me] = self.inside.get(me, 0) + 1
 
     def leave(self) -> None:
+        me = threading.get_ident()
         with self.changed:
-            self.inside.discard(threading.get_ident())
+            depth = self.inside.pop(me, 0)
+            if depth > 1:
+                self.inside[me] = depth - 1
             if self.closed_by is not None:
                 self.changed.notify_all()
 
@@ -87,7 +94,7 @@ class _Forks:
         me, deadline = threading.get_ident(), time.monotonic() + _WAIT_SECONDS
         with self.changed:
             self.closed_by = me
-            self.clean = self.changed.wait_for(lambda: self.inside <= {me}, _WAIT_SECONDS)
+            self.clean = self.changed.wait_for(lambda: self.inside.keys() <= {me}, _WAIT_SECONDS)
         if self.clean:
             with self.registry:
                 self.paused = list(self.watched.values())
@@ -196,14 +203,16 @@ def ready_to_compute() -> None:
             "fork between calls, or start processes with the method 'spawn'"
         )
         raise ForkError(msg)
-    if not _forks.one_thread:
+    if not _forks.one_thread or hasattr(_forks.ready, "threads"):
         return
-    _forks.one_thread = False
     import torch
 
+    # OpenMP keeps the number for each thread: the one that forked still has that of the parent when another has set it.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    if threads > 1:
+    _forks.ready.threads = 1
+    if threads > 1 and not _forks.told:
+        _forks.told = True
         logger.warning(
             "this process was forked after torch was imported, so it computes with one thread instead of %d; "
             "start processes with the method 'spawn' to use more",

@@ -50,6 +50,7 @@ class Turns:
         self._guard = threading.Lock()  # of the two below
         self._owner: int | None = None
         self._queue: deque[_Ticket] = deque()
+        self._entered = False  # whether the owner is inside of `forks.native` for this turn
 
     @property
     def waiting(self) -> int:
@@ -70,7 +71,9 @@ class Turns:
             if self._owner != me:
                 ticket.called.acquire()
             forks.ready_to_compute()
-            forks.enter_native()
+            if not self._entered:  # as it still is where this thread was interrupted on its way out
+                forks.enter_native()
+                self._entered = True
             check_stopped()
         except BaseException:
             self._give_up(ticket)
@@ -89,10 +92,13 @@ class Turns:
         self._pass_on()
 
     def _pass_on(self) -> None:
-        forks.leave_native()
         with self._guard:
             if self._owner != threading.get_ident():
                 return
+            entered, self._entered = self._entered, False
+        if entered:
+            forks.leave_native()
+        with self._guard:
             if self._queue:
                 ticket = self._queue.popleft()
                 self._owner = ticket.thread

@@ -1,6 +1,6 @@
 """What a fork must not break: models, caches and writes that are under way when a process forks.
 
-Everything runs in a process of its own with a time limit, so that a hang is a failure.
+What forks runs in a process of its own with a time limit, so that a hang is a failure.
 """
 
 from __future__ import annotations
@@ -8,9 +8,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from kalm_rag import KaLMReranker, forks
+from kalm_rag.scoring import Encoder
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 
@@ -264,3 +269,61 @@ assert held
         checkpoint,
         tmp_path,
     )
+
+
+def test_what_is_entered_twice_is_left_twice() -> None:
+    """A batch looks into the cache, which is inside on its own account; the fork still waits for the batch."""
+    me = threading.get_ident()
+    with forks.native():
+        with forks.native():
+            pass
+        assert me in forks._forks.inside
+    assert me not in forks._forks.inside
+
+
+def test_a_thread_that_is_inside_does_not_wait_for_the_fork_that_waits_for_it() -> None:
+    state = forks._Forks()
+    state.enter()
+    state.closed_by = -1
+    state.enter()
+    assert state.inside == {threading.get_ident(): 2}
+
+
+def test_every_batch_of_the_encoder_keeps_a_fork_waiting(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside: list[bool] = []
+    encode = Encoder.encode
+
+    def spy(encoder: Encoder, *arguments: Any) -> Any:
+        inside.append(threading.get_ident() in forks._forks.inside)
+        return encode(encoder, *arguments)
+
+    monkeypatch.setattr(Encoder, "encode", spy)
+    for cache in (None, tmp_path):
+        KaLMReranker(checkpoint, device="cpu", cache=cache).rank("q", [f"passage {number}" for number in range(5)])
+    assert inside
+    assert all(inside)
+    assert threading.get_ident() not in forks._forks.inside
+
+
+def test_each_thread_of_a_child_computes_alone(checkpoint: Path, tmp_path: Path) -> None:
+    """The first call comes from another thread than the one that forked, which has the parent's number of threads."""
+    log = run(
+        """
+logging.basicConfig()
+reranker = KaLMReranker(model, device="cpu", cache=None)
+reranker.rank("how to sort", passages)
+torch.mm(torch.ones(600, 600), torch.ones(600, 600))
+def child():
+    other = threading.Thread(target=reranker.rank, args=("how to sort", passages[:3]))
+    other.start()
+    other.join()
+    hits = reranker.rank("how to sort", [f"new {text}" for text in passages])
+    return len(hits) == len(passages) and torch.get_num_threads() == 1
+assert in_child(child)
+""",
+        checkpoint,
+        tmp_path,
+    )
+    assert log.count("computes with one thread instead of 2") == 1
