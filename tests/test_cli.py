@@ -73,7 +73,7 @@ def test_info(checkpoint: Path) -> None:
         (["rank", "q", "--model", "MODEL", "--ratio", "0"], "ratio must be at least 1, got 0"),
         (["rank", "q", "--model", "MODEL", "--device", "warp"], "device='warp' is no device"),
         (["cache", "info", "--cache", "/tmp"], "there is no cache in /tmp"),
-        (["encode", "-", "--model", "MODEL", "--limit-gb", "inf"], "infinity"),
+        (["encode", "-", "--model", "MODEL", "--limit-gb", "inf"], "--limit-gb must be a number above 0, got inf"),
         (["info", "--model", "nano"], "could not get 'KaLM-Embedding/KaLM-Reranker-V1-Nano-R2' from the hub"),
     ],
 )

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cachekit import frames, key_of
+from cachekit import frames, key_of, value_of
 from safetensors.torch import save_file
 
-from kalm_rag.cache import DiskStore, MemoryStore, StoreError
+from kalm_rag.cache import DiskStore, MemoryStore, StoreError, StoreStats
 from kalm_rag.cache.frame import FrameError, reseal, unpack
 from kalm_rag.cache.preflight import check_room, check_writable
 from kalm_rag.cache.transfer import export_shards, import_shards
-from kalm_rag.corpus import Record, read_passages
+from kalm_rag.corpus import Corpus, Record, read_passages
 from kalm_rag.evaluation.outputs import MANIFEST, claim, replace_files
 
 SECRET = b"0123456789abcdef"
@@ -144,6 +146,34 @@ class TestTerminal:
         [hit] = json.loads(machine)
         assert (hit["text"], hit["id"]) == (HOSTILE, f"id{HOSTILE}")
 
+    def test_text_from_a_file_stays_in_its_cell(self, tmp_path: Path) -> None:
+        ids = ["a\nFAKE 0.9999 x", "b\ty"]
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps({"_id": name, "text": "t"}) + "\n" for name in ids))
+        shown = kalm("rank", "q", tmp_path / "a.jsonl", "--model", "mini").stdout.decode().splitlines()
+        assert len(shown) == 1 + len(ids)
+        assert [line for line in shown if "a\\nFAKE 0.9999 x" in line]
+        assert [line for line in shown if "b\\ty" in line]
+
+    def test_names_of_folders_are_no_markup_and_steer_nothing(self, tmp_path: Path) -> None:
+        DiskStore(tmp_path / "[bold]\x1b[2J").put_many(frames(1))
+        place = tmp_path / "[bold]\x1b[2J"
+        (place / "passages-1.safetensors").write_bytes(b"no shard")
+        target = tmp_path / "other"
+        for arguments in (
+            ("cache", "info", "--cache", place),
+            ("cache", "clear", "--cache", place),
+            ("cache", "import", place, "--any-model", "--cache", target),
+        ):
+            done = kalm(*arguments, stdin=b"n\n")
+            shown = (done.stdout + done.stderr).decode()
+            assert "\x1b" not in shown
+            assert "[bold]\\x1b[2J" in shown
+
+    def test_json_holds_half_characters_as_escapes(self, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").write_text('{"text": "half \\ud800 character"}\n')
+        done = kalm("rank", "q", tmp_path / "a.jsonl", "--model", "mini", "--json", PYTHONIOENCODING="utf-8")
+        assert json.loads(done.stdout)[0]["text"] == "half \ud800 character"
+
     @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
     def test_a_stream_that_cannot_hold_the_text_is_not_fatal(self, tmp_path: Path, encoding: str) -> None:
         (tmp_path / "a.txt").write_text("\u4e2d\u6587 \U0001f99c\n", "utf-8")
@@ -184,11 +214,70 @@ class TestEncode:
         assert b"--limit-gb" in done.stderr
         assert DiskStore(tmp_path / "cache").stats().entries == 0
 
-    @pytest.mark.parametrize("limit", ["-1", "0", "nan"])
+    @pytest.mark.parametrize("limit", ["-1", "0", "nan", "inf"])
     def test_a_limit_is_refused_in_the_unit_it_was_given_in(self, corpus: Path, limit: str) -> None:
         done = kalm("encode", corpus, "--model", "mini", "--limit-gb", limit)
         assert done.returncode == 2
         assert f"--limit-gb must be a number above 0, got {limit}".encode() in done.stderr
+
+    def test_a_corpus_that_is_missing_is_known_before_the_model_loads(self, tmp_path: Path) -> None:
+        for options in ((), ("--dry-run",)):
+            done = kalm("encode", tmp_path / "none.txt", "-m", "no/such-model", "--cache", tmp_path / "cache", *options)
+            assert done.returncode == 2
+            assert b"none.txt" in done.stderr
+            assert b"such-model" not in done.stderr
+
+    @staticmethod
+    def encode(
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
+    ) -> tuple[int, str, str]:
+        """The exit status, the last line, and the errors of the command, run in this process."""
+        from kalm_rag import cli
+
+        monkeypatch.setattr(sys, "argv", ["kalm-rag", "encode", *map(str, arguments), "-m", "mini"])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        shown = capsys.readouterr()
+        return int(stopped.value.code or 0), shown.out.splitlines()[-1], shown.err
+
+    def test_a_full_cache_takes_a_corpus_that_fits(
+        self, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        place = tmp_path / "cache"
+        assert self.encode(monkeypatch, capsys, corpus, "--cache", place)[0] == 0
+        store = DiskStore(place)
+        full = store.stats().bytes or 0
+        before = set(store.keys())
+        store.close()
+        other = tmp_path / "other.txt"
+        other.write_text(corpus.read_text().replace("nothing", "something"))
+        limit = ("--limit-gb", 1.5 * full / 1e9)
+        assert self.encode(monkeypatch, capsys, other, "--cache", place, *limit)[:2] == (0, "40 of 40 passages held")
+        assert before - set(DiskStore(place).keys()), "the first corpus made room"
+
+    def test_what_leaves_while_the_corpus_is_encoded_is_not_held(
+        self, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        from kalm_rag.cache import preflight
+
+        place = tmp_path / "cache"
+        assert self.encode(monkeypatch, capsys, corpus, "--cache", place)[0] == 0
+        limit = ("--limit-gb", 1.2 * (DiskStore(place).stats().bytes or 0) / 1e9)
+        both = tmp_path / "both.txt"  # its first half is what the cache stored first, and is found there
+        more = "".join(f"{number} another passage about something\n" for number in range(200))
+        both.write_text(corpus.read_text() + more)
+        monkeypatch.setattr(preflight, "check_room", lambda *_: None)  # an estimate may be wrong
+        for source in (both, "-"):
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(both.read_bytes())))
+            status, last, errors = self.encode(monkeypatch, capsys, source, "--cache", place, *limit)
+            assert status == 1
+            assert "the cache reached its limit" in errors
+            assert "--limit-gb" in errors
+            if source != "-":
+                held = DiskStore(place).stats().entries
+                assert last == f"{held} of 240 passages held"
+            else:
+                assert last.startswith("at most ")
 
     def test_what_was_not_kept_is_an_exit_status(
         self, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -289,6 +378,71 @@ class TestImport:
         report = import_shards(MemoryStore(1 << 30), [tmp_path], model=unpack(*next(iter(values.items()))[::-1]).model)
         assert (report.passages, report.corrupt, report.bad_shards) == (5, 5, ())
 
+    def test_a_tensor_with_a_name_that_is_no_key_is_counted(self, tmp_path: Path) -> None:
+        import torch
+
+        save_file({"encoder.weight": torch.zeros(4)}, tmp_path / "passages-00001.safetensors")
+        assert import_shards(MemoryStore(1 << 20), [tmp_path]).corrupt == 1
+        done = kalm("cache", "import", tmp_path, "--any-model", "--cache", tmp_path / "cache")
+        assert done.returncode == 1
+        assert b"left out: 1 that are damaged or no encoded passages" in done.stdout
+
+    def test_what_is_given_up_during_the_import_is_not_held(self, tmp_path: Path) -> None:
+        items = frames(200, tokens=400)
+        size = sum(map(len, items.values()))
+        export_shards(_holding(items), tmp_path / "shards", shard_bytes=size // 4)
+        small = DiskStore(tmp_path / "small", limit=size // 2)
+        with pytest.raises(StoreError, match="reached its limit of .* and gave up entries of this import, which stops"):
+            import_shards(small, [tmp_path / "shards"])
+        # A full store makes room for the import by giving up what it held before.
+        full = DiskStore(tmp_path / "full")
+        full.put_many({key_of(number): value_of(key_of(number), 40_000) for number in range(100)})
+        full.close()
+        full = DiskStore(tmp_path / "full", limit=full.stats().bytes)
+        report = import_shards(full, [tmp_path / "shards"])
+        assert full.stats().evicted > 0
+        assert (report.passages, report.held, report.verified) == (200, 200, 200)
+
+    def test_entries_known_before_that_leave_during_the_import_are_not_held(self, tmp_path: Path) -> None:
+        store = _Evicting(1 << 30)
+        items = frames(150)
+        export_shards(_holding(items), tmp_path)
+        known = dict(list(items.items())[:100])
+        store.put_many(known)
+        store.doomed = [key for key in sorted(items)[:64] if key in known]  # among the first that the import meets
+        lost = len(store.doomed)
+        report = import_shards(store, [tmp_path])
+        assert lost > 0
+        assert (report.verified, report.held) == (150, 150 - lost)
+
+    def test_shards_above_the_limit_are_refused_before_anything_is_stored(self, tmp_path: Path) -> None:
+        export_shards(_holding(frames(50, tokens=400)), tmp_path / "shards")
+        command = ("cache", "import", tmp_path / "shards", "--any-model", "--cache", tmp_path / "cache")
+        done = kalm(*command, "--limit-gb", "0.0001")
+        assert done.returncode == 2
+        assert b"more than the limit of the cache, 100,000" in done.stderr
+        assert DiskStore(tmp_path / "cache").stats().entries == 0
+        assert kalm(*command, "--limit-gb", "1").stdout.endswith(b"50 of 50 passages held\n")
+
+    def test_every_source_is_looked_for_first(self, tmp_path: Path) -> None:
+        export_shards(_holding(frames(3)), tmp_path)
+        store = MemoryStore(1 << 30)
+        with pytest.raises(FileNotFoundError):
+            import_shards(store, [tmp_path, tmp_path / "none"])
+        assert list(store.keys()) == []
+
+    def test_an_error_of_the_store_is_none_of_the_shard(self, tmp_path: Path) -> None:
+        export_shards(_holding(frames(3)), tmp_path)
+        with pytest.raises(StoreError, match="the store cannot be written to .*no space"):
+            import_shards(_Full(1 << 30), [tmp_path])
+
+    @pytest.mark.parametrize("name", ["mine.txt", "kalm-rag-cache.json", "passages-00001.safetensors"])
+    def test_an_export_goes_into_an_empty_folder_only(self, tmp_path: Path, name: str) -> None:
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(FileExistsError, match="is not empty .*; export into an empty folder"):
+            export_shards(_holding(frames(3)), tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+
     def test_a_store_that_keeps_nothing_stops_it(self, tmp_path: Path) -> None:
         export_shards(_holding(frames(3)), tmp_path)
         with pytest.raises(StoreError, match="the store kept none of 3 entries; it holds 0, and the import stops here"):
@@ -302,6 +456,29 @@ class TestImport:
             assert done.stdout.decode().splitlines()[-1] == "3 of 3 passages held"
         done = kalm("cache", "import", tmp_path / "shards", "--any-model", "--cache", "/proc/none")
         assert done.returncode == 2
+
+
+class _Full(MemoryStore):
+    """Cannot be written to."""
+
+    def put_many(self, items: Any) -> int:
+        raise OSError("no space left on the device")
+
+
+class _Evicting(MemoryStore):
+    """Gives up some of its older entries when it is written to after `doomed` was set."""
+
+    doomed: Sequence[str] = ()
+    gone = 0
+
+    def put_many(self, items: Any) -> int:
+        kept = super().put_many(items)
+        self.gone += self.delete(self.doomed)
+        self.doomed = ()
+        return kept
+
+    def stats(self) -> StoreStats:
+        return replace(super().stats(), evicted=self.gone)
 
 
 def _holding(items: dict[str, bytes]) -> MemoryStore:
@@ -439,3 +616,30 @@ def test_cache_commands_without_a_home_folder_name_the_way_out(
     with pytest.raises(SystemExit):
         cli.main()
     assert "no home folder; name one with --cache" in capsys.readouterr().err
+
+
+def test_eval_without_its_first_stage_names_its_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from kalm_rag import cli
+
+    monkeypatch.setitem(sys.modules, "bm25s", None)
+    monkeypatch.setattr(sys, "argv", ["kalm-rag", "eval", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "pip install 'kalm-rag[eval]'" in capsys.readouterr().err
+
+
+def test_an_experiment_without_queries_is_refused_when_it_is_made() -> None:
+    from kalm_rag.evaluation import Candidates, Experiment, Metrics, System
+
+    empty = Candidates("none", {}, {}, ())
+    with pytest.raises(ValueError, match="candidates must hold at least one query, got none"):
+        Experiment(Corpus({"p": "a"}, {}, {}), empty, [System("mini")], Metrics(["nDCG@10"]))
+
+
+def test_eval_shows_its_folder_without_control_characters(collection: Any, tmp_path: Path) -> None:
+    done = kalm("eval", collection({"r": "cat"}), "--out", tmp_path / "o\x1b[2J", "--ratio", "4")
+    assert done.returncode == 0, done.stderr
+    assert b"\x1b" not in done.stdout
+    assert b"o\\x1b[2J" in done.stdout

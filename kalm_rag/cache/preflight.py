@@ -31,13 +31,17 @@ def check_writable(store: Store) -> None:
         raise StoreError(msg)
 
 
-def check_room(store: Store, needed: int, new: int) -> None:
+ENCODE_LESS = "use a coarser --base-ratio or --storage int8, or encode fewer passages"
+
+
+def check_room(store: Store, needed: int, new: int, otherwise: str = ENCODE_LESS) -> None:
     """Refuse what a store cannot hold.
 
     Args:
         store: where the entries are to be kept.
         needed: bytes of all of them.
         new: bytes of those that are not there yet.
+        otherwise: what a user can do besides raising the limit.
 
     Raises:
         StoreError: they take more than the store's limit, or more than the disk has left.
@@ -46,8 +50,8 @@ def check_room(store: Store, needed: int, new: int) -> None:
     if limit is not None and needed > limit:
         msg = (
             f"the passages take about {needed:,} bytes, more than the limit of the cache, {limit:,}: the first ones "
-            f"would leave before the last ones are kept. Raise the limit (--limit-gb {1.2 * needed / 1e9:.3g}), use a "
-            "coarser --base-ratio or --storage int8, or encode fewer passages"
+            f"would leave before the last ones are kept. Raise the limit (--limit-gb {1.2 * needed / 1e9:.3g}), "
+            f"{otherwise}"
         )
         raise StoreError(msg)
     if isinstance(store, DiskStore):

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class TransferReport:
         shards: files that were written or read.
         known: entries that the store had already and that verify there; they were left as they are (import).
         lost: entries that verified and that the store did not keep (import).
+        held: entries of the shards that the store holds at the end; those that it gave up meanwhile are not (import).
     """
 
     passages: int
@@ -44,6 +45,12 @@ class TransferReport:
     shards: tuple[str, ...]
     known: int = 0
     lost: int = 0
+    held: int = 0
+
+    @property
+    def verified(self) -> int:
+        """Entries of the shards that verified, and so ought to be held (import)."""
+        return self.passages + self.known + self.lost
 
 
 class WrongModelError(ValueError):
@@ -77,18 +84,18 @@ def export_shards(
 
     Args:
         store: where they are.
-        folder: where the shards go; it must not hold shards already.
+        folder: where the shards go; it must be empty, or not exist.
         model: only entries of the model with this digest.
         shard_bytes: a shard ends when it reaches this.
 
     Raises:
-        FileExistsError: the folder holds shards.
+        FileExistsError: the folder holds something.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    present = sorted(folder.glob("passages-*.safetensors"))
+    present = sorted(path.name for path in folder.iterdir())
     if present:
-        msg = f"{folder} holds {present[0].name} already; export into an empty folder"
+        msg = f"{folder} is not empty (it has {present[:5]}); export into an empty folder"
         raise FileExistsError(msg)
     written: list[str] = []
     shard: dict[str, bytes] = {}
@@ -145,17 +152,20 @@ def import_shards(
     Raises:
         WrongModelError: a shard holds entries of another model; nothing of that shard is kept.
         FileNotFoundError: a source does not exist or holds no shards.
-        StoreError: the store cannot be written to; the import stops there.
+        StoreError: the store cannot be written to, or reached its limit and gave up entries of this import; the import
+            stops there.
     """
     from safetensors import SafetensorError, safe_open
 
-    counts = _Counts()
+    counts = _Counts(store.stats().evicted)
     bad: list[str] = []
     read: list[str] = []
-    for shard in _shards(sources):
+    for shard in shards_of(sources):
         try:
             with safe_open(shard, framework="numpy") as file:
-                names = [key for key in file.keys() if KEY_PATTERN.fullmatch(key)]  # noqa: SIM118
+                tensors = list(file.keys())
+                names = [key for key in tensors if KEY_PATTERN.fullmatch(key)]
+                counts.corrupt += len(tensors) - len(names)
                 if model is not None:
                     frames = ((key, data) for key in names if (data := _bytes_of(file, key)) is not None)
                     _check_model(shard, frames, model)
@@ -175,27 +185,49 @@ def import_shards(
             bad.append(str(shard))
         else:
             read.append(str(shard))
+    held = counts.moved + counts.known
+    if store.stats().evicted > counts.evicted:
+        held = sum(_held(store, shard, secret) for shard in (*read, *bad))
     return TransferReport(
-        counts.moved, counts.size, counts.corrupt, 0, tuple(bad), tuple(read), counts.known, counts.lost
+        counts.moved, counts.size, counts.corrupt, 0, tuple(bad), tuple(read), counts.known, counts.lost, held
     )
+
+
+def _held(store: Store, shard: str, secret: bytes | None) -> int:
+    """How many entries of a shard a store holds."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(shard, framework="numpy") as file:
+            names = [key for key in file.keys() if KEY_PATTERN.fullmatch(key)]  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError):
+        return 0
+    batches = (names[start : start + _BATCH] for start in range(0, len(names), _BATCH))
+    return sum(len(_verified(store, batch, secret)) for batch in batches)
 
 
 @dataclass(slots=True)
 class _Counts:
-    """What an import did so far."""
+    """What an import did so far, and how many entries the store had given up before it."""
 
+    evicted: int
     moved: int = 0
     size: int = 0
     corrupt: int = 0
     known: int = 0
     lost: int = 0
+    first: list[str] = field(default_factory=list)
 
     def keep(self, store: Store, batch: dict[str, bytes], secret: bytes | None) -> None:
         """Keep what the store does not hold, and see what it holds then."""
         known = _verified(store, list(batch), secret)
         new = {key: data for key, data in batch.items() if key not in known}
         if new:
-            store.put_many(new)
+            try:
+                store.put_many(new)
+            except (OSError, ValueError) as error:  # not to be taken for an error of the shard
+                msg = f"the store cannot be written to ({error}); the import stops here"
+                raise StoreError(msg) from error
         kept = _verified(store, list(new), secret)
         self.known += len(known)
         self.moved += len(kept)
@@ -204,6 +236,15 @@ class _Counts:
         if new and not kept:
             held = self.known + self.moved
             msg = f"the store kept none of {len(new)} entries; it holds {held}, and the import stops here"
+            raise StoreError(msg)
+        self.first = self.first or sorted(kept)
+        size = store.stats()
+        # The oldest entries leave first: if the first of this import are gone, the rest will follow them.
+        if size.evicted > self.evicted and len(_verified(store, self.first, secret)) < len(self.first):
+            msg = (
+                f"the store reached its limit of {size.limit or 0:,} bytes and gave up entries of this import, which "
+                "stops here; raise the limit (--limit-gb), or import fewer shards"
+            )
             raise StoreError(msg)
 
 
@@ -247,16 +288,23 @@ def _check_model(shard: Path, frames: Iterable[tuple[str, bytes]], model: bytes)
                 raise WrongModelError(msg)
 
 
-def _shards(sources: Iterable[str | Path]) -> Iterator[Path]:
+def shards_of(sources: Iterable[str | Path]) -> list[Path]:
+    """The shards of files and folders, all of which must exist.
+
+    Raises:
+        FileNotFoundError: a source does not exist or holds no shards.
+    """
+    shards: list[Path] = []
     for source in map(Path, sources):
         if source.is_dir():
             found = sorted(source.glob("passages-*.safetensors"))
             if not found:
                 msg = f"the folder {source} holds no passages-*.safetensors"
                 raise FileNotFoundError(msg)
-            yield from found
+            shards += found
         elif source.is_file():
-            yield source
+            shards.append(source)
         else:
             msg = f"no shard or folder {source}"
             raise FileNotFoundError(msg)
+    return shards

@@ -10,7 +10,7 @@ import typer
 
 from kalm_rag._version import __version__
 from kalm_rag.cli import cache, demo, encode, evaluate, info, rank
-from kalm_rag.cli.options import replace_what_a_stream_cannot_hold, visible
+from kalm_rag.cli.options import make_log_visible, replace_what_a_stream_cannot_hold, visible_line
 from kalm_rag.errors import KaLMError
 
 app = typer.Typer(
@@ -51,6 +51,7 @@ def _options(
 def main() -> None:
     """Run the command line; an expected error is one line on standard error and exit code 2."""
     replace_what_a_stream_cannot_hold()
+    make_log_visible()
     try:
         app()
     except BrokenPipeError:  # the reader of our output has seen enough
@@ -59,5 +60,5 @@ def main() -> None:
     except (KaLMError, ValueError, TypeError, OSError, OverflowError) as error:
         if _debug:
             raise
-        typer.echo(f"error: {visible(str(error))}", err=True)
+        typer.echo(f"error: {visible_line(str(error))}", err=True)
         sys.exit(2)

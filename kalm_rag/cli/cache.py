@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kalm_rag.cli.encode import size_text
-from kalm_rag.cli.options import CacheOption, JsonOption, RevisionOption, console, print_json, visible
+from kalm_rag.cli.options import (
+    CacheOption,
+    JsonOption,
+    LimitOption,
+    RevisionOption,
+    limit_bytes,
+    print_json,
+    show,
+    visible_line,
+)
 
 if TYPE_CHECKING:
     from kalm_rag.cache import DiskStore
@@ -72,11 +81,10 @@ def info(
     if as_json:
         print_json(facts)
         return
-    out = console()
-    out.print(f"{store.folder}{' (read-only)' if store.read_only else ''}", soft_wrap=True)
-    out.print(f"{size.entries} passages, {size_text(size.bytes or 0)} of {size_text(size.limit or 0)}")
+    show(f"{store.folder}{' (read-only)' if store.read_only else ''}", wrap=False)
+    show(f"{size.entries} passages, {size_text(size.bytes or 0)} of {size_text(size.limit or 0)}")
     for name, row in counted.items():
-        out.print(f"  model {name}: {row[0]} passages, {size_text(row[1])}")
+        show(f"  model {name}: {row[0]} passages, {size_text(row[1])}")
 
 
 @app.command("check")
@@ -90,19 +98,18 @@ def check(
     if as_json:
         print_json(dataclasses.asdict(report))
     else:
-        out = console()
-        out.print(f"{report.entries} entries read: {report.corrupt} damaged, {report.missing} without their file")
-        out.print(f"{report.orphans} orphan files ({size_text(report.orphan_bytes)})")
+        show(f"{report.entries} entries read: {report.corrupt} damaged, {report.missing} without their file")
+        show(f"{report.orphans} orphan files ({size_text(report.orphan_bytes)})")
         if report.database:
-            out.print(f"the database is damaged: {visible(report.database)}", soft_wrap=True)
+            show(f"the database is damaged: {report.database}", wrap=False)
         if report.quarantine:
-            out.print(
+            show(
                 f"moved the damaged database to {report.quarantine}, which you may delete; "
                 f"{report.salvaged} passages were saved from it",
-                soft_wrap=True,
+                wrap=False,
             )
         if not report.clean:
-            out.print("mended; what is missing is encoded again when needed" if fix else "mend this with --fix")
+            show("mended; what is missing is encoded again when needed" if fix else "mend this with --fix")
     if not report.clean and not fix:
         sys.exit(1)
 
@@ -124,8 +131,8 @@ def clear(
     else:
         doomed = [frame.key for frame, _ in verified_frames(store) if frame is not None and frame.model == digest]
     if doomed and not yes:
-        typer.confirm(f"Forget {len(doomed)} passages in {store.folder}?", abort=True)
-    console().print(f"{store.delete(doomed)} passages forgotten")
+        typer.confirm(f"Forget {len(doomed)} passages in {visible_line(str(store.folder))}?", abort=True)
+    show(f"{store.delete(doomed)} passages forgotten")
 
 
 @app.command("export")
@@ -143,10 +150,9 @@ def export(
     if as_json:
         print_json(dataclasses.asdict(report))
         return
-    out = console()
-    out.print(f"{report.passages} passages, {size_text(report.bytes)}, in {len(report.shards)} shards")
+    show(f"{report.passages} passages, {size_text(report.bytes)}, in {len(report.shards)} shards")
     if report.corrupt or report.other_models:
-        out.print(f"left out: {report.corrupt} damaged, {report.other_models} of other models")
+        show(f"left out: {report.corrupt} damaged, {report.other_models} of other models")
 
 
 @app.command("import")
@@ -157,35 +163,40 @@ def import_(
     ] = None,
     any_model: Annotated[bool, typer.Option("--any-model", help="Take passages of any model.")] = False,
     cache: CacheOption = "default",
+    limit_gb: LimitOption = None,
     revision: RevisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Read shards into the cache. Each entry is verified; shards of another model are refused."""
+    """Read shards into the cache. Each entry is verified; shards of another model are refused.
+
+    The exit status is 0 only if the cache holds every entry of the shards.
+    """
     from kalm_rag.cache import DiskStore, PassageCache
-    from kalm_rag.cache.preflight import check_writable
-    from kalm_rag.cache.transfer import import_shards
+    from kalm_rag.cache.preflight import check_room, check_writable
+    from kalm_rag.cache.transfer import import_shards, shards_of
 
     if (model is None) != any_model:
         msg = "give --model MODEL to check that the shards belong to it, or --any-model to take them unchecked"
         raise ValueError(msg)
-    store = PassageCache(cache).store
+    store = PassageCache(cache, limit=limit_bytes(limit_gb)).store
     if not isinstance(store, DiskStore):
         msg = "there is no folder to import into; name one with --cache"
         raise ValueError(msg)
+    needed = sum(shard.stat().st_size for shard in shards_of(sources))
     check_writable(store)
+    new = max(0, needed - (store.stats().bytes or 0))  # at least: what the cache holds may be part of the shards
+    check_room(store, needed, new, "import fewer shards, or export those of one --model")
     report = import_shards(store, sources, model=_digest(model, revision))
     store.close()
     if as_json:
         print_json(dataclasses.asdict(report))
     else:
-        out = console()
         shards = f"from {len(report.shards)} shards"
-        out.print(f"{report.passages} new passages, {size_text(report.bytes)}, {report.known} known already, {shards}")
+        show(f"{report.passages} new passages, {size_text(report.bytes)}, {report.known} known already, {shards}")
         if report.corrupt:
-            out.print(f"left out: {report.corrupt} damaged")
+            show(f"left out: {report.corrupt} that are damaged or no encoded passages")
         for name in report.bad_shards:
-            out.print(f"skipped, cannot be read: {visible(name)}", soft_wrap=True)
-        held = report.passages + report.known
-        out.print(f"{held} of {held + report.lost} passages held")
-    if report.bad_shards or report.corrupt or report.lost:
+            show(f"skipped, cannot be read: {name}", wrap=False)
+        show(f"{report.held} of {report.verified} passages held")
+    if report.bad_shards or report.corrupt or report.held < report.verified:
         sys.exit(1)

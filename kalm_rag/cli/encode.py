@@ -19,13 +19,15 @@ from kalm_rag.cli.options import (
     FormatOption,
     IdFieldOption,
     JsonOption,
+    LimitOption,
     ModelOption,
     RevisionOption,
     TextFieldOption,
-    console,
+    limit_bytes,
     note_mini,
     print_json,
-    visible,
+    show,
+    visible_line,
 )
 
 if TYPE_CHECKING:
@@ -49,9 +51,7 @@ def encode(
     keep: Annotated[
         str, typer.Option("--keep", help="states, or prefilled: 25 times the bytes, for fast cold starts on a CPU.")
     ] = "states",
-    limit_gb: Annotated[
-        float | None, typer.Option("--limit-gb", help="Most the cache may take on disk. [default: as it was, or 10]")
-    ] = None,
+    limit_gb: LimitOption = None,
     max_length: Annotated[int, typer.Option("--max-length", help="Tokens of a passage that are read.")] = 1024,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Estimate bytes and time, encode nothing.")] = False,
     revision: RevisionOption = None,
@@ -73,16 +73,13 @@ def encode(
     from kalm_rag.progress import Progress
     from kalm_rag.reranker import KaLMReranker
 
-    if limit_gb is not None and not limit_gb * 1e9 >= 1:
-        msg = f"--limit-gb must be a number above 0, got {limit_gb:g}"
-        raise ValueError(msg)
     passages = PassageCache(
         cache,
         memory=0,
         base_ratio=base_ratio,
         storage=cast("Storage", storage),
         keep=cast("Keep", keep),
-        limit=None if limit_gb is None else int(limit_gb * 1e9),
+        limit=limit_bytes(limit_gb),
     )
     note_mini(model)
     ratio = 4 if 4 % base_ratio == 0 else base_ratio  # what `rank` will ask for
@@ -96,6 +93,8 @@ def encode(
             reranker.repairs.add(changed if count else 0)
             yield text
 
+    if corpus != "-":
+        next(texts(), None)  # a file that is missing or cannot be read is told before a model loads
     if dry_run:
         _show_estimate(_estimate(reranker, texts(), everything=True), as_json)
         return
@@ -116,6 +115,7 @@ def encode(
                 run.encode(window, progress)
                 if run.failure:
                     break
+            run.count_again(None if corpus == "-" else texts())
         except KeyboardInterrupt:
             passages.flush()
             stats = passages.stats()
@@ -130,7 +130,7 @@ def encode(
     else:
         run.show(max_length)
     if run.failure:
-        typer.echo(f"error: {visible(run.failure)}", err=True)
+        typer.echo(f"error: {visible_line(run.failure)}", err=True)
     if run.failure or run.held < run.seen:
         sys.exit(1)
 
@@ -146,6 +146,8 @@ class _Run:
         self._new = self._known = self._truncated = 0
         self._start = time.perf_counter()
         self._evicted = reranker.cache.stats().store.size.evicted
+        self._first: list[str] = []
+        self._most = ""  # "at most ", where the cache gave up what cannot be counted
 
     def encode(self, window: list[str], progress: Progress) -> None:
         """Encode some passages, and see that the cache holds them; if it does not, that is the run's failure."""
@@ -163,18 +165,46 @@ class _Run:
         held = sum(engine.clean(text) not in lacking for text in window)
         self.seen, self.held = self.seen + len(window), self.held + held
         stats = cache.stats()
-        if stats.store.size.evicted > self._evicted:
-            self.failure = (
-                f"the cache reached its limit of {size_text(stats.store.size.limit or 0)} and gave up passages that it "
-                "held before: raise the limit with --limit-gb"
-            )
+        if report.new and not self._first:
+            self._first = window
+        # A full cache makes room by giving up what it stored first, which may be another corpus's. If this run's own
+        # first passages are gone, the rest will follow them.
+        if stats.store.size.evicted > self._evicted and engine.unknown(self._first):
+            self.failure = f"{self._limit_text()} and gave up passages of this corpus: raise the limit with --limit-gb"
         elif missing or stats.prefilled.write_failed:
             lost = len(missing) or stats.prefilled.write_failed
             self.failure = f"the cache did not keep {lost} passages; the log above says why"
 
+    def count_again(self, texts: Iterator[str] | None) -> None:
+        """If the cache gave up anything during the run, see what it holds of the corpus; None cannot be read again."""
+        if self._reranker.cache.stats().store.size.evicted == self._evicted:
+            return
+        if texts is None:
+            if self._known or self.failure:
+                self._most = "at most "
+                self.failure = self.failure or (
+                    f"{self._limit_text()} and may have given up passages that it held before; standard input cannot "
+                    "be read again to count them: raise the limit with --limit-gb, or give a file"
+                )
+            return
+        engine = self._reranker._loaded()
+        self.held = 0
+        complete = not self.failure
+        for window in _windows(texts):
+            lacking = set(engine.unknown(window))
+            self.held += sum(engine.clean(text) not in lacking for text in window)
+        if complete and self.held < self.seen:
+            self.failure = (
+                f"{self._limit_text()} and gave up {self.seen - self.held} passages of this corpus that it held "
+                "before: rerun the same command to encode them again, or raise the limit with --limit-gb"
+            )
+
+    def _limit_text(self) -> str:
+        return f"the cache reached its limit of {size_text(self._reranker.cache.stats().store.size.limit or 0)}"
+
     def held_now(self) -> str:
         """The last line: how much of the corpus the cache holds."""
-        return f"{self.held} of {self.seen if self._total is None else self._total} passages held"
+        return f"{self._most}{self.held} of {self.seen if self._total is None else self._total} passages held"
 
     def facts(self) -> dict[str, Any]:
         """Everything, for machines."""
@@ -197,19 +227,17 @@ class _Run:
 
     def show(self, max_length: int) -> None:
         """The same for people, the last line telling what counts."""
-        out, facts = console(), self.facts()
+        facts = self.facts()
         rate = f" ({facts['new_per_second']} passages/s)" if self._new else ""
-        out.print(f"{self._new} encoded{rate}, {self._known} served from the cache, in {facts['seconds']:.1f} s")
+        show(f"{self._new} encoded{rate}, {self._known} served from the cache, in {facts['seconds']:.1f} s")
         if self._truncated:
-            out.print(
-                f"{self._truncated} are longer than {max_length} tokens; their tails were not read (--max-length)"
-            )
+            show(f"{self._truncated} are longer than {max_length} tokens; their tails were not read (--max-length)")
         if facts["repaired"]:
-            out.print(f"{facts['repaired']} hold half a surrogate pair, which was read as U+FFFD")
+            show(f"{facts['repaired']} hold half a surrogate pair, which was read as U+FFFD")
         if facts["cache_entries"] is not None:
             size = size_text(facts["cache_bytes"] or 0)
-            out.print(f"The cache holds {facts['cache_entries']} passages, {size}.")
-        out.print(self.held_now())
+            show(f"The cache holds {facts['cache_entries']} passages, {size}.")
+        show(self.held_now())
 
 
 def _windows(texts: Iterator[str]) -> Iterator[list[str]]:
@@ -297,14 +325,13 @@ def _show_estimate(found: _Estimate, as_json: bool) -> None:
     if as_json:
         print_json(facts)
         return
-    out = console()
-    out.print(f"{found.passages} passages, {found.known} known already, {new} to encode.")
-    out.print(
+    show(f"{found.passages} passages, {found.known} known already, {new} to encode.")
+    show(
         f"About {found.tokens:.0f} tokens and {size_text(found.each)} each: {size_text(found.each * new)} and "
         f"{_time(found.seconds)}."
     )
-    out.print(f"With --keep prefilled: {size_text(found.prefilled * new)} more, and more time.")
-    out.print(f"Sizes from {found.sampled} of them, time from {found.timed}.")
+    show(f"With --keep prefilled: {size_text(found.prefilled * new)} more, and more time.")
+    show(f"Sizes from {found.sampled} of them, time from {found.timed}.")
 
 
 def size_text(count: float) -> str:

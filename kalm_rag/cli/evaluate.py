@@ -19,6 +19,7 @@ from kalm_rag.cli.options import (
     note_mini,
     print_json,
     visible,
+    visible_line,
 )
 
 if TYPE_CHECKING:
@@ -113,7 +114,8 @@ def evaluate(
     try:
         summary = summarise(experiment, *run_experiment(experiment))
     except KeyboardInterrupt:
-        typer.echo(f"interrupted: finished queries are kept in {out}; rerun the same command to resume", err=True)
+        kept = f"finished queries are kept in {visible_line(str(out))}"
+        typer.echo(f"interrupted: {kept}; rerun the same command to resume", err=True)
         sys.exit(130)
     numbers = write_numbers(summary, out)
     if as_json:
@@ -122,7 +124,7 @@ def evaluate(
         _show(summary, title, candidates.warnings)
     written = write_page(summary, out, title)
     if not as_json:
-        typer.echo(f"Report: {written[0]}")
+        typer.echo(f"Report: {visible_line(str(written[0]))}")
         typer.echo(f"with {len(written) + len(numbers) - 1} files of runs, plots and numbers beside it.")
 
 
@@ -165,7 +167,7 @@ def _show(summary: Summary, title: str, shown: tuple[str, ...]) -> None:
     out = console()
     out.print(Text(f"{visible(title)}: {len(summary.rankings)} queries, candidates of {visible(summary.first_name)}"))
     heading, rows = summary.columns()
-    rows = [[visible(cell) for cell in row] for row in rows]
+    rows = [[visible_line(cell) for cell in row] for row in rows]
     table = Table(box=None, pad_edge=False)
     for number, name in enumerate(heading):
         # Numbers are never cut: a table that is too wide for the terminal runs over its edge.
@@ -185,7 +187,7 @@ def _show(summary: Summary, title: str, shown: tuple[str, ...]) -> None:
     out.width = console().width
     out.print(
         Text(
-            f"p: {summary.metrics[0]} against {summary.first_name}, paired randomisation test.\n"
+            f"p: {summary.metrics[0]} against {visible(summary.first_name)}, paired randomisation test.\n"
             "KB: one encoded passage. ms: one query, its passages encoded before."
         )
     )

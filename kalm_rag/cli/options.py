@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import logging
+import math
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -56,18 +58,57 @@ IdFieldOption = Annotated[
     str | None,
     typer.Option("--id-field", help="Field that holds the id. [default: _id, id, docid or doc_id]", metavar="NAME"),
 ]
+LimitOption = Annotated[
+    float | None, typer.Option("--limit-gb", help="Most the cache may take on disk. [default: as it was, or 10]")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
 _BIDI = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 _HIDDEN = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
 _HIDDEN |= {ord(letter): f"\\u{ord(letter):04x}" for letter in f"{_BIDI}\u2028\u2029\ufeff"}
+_HIDDEN |= {code: f"\\u{code:04x}" for code in range(0xD800, 0xE000)}  # half characters, which no encoding holds
 _JSON = {code: f"\\u{code:04x}" for code in _HIDDEN if code >= 0x7F}
 
 
 def visible(text: str) -> str:
     """Text that came from a user or a file, for a terminal: what would steer it or reorder the line is written out."""
     return text.translate(_HIDDEN)
+
+
+def visible_line(text: str) -> str:
+    """As `visible`, for text that must stay on its line or in its cell: line breaks and tabs are written out too."""
+    return visible(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def show(text: str, *, wrap: bool = True) -> None:
+    """Print a sentence that may hold text from outside: nothing in it is markup, and nothing steers the terminal."""
+    from rich.text import Text
+
+    console().print(Text(visible(text)), soft_wrap=not wrap)
+
+
+class _VisibleFormatter(logging.Formatter):
+    """Log lines whose control characters are written out."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
+def make_log_visible() -> None:
+    """Write out control characters of log lines that go to standard error because nobody set up logging."""
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_VisibleFormatter())
+
+
+def limit_bytes(limit_gb: float | None) -> int | None:
+    """`--limit-gb` in bytes, None if it was not given."""
+    if limit_gb is None:
+        return None
+    if not math.isfinite(limit_gb) or limit_gb * 1e9 < 1:
+        msg = f"--limit-gb must be a number above 0, got {limit_gb:g}"
+        raise ValueError(msg)
+    return int(limit_gb * 1e9)
 
 
 def print_json(value: Any) -> None:
@@ -109,7 +150,7 @@ def passage_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Tabl
     from rich.table import Table
     from rich.text import Text
 
-    rows = [[visible(cell) for cell in row] for row in rows]
+    rows = [[*map(visible_line, row[:-1]), visible(row[-1])] for row in rows]
     table = Table(box=None, pad_edge=False)
     for name in columns:
         left = name.startswith("<")

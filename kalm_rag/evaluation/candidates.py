@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kalm_rag.bm25 import BM25
 from kalm_rag.corpus import Corpus
+from kalm_rag.errors import MissingExtraError
 from kalm_rag.evaluation.trec import quoted, read_run
 from kalm_rag.progress import Progress
 
@@ -85,7 +86,10 @@ def bm25_candidates(
         ValueError: there is nothing to evaluate.
     """
     qrels, warnings = judged_queries(corpus, most_queries)
-    index = BM25(corpus.passages)
+    try:
+        index = BM25(corpus.passages)
+    except MissingExtraError as error:
+        raise MissingExtraError(error.module, "eval") from None
     rankings = {}
     with Progress(len(qrels), "BM25", unit="query", show=show_progress) as progress:
         for query in qrels:

@@ -161,6 +161,9 @@ class Experiment:
         if not self.systems:
             msg = "systems must name at least one reranker, got none"
             raise ValueError(msg)
+        if not self.candidates.rankings:
+            msg = "candidates must hold at least one query, got none; there is nothing to evaluate"
+            raise ValueError(msg)
         for system in self.systems:
             check_positive("ratio", system.ratio)
         if len(set(self.systems)) < len(self.systems):
