@@ -219,8 +219,8 @@ def read_passages(
             `.md` file below it is a passage.
         file_format: one of `FORMATS`. `auto` goes by the name's ending, in any case: `.jsonl` and `.ndjson` (a JSON
             string or object a line), `.json` (an array of them), `.csv` and `.tsv` (with a heading), `.parquet`; any
-            other file holds one passage a line. Standard input is JSON lines if its first line is a JSON object or
-            string, else one passage a line.
+            other file holds one passage a line. Standard input is JSON if its first line begins an array of objects
+            or strings, JSON lines if it is a JSON object or string, else one passage a line.
         text_field: where an object or a row has its text. Default: the first of `text`, `contents`, `content`,
             `passage`.
         id_field: where it has its id. Default: the first of `_id`, `id`, `docid`, `doc_id`, if there is one.
@@ -233,6 +233,9 @@ def read_passages(
         msg = f"the format must be one of {', '.join(FORMATS)}, got {file_format!r}"
         raise ValueError(msg)
     fields = Fields(text_field, id_field)
+    if not str(source):
+        msg = "the source of the passages is empty; name a file or a folder, or - for standard input"
+        raise ValueError(msg)
     if str(source) == "-":
         yield from _parse(sys.stdin.buffer, "standard input", file_format, fields)
         return
@@ -278,11 +281,21 @@ def _parse(lines: Iterable[bytes], where: str, kind: str, fields: Fields) -> Ite
             if not line.strip():
                 continue
             if kind == "auto":
-                kind = "jsonl" if _is_json(line) else "text"
+                kind = "json" if _begins_array(line) else "jsonl" if _is_json(line) else "text"
+            if kind == "json":
+                rest = "".join(line for _, line in numbered)
+                yield from _parse_array(line + rest, f"{where} (--format text takes it as lines)", fields)
+                return
             if kind == "jsonl":
                 yield _parse_json(line, f"{where}, line {number}", fields)
             else:
                 yield Record(None, line.rstrip("\r\n"))
+
+
+def _begins_array(line: str) -> bool:
+    """Whether a line begins an array of objects or strings; text may begin with a bracket too."""
+    text = line.strip()
+    return text == "[" or text.replace(" ", "").startswith(("[{", '["'))
 
 
 def _is_json(line: str) -> bool:

@@ -141,7 +141,7 @@ class _Forks:
             if hook is not None:
                 try:
                     hook()
-                except Exception:
+                except Exception:  # the fork itself has to go on, whoever's hook it was
                     logger.exception("%s of %r failed", name, thing)
 
 

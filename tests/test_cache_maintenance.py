@@ -53,17 +53,23 @@ def test_a_new_folder_has_the_documented_limit(tmp_path: Path) -> None:
         assert PassageCache(tmp_path / "new", **options).stats().store.size.limit == 10_000_000_000
 
 
-def test_a_folder_that_has_the_library_s_own_limit_gets_ours(tmp_path: Path) -> None:
-    """Nobody asked for 1 GiB: it is what diskcache writes where it is given no limit."""
-    store, _ = filled(tmp_path / "store", 1)
-    change(tmp_path / "store", "UPDATE Settings SET value = 1073741824 WHERE key = 'size_limit'")
+@pytest.mark.parametrize("limit", [3_000_000, 1 << 30])
+def test_a_limit_that_was_asked_for_is_kept(tmp_path: Path, limit: int) -> None:
+    """1 GiB too, which is what diskcache would take by itself."""
+    filled(tmp_path / "store", 1, limit=limit)[0].close()
+    DiskStore(tmp_path / "store").put_many({key_of(9): value_of(key_of(9), 100)})
+    assert DiskStore(tmp_path / "store").stats().limit == limit
+
+
+@pytest.mark.parametrize("limit", [0, -5])
+def test_a_limit_that_nobody_can_have_set_is_refused(tmp_path: Path, limit: int) -> None:
+    """It would empty the cache at the next write."""
+    store, items = filled(tmp_path / "store")
     store.close()
-    store.put_many({key_of(9): value_of(key_of(9), 100)})
-    assert store.stats().limit == 10_000_000_000
-    asked, _ = filled(tmp_path / "asked", 1, limit=3_000_000)
-    asked.close()
-    DiskStore(tmp_path / "asked").put_many({key_of(9): value_of(key_of(9), 100)})
-    assert DiskStore(tmp_path / "asked").stats().limit == 3_000_000
+    change(tmp_path / "store", f"UPDATE Settings SET value = {limit} WHERE key = 'size_limit'")
+    for action in (lambda: store.get_many(list(items)), lambda: store.put_many(items)):
+        with pytest.raises(StoreError, match=f"has the setting 'size_limit' = {limit}"):
+            action()
 
 
 class TestCheck:
@@ -134,6 +140,17 @@ class TestCheck:
         assert not store.check(fix=True).clean
         assert store.check().clean
         assert store.stats().entries == 4
+
+    @pytest.mark.skipif(sys.version_info < (3, 11), reason="before Python 3.11 sqlite3 has no limits")
+    @pytest.mark.parametrize("column", ["value = zeroblob(5000000), mode = 1", "key = zeroblob(5000000)"])
+    def test_a_row_longer_than_ours_is_removed_and_stops_nothing(self, tmp_path: Path, column: str) -> None:
+        store, items = filled(tmp_path / "store", 4, size=100)
+        change(tmp_path / "store", f"UPDATE Cache SET {column} WHERE rowid = 2")
+        assert key_of(3) in set(store.keys())
+        assert store.check().corrupt == 1
+        assert store.check(fix=True).corrupt == 1
+        assert store.check().clean
+        assert set(store.get_many(list(items))) == set(items) - {key_of(1)}
 
     def test_a_manifest_that_a_crash_left_unfinished_is_swept(self, tmp_path: Path) -> None:
         store, _ = filled(tmp_path / "store", 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,17 +110,20 @@ def _check(
 
 def _set_right(connection: sqlite3.Connection, rows: list[int]) -> None:
     """Delete rows, and make the counters those of what is left."""
+    database.lift_limits(connection)
     connection.executemany("DELETE FROM Cache WHERE rowid = ?", [(rowid,) for rowid in rows])
     for name, query in _COUNTERS.items():
         connection.execute(f"UPDATE Settings SET value = ({query}) WHERE key = ?", (name,))  # noqa: S608
 
 
-def _fault(disk: StrictDisk, row: list[Any], secret: bytes | None) -> str:
+def _fault(disk: StrictDisk, row: Sequence[Any], secret: bytes | None) -> str:
     """What is wrong with a row: nothing, or that it is `missing` its file or `corrupt`.
 
     Raises:
         OSError: its file is there and cannot be read, which says nothing about its content.
     """
+    if not row:  # longer than any of ours
+        return "corrupt"
     key, raw, mode, filename, value = row
     try:
         unpack(disk.fetch(mode, filename, value, read=False), disk.get(key, raw), secret)
@@ -134,13 +137,13 @@ def _fault(disk: StrictDisk, row: list[Any], secret: bytes | None) -> str:
 def _judge(connection: sqlite3.Connection, disk: StrictDisk, found: _Found, secret: bytes | None) -> None:
     """Verify the suspects once more, as they are now."""
     for rowid in found.suspects:
-        row = connection.execute(f"SELECT {_COLUMNS} FROM Cache WHERE rowid = ?", (rowid,)).fetchone()  # noqa: S608
-        fault = "" if row is None else _fault(disk, list(row), secret)
+        row = database.row(connection, _COLUMNS, rowid)
+        fault = "" if row is None else _fault(disk, row, secret)
         if fault == "missing":
             found.missing.append(rowid)
         elif fault:
             found.corrupt.append(rowid)
-            found.files += [row[3]] if isinstance(row[3], str) else []
+            found.files += [row[3]] if row and isinstance(row[3], str) else []
 
 
 def _orphans(folder: Path, connection: sqlite3.Connection, age: float) -> list[Path]:
@@ -231,7 +234,10 @@ def _has_tables(folder: Path) -> bool:
 
 
 def _integrity(connection: sqlite3.Connection) -> str:
-    (first,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
+    try:
+        (first,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
+    except sqlite3.DataError:  # a row longer than any of ours, which is found among the rows
+        return ""
     # SQLite also lists pages that it could not read; that is a fault of the disk, unless its code is that of damage.
     if "unable to get the page" in str(first) and "error code=11" not in str(first):
         raise sqlite3.OperationalError(str(first))

@@ -177,7 +177,7 @@ def inspect(connection: sqlite3.Connection) -> None:
         return
     known = {**DEFAULT_SETTINGS, **METADATA}
     for key, value in connection.execute("SELECT key, value FROM Settings").fetchall():
-        if key not in known or type(value) is not type(known[key]):
+        if key not in known or type(value) is not type(known[key]) or (key == "size_limit" and value < 1):
             msg = (
                 f"the cache's database has the setting {key!r:.60} = {value!r:.60}, which kalm-rag did not write; "
                 "use another folder"
@@ -208,12 +208,41 @@ def is_complete(connection: sqlite3.Connection) -> bool:
 
 
 def rows(connection: sqlite3.Connection, columns: str) -> Iterator[tuple[object, ...]]:
-    """Rows of the table in pages, so that no long read holds up a writer; `rowid` comes first."""
+    """Rows of the table in pages, so that no long read holds up a writer; `rowid` comes first.
+
+    Of a row that is longer than any of ours, all columns are None.
+    """
     last = -(1 << 63)
-    query = f"SELECT rowid, {columns} FROM Cache WHERE rowid > ? ORDER BY rowid LIMIT 64"  # noqa: S608
-    while page := connection.execute(query, (last,)).fetchall():
+    after = "FROM Cache WHERE rowid > ? ORDER BY rowid LIMIT 64"
+    nothing = (None,) * (columns.count(",") + 1)
+    while True:
+        try:
+            page = connection.execute(f"SELECT rowid, {columns} {after}", (last,)).fetchall()
+        except sqlite3.DataError:
+            numbers = [number for (number,) in connection.execute(f"SELECT rowid {after}", (last,))]
+            found = {number: row(connection, columns, number) for number in numbers}
+            page = [(number, *(values or nothing)) for number, values in found.items() if values is not None]
+            last = numbers[-1]
+        else:
+            last = page[-1][0] if page else last
+            if not page:
+                return
         yield from page
-        last = page[-1][0]
+
+
+def row(connection: sqlite3.Connection, columns: str, number: int) -> tuple[object, ...] | None:
+    """The columns of one row; nothing if it is longer than any of ours, None if it is gone."""
+    try:
+        found = connection.execute(f"SELECT {columns} FROM Cache WHERE rowid = ?", (number,)).fetchone()  # noqa: S608
+    except sqlite3.DataError:
+        return ()
+    return None if found is None else tuple(found)
+
+
+def lift_limits(connection: sqlite3.Connection) -> None:
+    """Let a connection delete rows that are longer than any of ours."""
+    if sys.version_info >= (3, 11):
+        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 1_000_000_000)
 
 
 def is_damaged(error: BaseException) -> bool:
@@ -239,7 +268,11 @@ def explain(error: BaseException, folder: Path) -> str:
             f"`kalm-rag cache check --fix --cache {folder}` rebuilds it"
         )
     if isinstance(error, diskcache.Timeout) or "locked" in str(error):
-        return f"the cache in {folder} is locked: another process has been writing to it for {LOCK_SECONDS:g} s"
+        return (
+            f"the cache in {folder} is locked: another process has been writing to it for {LOCK_SECONDS:g} s; wait for "
+            "it or stop it"
+        )
     if "disk is full" in str(error) or getattr(error, "errno", None) == errno.ENOSPC:
         return f"the disk of the cache in {folder} is full ({error}): free some space, or lower the cache's limit"
-    return f"the cache in {folder} cannot be used: {type(error).__name__}: {error}"
+    advice = "name another folder, or see that this one can be made, read and written by this user"
+    return f"the cache in {folder} cannot be used ({type(error).__name__}: {error}): {advice}"

@@ -493,29 +493,26 @@ class DiskStore:
         write_manifest(self.folder)
 
     def _diskcache(self) -> StrictCache:
-        from diskcache.core import DEFAULT_SETTINGS
-
         from kalm_rag.cache.strict_disk import SETTINGS, StrictCache, StrictDisk
 
         limit = self._asked_limit
-        # 1 GiB is what diskcache writes by itself, as kalm-rag once let it; nobody asked for that.
-        if limit is None and self._kept_limit() in (None, DEFAULT_SETTINGS["size_limit"]):
+        if limit is None and not self._has_limit():
             limit = DEFAULT_LIMIT
         options = SETTINGS if limit is None else {**SETTINGS, "size_limit": limit}
         return StrictCache(str(self.folder), timeout=database.LOCK_SECONDS, disk=StrictDisk, **options)
 
-    def _kept_limit(self) -> Any:
-        """The limit that the folder has: it belongs to the folder, not to whoever opens it. None if it has none."""
+    def _has_limit(self) -> bool:
+        """Whether the folder has a limit already: it belongs to the folder, not to whoever opens it."""
         if self._file() is None:
-            return None
+            return False
         with contextlib.closing(database.connect(self.folder)) as connection:
             try:
-                found = connection.execute("SELECT value FROM Settings WHERE key = 'size_limit'").fetchone()
+                found = connection.execute("SELECT 1 FROM Settings WHERE key = 'size_limit'").fetchone()
             except sqlite3.OperationalError as error:
                 if "no such table" not in str(error):
                     raise
-                return None
-        return None if found is None else found[0]
+                return False
+        return found is not None
 
     def _file(self) -> tuple[int, int] | None:
         """What tells the database's file from another one in its place; None if there is none."""

@@ -162,6 +162,9 @@ def import_shards(
     read: list[str] = []
     for shard in shards_of(sources):
         try:
+            if not shard.is_file():
+                msg = "it is no regular file"
+                raise OSError(msg)
             with safe_open(shard, framework="numpy") as file:
                 tensors = list(file.keys())
                 names = [key for key in tensors if KEY_PATTERN.fullmatch(key)]
