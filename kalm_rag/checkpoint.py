@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,40 @@ def _file_mark(path: Path) -> str:
     real = path.resolve()
     stat = real.stat()
     return f"file {real} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino} {stat.st_dev}"
+
+
+class MappedFiles:
+    """Files that the weights of a loaded model are mapped from: overwritten in place, they change the model.
+
+    A file that is replaced by another one, as a download or a rename does, is not the one that is mapped.
+    """
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self._seen = {real: self._content(real) for real in {file.resolve() for file in files}}
+
+    @staticmethod
+    def _content(file: Path) -> tuple[tuple[int, int], tuple[int, int]] | None:
+        try:
+            stat = file.stat()
+        except OSError:
+            return None
+        return (stat.st_dev, stat.st_ino), (stat.st_size, stat.st_mtime_ns)
+
+    def check(self) -> None:
+        """Refuse what was computed from files that have changed; to be called after computing.
+
+        Raises:
+            CheckpointError: a file was overwritten since the model was loaded.
+        """
+        for file, seen in self._seen.items():
+            now = self._content(file)
+            if seen is not None and now is not None and now[0] == seen[0] and now[1] != seen[1]:
+                msg = (
+                    f"{str(file)!r} was overwritten while its weights were in use, and they changed with it: close() "
+                    "this reranker, and the next call loads the file. Replace a checkpoint's files by renaming others "
+                    "over them"
+                )
+                raise CheckpointError(msg)
 
 
 def _marks(folder: Path, shards: tuple[Path, ...]) -> tuple[str, ...]:

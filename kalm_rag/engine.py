@@ -227,6 +227,7 @@ class Engine:
         for part in self._parts(rows):
             self._score_rows(part, instruction, ratio, progress)
         self._rescue(rows, instruction, ratio)
+        self.loaded.files.check()
         check_finite([row.margin for row in rows], self.loaded.dtype)
         return [Score(row.margin, row.passage_truncated, row.prompt.truncated) for row in rows]
 
@@ -356,6 +357,7 @@ class Engine:
                 known = self._prefilled.get_many([keys[text] for text in part])
                 rest = [text for text in part if keys[text] not in known]
                 new = self._warm.prefill(beginning, [states[text] for text in rest]) if rest else []
+                self.loaded.files.check()
                 for text, passage in zip(rest, new, strict=True):
                     self._prefilled.put(keys[text], passage)
             made |= dict(zip(rest, new, strict=True))
@@ -447,6 +449,7 @@ class Engine:
                 rest = [place for place in batch if texts[place] not in known]
                 new = self._encoder.encode([passages[place] for place in rest], base if keep else ratio) if rest else []
                 encoded = dict(zip([texts[place] for place in rest], new, strict=True))
+                self.loaded.files.check()
                 if keep:
                     encoded, frames = self._cache.remember(self._space, encoded)
             if keep:
@@ -471,7 +474,7 @@ class Engine:
                 return
             self._warned_ratios.add(ratio)
         logger.warning(
-            "ratio %d is no multiple of the ratio %d at which the cache keeps passages: they are encoded anew at "
+            "ratio %d is no multiple of the ratio %d at which the cache keeps passages: they are encoded again at "
             "every call; make the cache with base_ratio=%d to keep them",
             ratio,
             self._cache.base_ratio,

@@ -10,11 +10,11 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from kalm_rag.checkpoint import UNUSED, Checkpoint, check_tensor
+from kalm_rag.checkpoint import UNUSED, Checkpoint, MappedFiles, check_tensor
 from kalm_rag.errors import CheckpointError
 from kalm_rag.settings import Settings
 from kalm_rag.tokenization import Tokenizer
@@ -48,6 +48,7 @@ class LoadedModel:
         dtype: what weights and states are kept in.
         int8: whether the decoder's matrices are int8 where `kalm_rag.kernels` says; everything else is `dtype`.
         computes: what activations are in, if not in `dtype`: float32 on a CPU that multiplies bfloat16 slowly.
+        files: those that weights are mapped from; none where all weights were converted or copied to a device.
     """
 
     model: Any
@@ -56,6 +57,7 @@ class LoadedModel:
     dtype: torch.dtype
     int8: bool = False
     computes: torch.dtype | None = None
+    files: MappedFiles = field(default_factory=lambda: MappedFiles(()))
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
@@ -194,7 +196,9 @@ def _load(
     tokenizer = _load_tokenizer(checkpoint, escape=settings.control_tokens == "escape")
     try:
         model = _build(checkpoint, dtype)
-        faulty = _fill(model, _text_tensors(checkpoint), device, dtype)
+        tensors = _text_tensors(checkpoint)
+        is_mapped = device.type == "cpu" and any(tensor.dtype == dtype for tensor in tensors.values())
+        faulty = _fill(model, tensors, device, dtype)
     except CheckpointError:
         raise
     except Exception as error:
@@ -210,7 +214,8 @@ def _load(
     if fast and device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
         computes = _speed_up(model, int8=int8)
     logger.info("loaded %s on %s in %s", checkpoint.name, device, "int8" if int8 else dtype)
-    return LoadedModel(model, tokenizer, device, dtype, int8, computes)
+    files = MappedFiles(checkpoint.shards if is_mapped else ())
+    return LoadedModel(model, tokenizer, device, dtype, int8, computes, files)
 
 
 def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:

@@ -116,6 +116,10 @@ class TestReading:
             (b'"a string"\n{"text": "an object"}\n', (), ["a string", "an object"]),
             (b'"quoted" and more\n', (), ['"quoted" and more']),
             (b"text\none\n", ("--format", "csv"), ["one"]),
+            (b'["one", {"text": "two"}]', (), ["one", "two"]),
+            (b'[\n  "one",\n  "two"\n]\n', (), ["one", "two"]),
+            (b"[1] a reference\n", (), ["[1] a reference"]),
+            (b'["no json\n', ("--format", "text"), ['["no json']),
         ],
     )
     def test_standard_input_is_read_like_a_file_whatever_the_locale(
@@ -643,3 +647,36 @@ def test_eval_shows_its_folder_without_control_characters(collection: Any, tmp_p
     assert done.returncode == 0, done.stderr
     assert b"\x1b" not in done.stdout
     assert b"o\\x1b[2J" in done.stdout
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="makes a named pipe")
+def test_a_pipe_among_shards_does_not_block(tmp_path: Path) -> None:
+    export_shards(_holding(frames(3)), tmp_path / "shards")
+    os.mkfifo(tmp_path / "shards" / "passages-00000.safetensors")
+    report = import_shards(MemoryStore(1 << 30), [tmp_path / "shards"])
+    assert (report.passages, len(report.bad_shards)) == (3, 1)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("cache", "export", "", "--cache", "CACHE"), ("eval", "--out", ""), ("eval", "--cache", ""), ("rank", "q", "")],
+)
+def test_an_empty_path_is_an_error_and_writes_nothing(
+    tmp_path: Path, arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")]))
+    DiskStore(tmp_path / "cache").put_many(frames(1))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    done = kalm(*(str(tmp_path / "cache") if part == "CACHE" else part for part in arguments))
+    assert done.returncode == 2
+    assert b"got ''" in done.stderr or b"is empty" in done.stderr
+    assert not list((tmp_path / "here").glob("*.db")) + list((tmp_path / "here").glob("*.safetensors"))
+
+
+def test_rank_tells_what_it_repaired(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "half \\ud800 character"}\n{"text": "whole"}\n')
+    shown = kalm("rank", "q", tmp_path / "a.jsonl", "--model", "mini")
+    assert "1 passages hold half a surrogate pair" in shown.stdout.decode()
+    hits = json.loads(kalm("rank", "q", tmp_path / "a.jsonl", "--model", "mini", "--json").stdout)
+    assert {hit["passage_repaired"] for hit in hits} == {True, False}

@@ -21,6 +21,7 @@ from kalm_rag import identity as identity_module
 from kalm_rag.checkpoint import find_checkpoint
 from kalm_rag.errors import CheckpointError
 from kalm_rag.identity import identify, tagged_digest
+from kalm_rag.testing import build_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -227,3 +228,32 @@ def test_tagged_digest_is_golden_and_unambiguous() -> None:
     assert tagged_digest("a", b"bc").hexdigest() == by_hand
     assert tagged_digest("ab", "c").digest() != tagged_digest("a", "bc").digest()
     assert tagged_digest("").digest() != tagged_digest().digest()
+
+
+@pytest.mark.parametrize("prefill_memory", [0, 10**9])
+def test_a_file_overwritten_while_its_weights_are_mapped_spoils_no_cache(tmp_path: Path, prefill_memory: int) -> None:
+    folder, other = (build_checkpoint(tmp_path / name, seed=seed) for name, seed in (("one", 1), ("other", 2)))
+    file = folder / "model.safetensors"
+    original, foreign = file.read_bytes(), (other / "model.safetensors").read_bytes()
+    assert len(original) == len(foreign)
+    pairs = [("query", "a passage"), ("query", "another one")]
+    right = KaLMReranker(folder, device="cpu", cache=None).predict(pairs)
+    options = {"device": "cpu", "cache": tmp_path / "cache", "prefill_memory": prefill_memory}
+    reranker = KaLMReranker(folder, **options)
+    reranker.predict(pairs[:1])
+    file.write_bytes(foreign)  # in place, as cp does
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="was overwritten while its weights were in use"):
+            reranker.predict(pairs)
+    file.write_bytes(original)
+    reranker.close()
+    assert reranker.predict(pairs) == pytest.approx(right, abs=1e-6)
+    assert KaLMReranker(folder, **options).predict(pairs) == pytest.approx(right, abs=1e-6)
+
+
+def test_a_file_replaced_by_renaming_does_not_disturb_a_loaded_model(tmp_path: Path) -> None:
+    folder, other = (build_checkpoint(tmp_path / name, seed=seed) for name, seed in (("one", 1), ("other", 2)))
+    reranker = KaLMReranker(folder, device="cpu", cache=None)
+    right = reranker.predict([("query", "a passage")])
+    os.replace(other / "model.safetensors", folder / "model.safetensors")
+    assert reranker.predict([("query", "a passage")]) == right

@@ -103,7 +103,7 @@ class PassageCache:
         memory: bytes kept in memory in front of it; 0 turns that level off.
         limit: bytes a folder may take before the least recently stored passages are evicted. It is kept in the folder:
             None leaves it as it is, 10 GB for a new one.
-        base_ratio: the ratio at which states are kept. Multiples are derived exactly; other ratios are encoded anew.
+        base_ratio: the ratio at which states are kept. Multiples are derived exactly; other ratios are encoded again.
         keep: `states`, or `prefilled` to keep prefilled passages in the store too: about 25 times the bytes (2.4 MB in
             bfloat16 for 300 tokens of Nano), for deployments on a CPU, where reading them beats computing them by far.
         storage: `native` keeps the numbers as they are; `int8` keeps a quarter (of float32) or half (of bfloat16) of
@@ -368,7 +368,7 @@ class PassageCache:
             with forks.native():
                 return action()
         except Exception as error:  # noqa: BLE001
-            self._fault(what, f"cannot {what} the passage cache, going on without: {error}")
+            self._fault(what, f"cannot {what} the passage cache, continuing without it: {error}")
             return None
 
     def _fault(self, kind: str, message: str) -> None:

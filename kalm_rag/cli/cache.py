@@ -145,8 +145,9 @@ def export(
 ) -> None:
     """Write verified passages to safetensors shards, to be imported elsewhere."""
     from kalm_rag.cache.transfer import export_shards
+    from kalm_rag.paths import user_path
 
-    report = export_shards(_disk(cache), folder, model=_digest(model, revision))
+    report = export_shards(_disk(cache), user_path(folder, "the folder"), model=_digest(model, revision))
     if as_json:
         print_json(dataclasses.asdict(report))
         return

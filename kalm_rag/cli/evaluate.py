@@ -60,10 +60,10 @@ def evaluate(
     ),
     max_length: Annotated[int, typer.Option(min=1, help="Tokens of a passage that are read.")] = 1024,
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder for the report; an interrupted run goes on from it.")
-    ] = Path("kalm-rag-eval"),
+        str, typer.Option("--out", "-o", help="Folder for the report; an interrupted run resumes from it.")
+    ] = "kalm-rag-eval",
     cache: Annotated[
-        Path | None, typer.Option(help="Folder of encoded passages. [default: the folder cache in --out]")
+        str | None, typer.Option(help="Folder of encoded passages. [default: the folder cache in --out]")
     ] = None,
     device: DeviceOption = None,
     file_format: FormatOption = "auto",
@@ -74,15 +74,17 @@ def evaluate(
     """Rerank what a first stage found and measure what that gains, for every ratio, precision and instruction.
 
     Each passage is encoded once per model and precision. Finished queries are kept in the folder: the same command
-    goes on where an interrupted one stopped.
+    resumes where an interrupted one stopped.
     """
     from kalm_rag.evaluation import Experiment, Metrics, System
     from kalm_rag.evaluation import evaluate as run_experiment
     from kalm_rag.evaluation.outputs import claim
     from kalm_rag.evaluation.report import check_extras, write_numbers, write_page
     from kalm_rag.evaluation.summary import summarise
+    from kalm_rag.paths import user_path
 
     check_extras()
+    report = user_path(out, "--out")
     chosen = Metrics([name.strip() for name in metrics.split(",") if name.strip()])
     ratios = _ratios(ratio)
     corpus, title = _corpus(source, queries, qrels, split, (file_format, text_field, id_field))
@@ -105,24 +107,24 @@ def evaluate(
             for number in ratios
         ],
         chosen,
-        out=out,
-        cache=cache or out / "cache",
+        out=report,
+        cache=report / "cache" if cache is None else cache,
         device=device,
         max_length=max_length,
     )
-    claim(out, [source, queries, qrels, run])
+    claim(report, [source, queries, qrels, run])
     try:
         summary = summarise(experiment, *run_experiment(experiment))
     except KeyboardInterrupt:
-        kept = f"finished queries are kept in {visible_line(str(out))}"
+        kept = f"finished queries are kept in {visible_line(str(report))}"
         typer.echo(f"interrupted: {kept}; rerun the same command to resume", err=True)
         sys.exit(130)
-    numbers = write_numbers(summary, out)
+    numbers = write_numbers(summary, report)
     if as_json:
         print_json(summary.as_json())
     else:
         _show(summary, title, candidates.warnings)
-    written = write_page(summary, out, title)
+    written = write_page(summary, report, title)
     if not as_json:
         typer.echo(f"Report: {visible_line(str(written[0]))}")
         typer.echo(f"with {len(written) + len(numbers) - 1} files of runs, plots and numbers beside it.")

@@ -59,6 +59,8 @@ def rank(
                     "text": hit.document,
                     "passage_truncated": hit.passage_truncated,
                     "query_truncated": hit.query_truncated,
+                    "passage_repaired": hit.passage_repaired,
+                    "query_repaired": hit.query_repaired,
                 }
                 for hit in ranking
             ]
@@ -71,5 +73,8 @@ def rank(
         rows.append([str(place), f"{hit.score:.4f}", label, "yes" if hit.passage_truncated else "", record.text])
     out = console()
     out.print(passage_table(["rank", "score", "<id", "<cut", "<passage"], rows))
+    repaired = sum(hit.passage_repaired for hit in ranking)
+    if repaired:
+        out.print(f"{repaired} passages hold half a surrogate pair, which was read as U+FFFD.")
     if ranking and ranking[0].query_truncated:
         out.print(f"The query is longer than {reranker.settings.query_max_length} tokens; its tail was not read.")

@@ -1,4 +1,4 @@
-"""Finished queries of one system, kept one a line, so that an interrupted evaluation goes on where it was."""
+"""Finished queries of one system, kept one a line, so that an interrupted evaluation resumes where it was."""
 
 from __future__ import annotations
 
