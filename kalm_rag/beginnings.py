@@ -60,7 +60,7 @@ class BeginningReader:
         return self._read_words(text, size) if self._kind == "words" else None
 
     def _read_merges(self, text: str, size: int, limit: int) -> list[int]:
-        batch = self._encode([text[:size]], offsets=True)
+        batch = encode(self._fast, [text[:size]], offsets=True)
         ids, offsets = batch["input_ids"][0], batch["offset_mapping"][0]
         tries = 0
         for place in range(len(ids) - 1, limit, -1):
@@ -69,7 +69,7 @@ class BeginningReader:
             if start > size - 2 * self._reach or start < offsets[place - 1][1]:
                 continue
             ends = range(size - self._reach + 1, size + 1)
-            followers = self._encode([text[start:end] for end in ends])["input_ids"]
+            followers = encode(self._fast, [text[start:end] for end in ends])["input_ids"]
             if all(row[:1] == ids[place : place + 1] for row in followers):
                 return list(ids[:place])
             tries += 1
@@ -82,19 +82,7 @@ class BeginningReader:
         end = text.rfind(" ", 0, size) + 1
         if any(text.find(token, max(0, end - len(token) + 1), end + len(token) - 1) >= 0 for token in self._added):
             return []
-        return list(self._encode([text[:end]])["input_ids"][0]) if end else []
-
-    def _encode(self, texts: Sequence[str], *, offsets: bool = False) -> Any:
-        return self._fast(
-            list(texts),
-            add_special_tokens=False,
-            padding=False,
-            truncation=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            return_offsets_mapping=offsets,
-            verbose=False,
-        )
+        return list(encode(self._fast, [text[:end]])["input_ids"][0]) if end else []
 
     @functools.cached_property
     def _added(self) -> list[str]:
@@ -118,6 +106,20 @@ class BeginningReader:
             return "words" if pre_tokenizer == {"type": "BertPreTokenizer"} else ""
         plain = model == "BPE" and _merges_only(backend.model) and _has_all_bytes(self._fast.get_vocab())
         return "merges" if plain and _keeps_length(normalizer) and _splits_after(pre_tokenizer) else ""
+
+
+def encode(fast: Any, texts: Sequence[str], *, offsets: bool = False) -> Any:
+    """What a fast tokenizer makes of whole texts, without special tokens around them; its owner holds the lock."""
+    return fast(
+        list(texts),
+        add_special_tokens=False,
+        padding=False,
+        truncation=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        return_offsets_mapping=offsets,
+        verbose=False,
+    )
 
 
 def _state(part: Any) -> dict[str, Any]:

@@ -332,10 +332,6 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _is_file_in(folder: Path, name: str) -> bool:
-    return Path(name).name == name and "\0" not in name and (folder / name).is_file()
-
-
 def _shards(folder: Path) -> tuple[Path, ...]:
     index_file = folder / _INDEX
     if index_file.is_file():

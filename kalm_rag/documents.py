@@ -64,13 +64,16 @@ class RepairCounter:
         )
 
 
-def document_text(document: object, position: int, name: str = "documents") -> str:
+def document_text(document: object, where: str) -> str:
     """The text of one passage: the string itself, or the value under `"text"` of a mapping.
+
+    Args:
+        document: the passage.
+        where: what it is called in messages.
 
     Raises:
         TypeError: it is neither a string nor a mapping with a string under `"text"`.
     """
-    where = f"{name}[{position}]"
     if isinstance(document, Mapping):
         if "text" not in document:
             msg = f"{where} is a mapping without the key 'text'; its keys are {sorted(map(str, document))[:10]}"
@@ -105,7 +108,7 @@ def iter_documents(documents: object) -> Iterator[Passage]:
         dimensions=1,
     )
     for position, document in enumerate(values):
-        text, repaired = repair_text(document_text(document, position))
+        text, repaired = repair_text(document_text(document, f"documents[{position}]"))
         yield Passage(document, text, repaired)
 
 
@@ -127,7 +130,7 @@ def iter_pairs(pairs: object) -> Iterator[tuple[str, str]]:
             msg = f"pairs[{position}] must be a (query, passage) pair, got {type(pair).__name__}: {pair!r:.80}"
             raise TypeError(msg)
         query, passage = tuple(pair)  # not by index: to a row of a data frame an index is a label
-        yield check_string(f"pairs[{position}][0]", query), document_text(passage, position, "pairs")
+        yield check_string(f"pairs[{position}][0]", query), document_text(passage, f"pairs[{position}][1]")
 
 
 def _check_iterable(values: object, rule: str, *, mapping: str, frame: str, dimensions: int) -> Iterable[Any]:

@@ -90,7 +90,7 @@ class KaLMReranker:
         local_files_only: never ask the hub, use what was downloaded.
 
     Attributes:
-        repairs: its `count` is how many texts held half a surrogate pair , as broken extraction leaves it. It is
+        repairs: its `count` is how many texts held half a surrogate pair, as broken extraction leaves it. It is
             read as U+FFFD instead of failing the call, and the result says so.
 
     Raises:

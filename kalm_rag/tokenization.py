@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kalm_rag import forks
-from kalm_rag.beginnings import BeginningReader
+from kalm_rag.beginnings import BeginningReader, encode
 from kalm_rag.errors import CheckpointError
 
 _LONG = 16
@@ -70,15 +70,7 @@ class Tokenizer:
         if not texts:
             return []
         with self._lock:
-            batch = self._fast(
-                list(texts),
-                add_special_tokens=False,
-                padding=False,
-                truncation=False,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                verbose=False,
-            )
+            batch = encode(self._fast, texts)
         ids: list[list[int]] = batch["input_ids"]
         return ids
 

@@ -78,8 +78,8 @@ def demo(
     if prefilled is not None:
         asked = prefilled.counters.hits + prefilled.counters.misses
         out.print(
-            f"\n{asked} passages were asked for: {stats.encoded} were encoded, each once; "
-            f"{prefilled.counters.hits} were found ready."
+            f"\n{asked} passages requested: {stats.encoded} encoded (once each), "
+            f"{prefilled.counters.hits} served from the cache."
         )
 
 
