@@ -53,8 +53,8 @@ def test_demo_says_which_model_runs_what_it_gains_and_fits_80_columns() -> None:
     before, after = map(float, re.search(r"BM25 (0\.\d+), reranked (0\.\d+)", done.stdout).groups())  # type: ignore[union-attr]
     assert after > before > 0.5
     assert "rerank, all passages known" in done.stdout
-    asked, encoded, ready = map(int, re.findall(r"(\d+) (?:passages were asked|were encoded|were found)", done.stdout))
-    assert asked == encoded + ready
+    requested, encoded, served = map(int, re.findall(r"(\d+) (?:passages requested|encoded|served from)", done.stdout))
+    assert requested == encoded + served
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 
