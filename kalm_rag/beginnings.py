@@ -19,11 +19,18 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
 _CHARACTERS_PER_TOKEN = 8
 _TRIES = 8
+
+_WORD_ENDS = " \t\n\r!-/:-@[-`{-~\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f"
+"""What BERT's pre-tokenizer splits after: spaces, and the punctuation of ASCII and of Chinese and Japanese texts."""
+
+_IDEOGRAPHS = "\u4e00-\u9fff"
+"""What BERT's normalizer puts spaces around, if told so."""
 
 
 class BeginningReader:
@@ -40,7 +47,7 @@ class BeginningReader:
         """More than `limit` token ids that the text begins with, or None if only the whole text can tell.
 
         The work is bounded by `limit` for byte-pair tokenizers as Gemma's. For one of words, as that of `mini`, it is
-        bounded where the text has spaces.
+        bounded where the text has spaces, punctuation or ideographs.
         """
         size = _CHARACTERS_PER_TOKEN * limit
         while 2 * (size + 4 * self._reach) <= len(text):
@@ -78,8 +85,9 @@ class BeginningReader:
         return []
 
     def _read_words(self, text: str, size: int) -> list[int]:
-        """Words are tokenised one by one, so what ends with a space is certain unless an added token lies across."""
-        end = text.rfind(" ", 0, size) + 1
+        """Words are tokenised one by one, so what ends with one is certain unless an added token lies across."""
+        last = self._last_word_end.search(text[:size])
+        end = last.end(1) if last else 0
         if any(text.find(token, max(0, end - len(token) + 1), end + len(token) - 1) >= 0 for token in self._added):
             return []
         return list(encode(self._fast, [text[:end]])["input_ids"][0]) if end else []
@@ -87,6 +95,12 @@ class BeginningReader:
     @functools.cached_property
     def _added(self) -> list[str]:
         return [token.content for token in self._fast.added_tokens_decoder.values()]
+
+    @functools.cached_property
+    def _last_word_end(self) -> re.Pattern[str]:
+        splits = _state(self._fast.backend_tokenizer.normalizer).get("handle_chinese_chars")
+        ends = _WORD_ENDS + (_IDEOGRAPHS if splits else "")
+        return re.compile(f"([{ends}])[^{ends}]*$")
 
     @functools.cached_property
     def _reach(self) -> int:

@@ -98,7 +98,8 @@ class Engine:
             dtype=str(loaded.dtype).removeprefix("torch."),
             storage=cache.storage,
         )
-        self._prompts = Prompts(loaded.tokenizer, settings)
+        positions = loaded.model.config.decoder.max_position_embeddings
+        self._prompts = Prompts(loaded.tokenizer, settings, positions)
         self._turns = Turns()
         self._encoder = Encoder(loaded, settings)
         self._plain = PlainScorer(loaded, settings, self._turns)
@@ -246,7 +247,6 @@ class Engine:
         for query, _ in pairs:
             if query not in prompts:
                 prompts[query] = self._prompts.prompt(query, instruction)
-                self._check_positions(prompts[query])
         clean = self.loaded.tokenizer.clean
         return [_Row(prompts[query], clean(text)) for query, text in pairs]
 
@@ -402,15 +402,6 @@ class Engine:
         positions = self.loaded.model.config.encoder.text_config.max_position_embeddings
         if self._settings.max_length > positions:
             msg = f"max_length={self._settings.max_length} is more than the {positions} positions of this model"
-            raise ValueError(msg)
-
-    def _check_positions(self, prompt: Prompt) -> None:
-        positions = self.loaded.model.config.decoder.max_position_embeddings
-        if len(prompt.ids) > positions:
-            msg = (
-                f"the prompt of this query has {len(prompt.ids)} tokens, more than the {positions} positions of this "
-                f"model: lower query_max_length (now {self._settings.query_max_length}) or shorten the instruction"
-            )
             raise ValueError(msg)
 
     def prefill_stats(self) -> PrefillStats:

@@ -301,15 +301,24 @@ def has_fast_bfloat16() -> bool:
     the CPU says about itself is not asked: oneDNN can be limited to older instructions, and a virtual machine can hide
     them.
     """
-    key = ("bfloat16",)
+    return _is_fast("bfloat16")
+
+
+def has_fast_float16() -> bool:
+    """Whether this CPU multiplies float16 at least as fast as float32; measured once per process."""
+    return _is_fast("float16")
+
+
+def _is_fast(dtype: str) -> bool:
+    key = (dtype,)
     with _choosing:
         if key not in _choices:
             start = time.perf_counter()
             with torch.inference_mode(), torch.autocast("cpu", enabled=False):
-                seconds = _shortest({name: _product(getattr(torch, name)) for name in ("float32", "bfloat16")})
+                seconds = _shortest({name: _product(getattr(torch, name)) for name in ("float32", dtype)})
             used = min(seconds, key=lambda name: seconds[name])
-            _choices[key] = Choice("products of bfloat16 matrices", used, seconds, time.perf_counter() - start)
-        return _choices[key].used == "bfloat16"
+            _choices[key] = Choice(f"products of {dtype} matrices", used, seconds, time.perf_counter() - start)
+        return _choices[key].used == dtype
 
 
 def _product(dtype: torch.dtype) -> Callable[[], object]:

@@ -16,25 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from kalm_rag.checkpoint import UNUSED, Checkpoint, MappedFiles, check_tensor
 from kalm_rag.errors import CheckpointError
-from kalm_rag.settings import Settings
+from kalm_rag.settings import Settings, check_dtype
 from kalm_rag.tokenization import Tokenizer
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
-
-
-DTYPES = {
-    "float32": "float32",
-    "fp32": "float32",
-    "bfloat16": "bfloat16",
-    "bf16": "bfloat16",
-    "float16": "float16",
-    "fp16": "float16",
-    "int8": "float32",
-}
-"""Accepted names of a dtype, and what the encoder computes in under that name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,11 +133,7 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
 
     if dtype is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    name = DTYPES.get(str(dtype).lower().removeprefix("torch."))
-    if name is None:
-        msg = f"dtype must be one of {sorted(DTYPES)}, got {dtype!r}"
-        raise ValueError(msg)
-    found: torch.dtype = getattr(torch, name)
+    found: torch.dtype = getattr(torch, check_dtype(dtype))
     return found
 
 
@@ -213,6 +197,8 @@ def _load(
     computes = dtype
     if fast and device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
         computes = _speed_up(model, int8=int8)
+    elif device.type == "cpu" and dtype == torch.float16:
+        _warn_of_float16()
     logger.info("loaded %s on %s in %s", checkpoint.name, device, "int8" if int8 else dtype)
     files = MappedFiles(checkpoint.shards if is_mapped else ())
     return LoadedModel(model, tokenizer, device, dtype, int8, computes, files)
@@ -325,6 +311,14 @@ def _speed_up(model: Any, *, int8: bool) -> torch.dtype:
             f"torch {metadata.version('torch')} cannot run dtype='int8' on this machine ({error}): {_instead_of_int8()}"
         )
         raise ValueError(msg) from error
+
+
+def _warn_of_float16() -> None:
+    from kalm_rag.kernels import has_fast_bfloat16, has_fast_float16
+
+    if not has_fast_float16():
+        better = "bfloat16" if has_fast_bfloat16() else "float32"
+        logger.warning("dtype='float16' is slower than float32 on this CPU: use dtype=%r", better)
 
 
 def _instead_of_int8() -> str:

@@ -37,11 +37,18 @@ class Prompt:
 
 
 class Prompts:
-    """Builds both texts for one tokenizer and one group of settings."""
+    """Builds both texts for one tokenizer and one group of settings.
 
-    def __init__(self, tokenizer: Tokenizer, settings: Settings) -> None:
+    Args:
+        tokenizer: the checkpoint's.
+        settings: how passages and queries become scores.
+        positions: tokens of the longest prompt that the decoder can read.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, settings: Settings, positions: int) -> None:
         self.tokenizer = tokenizer
         self._settings = settings
+        self._positions = positions
 
     def passages(self, texts: Sequence[str]) -> list[PassageTokens]:
         """Tokenise passages that went through `Tokenizer.clean` already."""
@@ -49,12 +56,24 @@ class Prompts:
         return [PassageTokens(*row) for row in rows]
 
     def prompt(self, query: str, instruction: str | None = None) -> Prompt:
-        """The prompt of one query under `instruction` (default: the one of the settings)."""
+        """The prompt of one query under `instruction` (default: the one of the settings).
+
+        Raises:
+            ValueError: the model has no positions for so long a prompt.
+        """
         clean = self.tokenizer.clean
         ids, truncated = self.tokenizer.beginnings([clean(query)], self._settings.query_max_length)[0]
         # The reference puts the decoded ids into the prompt, not the query: the round trip is part of the model.
         text = self.prefix(instruction) + clean(self.tokenizer.decode(ids)) + self.suffix()
-        return Prompt(self.tokenizer.encode([text])[0], truncated)
+        ids, is_longer = self.tokenizer.beginnings([text], self._positions)[0]
+        if is_longer:
+            msg = (
+                f"the prompt of this query has more tokens than the {self._positions} positions of this model: shorten "
+                f"the instruction or the system prompt, or lower query_max_length (now "
+                f"{self._settings.query_max_length})"
+            )
+            raise ValueError(msg)
+        return Prompt(ids, truncated)
 
     def prefix(self, instruction: str | None = None) -> str:
         """The prompt up to the query: the same for every query under one instruction."""

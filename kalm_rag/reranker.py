@@ -27,6 +27,7 @@ from kalm_rag.settings import (
     ControlTokens,
     PrefillStorage,
     Settings,
+    check_dtype,
     check_positive,
     check_ratio,
     check_share,
@@ -160,6 +161,8 @@ class KaLMReranker:
         self._token = token
         self._local_files_only = local_files_only
         self._device = device
+        if dtype is not None:
+            check_dtype(dtype)
         self._dtype = dtype
         self._show_progress = show_progress
         self.repairs = RepairCounter()

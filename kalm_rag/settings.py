@@ -28,6 +28,17 @@ DEFAULT_PREFILL_MEMORY = 1_000_000_000
 TRAINED_RATIOS = (1, 2, 4, 8, 16, 32)
 """Ratios that the models are trained for (arXiv 2606.22807, section 3)."""
 
+DTYPES = {
+    "float32": "float32",
+    "fp32": "float32",
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+    "float16": "float16",
+    "fp16": "float16",
+    "int8": "float32",
+}
+"""Accepted names of a dtype, and what the encoder computes in under that name."""
+
 LARGEST_RATIO = 1 << 20
 """More tokens than any passage has."""
 
@@ -130,6 +141,19 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         msg = f"{name} must be one of {choices}, got {value!r}"
         raise ValueError(msg)
+
+
+def check_dtype(value: object) -> str:
+    """Return the name of the dtype that the encoder computes in, for a name in `DTYPES` or a dtype of torch.
+
+    Raises:
+        ValueError: there is no such name.
+    """
+    name = DTYPES.get(str(value).lower().removeprefix("torch."))
+    if name is None:
+        msg = f"dtype must be one of {sorted(DTYPES)}, got {value!r}"
+        raise ValueError(msg)
+    return name
 
 
 def check_text(name: str, value: object) -> str:

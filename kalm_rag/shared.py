@@ -15,7 +15,7 @@ from kalm_rag.cache.tiers import Keep
 from kalm_rag.checkpoint import clean_token
 from kalm_rag.paths import passages_dir, user_path
 from kalm_rag.reranker import KaLMReranker
-from kalm_rag.settings import check_choice, check_positive, check_share, check_text
+from kalm_rag.settings import check_choice, check_dtype, check_positive, check_share, check_text
 
 CacheLike: TypeAlias = str | Path | PassageCache | Store | None
 """What an adapter takes as its cache: a folder, a ready-made cache or store, or None for memory alone."""
@@ -88,6 +88,11 @@ def _check_flag(name: str, value: object) -> bool:
     return value
 
 
+def _check_dtype(name: str, value: object) -> object:
+    check_dtype(check_text(name, value))
+    return value
+
+
 def _or_none(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
     return lambda name, value: None if value is None else check(name, value)
 
@@ -96,7 +101,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "model": _check_model,
     "revision": _or_none(check_text),
     "device": _or_none(check_text),
-    "dtype": _or_none(check_text),
+    "dtype": _or_none(_check_dtype),
     "token": lambda _, value: clean_token(value),
     "max_length": check_positive,
     "ratio": _or_none(check_positive),

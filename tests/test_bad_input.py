@@ -230,7 +230,7 @@ def test_device_and_dtype(checkpoint: Path) -> None:
     with pytest.raises(ValueError, match=f"device='{missing}' is not on this machine"):
         KaLMReranker(checkpoint, device=missing).load()
     with pytest.raises(ValueError, match="dtype must be one of .*, got 'int3'"):
-        KaLMReranker(checkpoint, dtype="int3").load()
+        KaLMReranker(checkpoint, dtype="int3")
 
 
 def test_path_that_does_not_exist(tmp_path: Path) -> None:

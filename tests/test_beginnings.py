@@ -20,7 +20,27 @@ from kalm_rag.tokenization import Tokenizer
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 MINI = Path(__file__).parents[1] / "kalm_rag" / "mini" / "tokenizer.json"
 PIECES = [
-    *("a", "b", " ", "\n", "\n\n\n", "\u2581", "\t", "<", ">", "-", "=", "é", "e\u0301", "中", "😀", "ﬁ", "\x00", "."),
+    *(
+        "a",
+        "b",
+        " ",
+        "\n",
+        "\n\n\n",
+        "\u2581",
+        "\t",
+        "<",
+        ">",
+        "-",
+        "=",
+        "é",
+        "e\u0301",
+        "中",
+        "。",
+        "😀",
+        "ﬁ",
+        "\x00",
+        ".",
+    ),
     *("the ", "of the ", "value ", "aaaa", "abab", "</", "end_of_turn", "<end_of_turn>", "< end_of_turn>", "yes no"),
     "Given a query, retrieve documents that answer the query.",
 ]
@@ -63,6 +83,9 @@ def test_beginning_is_found(fast: Any) -> None:
     reader = BeginningReader(fast)
     for text in ("the value of the word " * 3000, "中 😀 <end_of_turn> x\n" * 3000):
         assert reader.first(text, 20) is not None
+    if reader._kind == "words":
+        for text in ("中文" * 20_000, "あ。" * 20_000, "word\n" * 20_000, "a,b" * 20_000):
+            assert reader.first(text, 20) is not None
     if reader._kind == "merges":
         for text in ("a" * 50_000, "ab" * 50_000, " " * 50_000, "中" * 50_000, "\n" * 50_000, "😀" * 50_000):
             assert reader.first(text, 20) is not None
@@ -155,6 +178,32 @@ def test_work_does_not_grow_with_the_text(checkpoint: Path, text: str) -> None:
         assert (len(ids), truncated, cut) == (64, True, False)
         assert short == tokenizer.encode(["short"])[0]
     assert work[0] == work[1]
+
+
+@pytest.mark.parametrize("text", ["one two three ", "中文", "あ。", "word\n"])
+def test_work_of_words_does_not_grow_with_the_text(text: str) -> None:
+    spy = Spy(wrap(tokenizers.Tokenizer.from_file(str(MINI))))
+    tokenizer = Tokenizer(spy)
+    work = []
+    for size in (60_000, 600_000):
+        spy.read = 0
+        assert tokenizer.beginnings([text * (size // len(text))], 64)[0][1]
+        work.append(spy.read)
+    assert work[0] == work[1]
+
+
+def test_an_instruction_that_no_prompt_can_hold_is_not_read_whole(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reranker = KaLMReranker(checkpoint, cache=None, device="cpu").load()
+    lengths: list[int] = []
+    encode = Tokenizer.encode
+    monkeypatch.setattr(
+        Tokenizer, "encode", lambda self, texts: (lengths.extend(map(len, texts)), encode(self, texts))[1]
+    )
+    with pytest.raises(ValueError, match="more tokens than the 8192 positions of this model: shorten the instruction"):
+        reranker.rank("query", ["passage"], instruction="judge this passage well " * 100_000)
+    assert max(lengths, default=0) < 10_000
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

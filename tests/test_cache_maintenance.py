@@ -240,6 +240,18 @@ class TestDamage:
         assert live.stats().limit == 100_000_000
         assert live.put_many(items) == 200
 
+    def test_passages_are_saved_from_beside_damaged_settings(self, tmp_path: Path) -> None:
+        folder = tmp_path / "store"
+        store, items = filled(folder, 40, 5_000)
+        store.close()
+        overwrite_page(folder, root_page(folder, "Settings"))
+        with pytest.raises(StoreError, match="is damaged"):
+            store.get_many(list(items))
+        report = DiskStore(folder).check(fix=True)
+        assert report.quarantine is not None
+        assert report.salvaged == 40
+        assert DiskStore(folder).get_many(list(items)) == items
+
     def test_what_is_no_database_is_moved_aside(self, tmp_path: Path) -> None:
         folder = tmp_path / "store"
         store, items = filled(folder)

@@ -252,6 +252,27 @@ def test_memory_evicts_the_least_recently_used() -> None:
     assert (stats.entries, stats.bytes, stats.evicted, stats.refused) == (3, 3000, 1, 1)
 
 
+def test_memory_is_shared_by_copies_and_pickled_without_passages() -> None:
+    store = MemoryStore(3000)
+    store.put_many({KEYS[0]: b"x"})
+    assert copy.copy(store) is store
+    assert copy.deepcopy(store) is store
+    other = pickle.loads(pickle.dumps(store))
+    assert (other.stats().limit, other.stats().entries) == (3000, 0)
+
+
+def test_a_store_that_lists_keys_in_another_form_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
+    class Hashing(DictByteStore):
+        def yield_keys(self, *, prefix: str | None = None) -> Iterator[str]:
+            yield from (f"hash-{hash(key)}" for key in self.items)
+
+    store = ByteStoreAdapter(Hashing())
+    store.put_many({KEYS[0]: b"value"})
+    assert store.get_many(KEYS) == {KEYS[0]: b"value"}
+    assert list(store.keys()) == list(store.keys()) == []
+    assert caplog.text.count("Hashing lists keys, and none of them is one of ours") == 1
+
+
 def test_memory_of_zero_bytes_keeps_nothing() -> None:
     store = MemoryStore(0)
     assert store.put_many({KEYS[0]: b"x"}) == 0

@@ -391,6 +391,13 @@ class TestImport:
         assert done.returncode == 1
         assert b"left out: 1 that are damaged or no encoded passages" in done.stdout
 
+    def test_an_entry_in_two_shards_counts_once(self, tmp_path: Path) -> None:
+        items = frames(5)
+        export_shards(_holding(items), tmp_path / "one")
+        export_shards(_holding(dict(list(items.items())[:3])), tmp_path / "two")
+        report = import_shards(MemoryStore(1 << 30), [tmp_path / "one", tmp_path / "two"])
+        assert (report.passages, report.known, report.held, report.verified) == (5, 0, 5, 5)
+
     def test_what_is_given_up_during_the_import_is_not_held(self, tmp_path: Path) -> None:
         items = frames(200, tokens=400)
         size = sum(map(len, items.values()))
@@ -512,6 +519,20 @@ class TestOutputFolder:
         with pytest.raises(FileExistsError, match=r"my.trec was not written by this evaluation; move it"):
             replace_files(tmp_path, "numbers", {"runs/my.trec": b"3"})
         assert (tmp_path / "runs" / "my.trec").read_text() == "mine"
+
+    def test_nothing_is_written_through_a_link(self, tmp_path: Path) -> None:
+        elsewhere, out = tmp_path / "elsewhere", tmp_path / "out"
+        elsewhere.mkdir()
+        claim(out)
+        (out / "plots").symlink_to(elsewhere)
+        with pytest.raises(FileExistsError, match="plots/a.png leads out of the folder of this evaluation"):
+            replace_files(out, "page", {"plots/a.png": b"1"})
+        assert list(elsewhere.iterdir()) == []
+
+    def test_a_file_is_no_place_for_results(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("mine")
+        with pytest.raises(ValueError, match="the place for results '.*file' is a file; give a folder"):
+            claim(tmp_path / "file")
 
     def test_a_list_edited_by_hand_deletes_nothing_outside(self, tmp_path: Path) -> None:
         victim = tmp_path / "victim"

@@ -358,6 +358,15 @@ def test_the_way_out_of_int8_helps_on_this_machine(checkpoint: Path, monkeypatch
     assert ("prefill_storage='int8'" in advice) == (not fast)
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_slow_float16_is_said(checkpoint: Path, monkeypatch: Any, caplog: pytest.LogCaptureFixture, fast: bool) -> None:
+    monkeypatch.setattr(kernels, "has_fast_float16", lambda: fast)
+    monkeypatch.setattr(kernels, "has_fast_bfloat16", lambda: False)
+    KaLMReranker(checkpoint, device="cpu", cache=None, dtype="float16").load()
+    said = "dtype='float16' is slower than float32 on this CPU: use dtype='float32'" in caplog.text
+    assert said == (not fast)
+
+
 _OLD_PROCESSOR = """
 import sys
 from kalm_rag import KaLMReranker, kernels

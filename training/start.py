@@ -43,6 +43,7 @@ PHRASES = (
 """Parts of KaLM's templates that are one token each: the same text costs the small model a quarter of the tokens."""
 
 WIDTH, HEADS, KEY_HEADS, HEAD_DIM, MLP = 256, 4, 2, 128, 512
+POSITIONS = 8192
 CONTENT = 224
 """Coordinates that hold word vectors; the next two hold rarity and the constant, the others start empty."""
 
@@ -113,7 +114,7 @@ def config(vocabulary: int, encoder_layers: int, decoder_layers: int) -> Any:
         "head_dim": HEAD_DIM,
         "query_pre_attn_scalar": 64,
         "sliding_window": 64,
-        "max_position_embeddings": 8192,
+        "max_position_embeddings": POSITIONS,
         "bos_token_id": SPECIAL.index("<bos>"),
         "eos_token_id": SPECIAL.index("<eos>"),
         "pad_token_id": SPECIAL.index("<pad>"),

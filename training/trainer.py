@@ -85,7 +85,7 @@ class Trainer:
         fast = transformers.AutoTokenizer.from_pretrained(out)
         self.tokens = {name: tokenise(text, fast, recipe.longest) for name, text in texts.items()}
         self.tokenizer = Tokenizer(fast)
-        self.prompts = Prompts(self.tokenizer, Settings())
+        self.prompts = Prompts(self.tokenizer, Settings(), start.POSITIONS)
         log.info("data ready after %.0f s: %s", time.monotonic() - began, self._sizes())
         self.teacher_id = torch.zeros(len(fast), dtype=torch.long)
         self.teacher_id[len(start.SPECIAL) : len(start.SPECIAL) + len(kept)] = torch.tensor(kept)

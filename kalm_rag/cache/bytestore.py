@@ -51,7 +51,7 @@ class ByteStoreAdapter:
     def __init__(self, store: ByteStoreLike, prefix: str = "kalm-rag-") -> None:
         self._store = store
         self._prefix = _checked_prefix(prefix)
-        self._warned = False
+        self._warned: set[str] = set()
 
     def get_many(self, keys: Sequence[str]) -> dict[str, bytes]:
         """What is kept under the keys.
@@ -82,14 +82,22 @@ class ByteStoreAdapter:
         """
         # A dict, because Redis may list a key twice, and a store in memory may not change while it is listed.
         found: dict[str, None] = {}
+        others = False
         for name in self._store.yield_keys():
             text = name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
             key = text[-_KEY_LENGTH:]
             if not KEY_PATTERN.fullmatch(key) or not text.endswith(self._prefix + key):
+                others = True
                 continue
             # A wrapper may list its keys as it encodes them: then the key is ours if the store answers to it.
             if len(text) == len(self._prefix) + len(key) or self._read([key]):
                 found[key] = None
+        if others and not found:
+            self._warn_once(
+                "%s lists keys, and none of them is one of ours: if it stores keys in another form (as a hash, say), "
+                "passages are found but cannot be listed or exported",
+                type(self._store).__name__,
+            )
         return iter(found)
 
     def stats(self) -> StoreStats:
@@ -112,15 +120,19 @@ class ByteStoreAdapter:
             raise StoreError(msg)
         found = {key: value for key, value in zip(keys, values, strict=True) if value is not None}
         other = next((value for value in found.values() if not isinstance(value, _BYTES)), None)
-        if other is not None and not self._warned:
-            self._warned = True
-            logger.warning(
+        if other is not None:
+            self._warn_once(
                 "%s returns %s where bytes were kept; such passages count as not cached: use a store that returns "
                 "bytes (for Redis, decode_responses=False)",
                 type(self._store).__name__,
                 type(other).__name__,
             )
         return found
+
+    def _warn_once(self, message: str, *parts: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning(message, *parts)
 
 
 def _checked_prefix(prefix: object) -> str:

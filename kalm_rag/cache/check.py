@@ -292,7 +292,11 @@ def _rebuild(folder: Path, secret: bytes | None, make_store: Callable[[int | Non
 def _salvage(folder: Path, aside: Path, put: Callable[[dict[str, bytes]], int], secret: bytes | None) -> int:
     """Keep what can still be read and verifies; returns how many."""
     disk, batch, kept = StrictDisk(str(folder)), dict[str, bytes](), 0
-    with contextlib.suppress(sqlite3.Error, StoreError), _reading(aside) as connection:
+    with (
+        contextlib.suppress(sqlite3.Error, StoreError),
+        contextlib.closing(database.connect(aside, "mode=ro")) as connection,
+    ):
+        database.inspect_schema(connection)  # its settings are not used, and may be what is damaged
         for _, key, raw, mode, filename, value in database.rows(connection, _COLUMNS):
             with contextlib.suppress(FrameError, ValueError, OSError):
                 data = disk.fetch(mode, filename, value, read=False)

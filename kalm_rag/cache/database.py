@@ -154,15 +154,37 @@ def log_bytes(folder: Path) -> int:
 def inspect(connection: sqlite3.Connection) -> None:
     """Refuse a database that would make diskcache do more than keep rows.
 
-    Views, triggers and generated columns run what they say, and diskcache turns settings that it does not know into
-    attributes and SQL. So the schema is compared with what diskcache creates before anything else is read. A part of
-    it is enough: another process may be creating the rest.
+    Besides the schema, settings are looked at: diskcache turns those that it does not know into attributes and SQL.
 
     Raises:
         StoreError: the database holds something else; the message names it.
     """
     from diskcache.core import DEFAULT_SETTINGS, METADATA
 
+    if not inspect_schema(connection):
+        return
+    known = {**DEFAULT_SETTINGS, **METADATA}
+    for key, value in connection.execute("SELECT key, value FROM Settings").fetchall():
+        if key not in known or type(value) is not type(known[key]) or (key == "size_limit" and value < 1):
+            msg = (
+                f"the cache's database has the setting {key!r:.60} = {value!r:.60}, which kalm-rag did not write; "
+                "use another folder"
+            )
+            raise StoreError(msg)
+
+
+def inspect_schema(connection: sqlite3.Connection) -> bool:
+    """Refuse a database whose schema is not what diskcache creates, before anything else of it is read.
+
+    Views, triggers and generated columns run what they say. A part of the schema is enough: another process may be
+    creating the rest.
+
+    Returns:
+        Whether there is a table of settings.
+
+    Raises:
+        StoreError: the database holds something else; the message names it.
+    """
     try:
         found = {tuple(row) for row in connection.execute("SELECT type, name, sql FROM sqlite_master").fetchall()}
     except UnicodeDecodeError as error:  # SQLite quotes the damaged text in its message, which is no text either
@@ -173,16 +195,7 @@ def inspect(connection: sqlite3.Connection) -> None:
         kind, name, _ = min(strange, key=str)
         msg = f"the cache's database has the {kind} {name!r:.60}, which kalm-rag did not create; use another folder"
         raise StoreError(msg)
-    if not any(name == "Settings" for _, name, _ in found):
-        return
-    known = {**DEFAULT_SETTINGS, **METADATA}
-    for key, value in connection.execute("SELECT key, value FROM Settings").fetchall():
-        if key not in known or type(value) is not type(known[key]) or (key == "size_limit" and value < 1):
-            msg = (
-                f"the cache's database has the setting {key!r:.60} = {value!r:.60}, which kalm-rag did not write; "
-                "use another folder"
-            )
-            raise StoreError(msg)
+    return any(name == "Settings" for _, name, _ in found)
 
 
 def _installed_schema() -> frozenset[tuple[str, str, str | None]]:

@@ -11,12 +11,25 @@ from kalm_rag.lru import BudgetLRU
 class MemoryStore:
     """Keeps frames in this process, least recently used first out.
 
+    Copies in the same process are the store itself. A pickle holds the limit and no passages.
+
     Args:
         limit: bytes it may take; 0 keeps nothing.
     """
 
     def __init__(self, limit: int) -> None:
         self._items: BudgetLRU[str, bytes] = BudgetLRU(limit, len, "encoded passages")
+
+    def __copy__(self) -> MemoryStore:
+        """Itself: it is shared by those that hold it."""
+        return self
+
+    def __deepcopy__(self, memo: dict[int, object]) -> MemoryStore:
+        """Itself, as `__copy__`."""
+        return self
+
+    def __reduce__(self) -> tuple[type[MemoryStore], tuple[int]]:
+        return type(self), (self._items.limit,)
 
     def get_many(self, keys: Sequence[str]) -> dict[str, bytes]:
         """What is kept under the keys, each becoming the most recently used."""

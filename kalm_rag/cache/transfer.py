@@ -167,8 +167,9 @@ def import_shards(
                 raise OSError(msg)
             with safe_open(shard, framework="numpy") as file:
                 tensors = list(file.keys())
-                names = [key for key in tensors if KEY_PATTERN.fullmatch(key)]
-                counts.corrupt += len(tensors) - len(names)
+                named = [key for key in tensors if KEY_PATTERN.fullmatch(key)]
+                counts.corrupt += len(tensors) - len(named)
+                names = [key for key in named if bytes.fromhex(key) not in counts.seen]
                 if model is not None:
                     frames = ((key, data) for key in names if (data := _bytes_of(file, key)) is not None)
                     _check_model(shard, frames, model)
@@ -190,28 +191,31 @@ def import_shards(
             read.append(str(shard))
     held = counts.moved + counts.known
     if store.stats().evicted > counts.evicted:
-        held = sum(_held(store, shard, secret) for shard in (*read, *bad))
+        held = len(set().union(*(_held(store, shard, secret) for shard in (*read, *bad))))
     return TransferReport(
         counts.moved, counts.size, counts.corrupt, 0, tuple(bad), tuple(read), counts.known, counts.lost, held
     )
 
 
-def _held(store: Store, shard: str, secret: bytes | None) -> int:
-    """How many entries of a shard a store holds."""
+def _held(store: Store, shard: str, secret: bytes | None) -> set[str]:
+    """The entries of a shard that a store holds."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(shard, framework="numpy") as file:
             names = [key for key in file.keys() if KEY_PATTERN.fullmatch(key)]  # noqa: SIM118
     except (SafetensorError, OSError, ValueError):
-        return 0
+        return set()
     batches = (names[start : start + _BATCH] for start in range(0, len(names), _BATCH))
-    return sum(len(_verified(store, batch, secret)) for batch in batches)
+    return set().union(*(_verified(store, batch, secret) for batch in batches))
 
 
 @dataclass(slots=True)
 class _Counts:
-    """What an import did so far, and how many entries the store had given up before it."""
+    """What an import did so far, how many entries the store had given up before it, and the keys it has dealt with.
+
+    An entry that is in two shards counts once.
+    """
 
     evicted: int
     moved: int = 0
@@ -220,6 +224,7 @@ class _Counts:
     known: int = 0
     lost: int = 0
     first: list[str] = field(default_factory=list)
+    seen: set[bytes] = field(default_factory=set)
 
     def keep(self, store: Store, batch: dict[str, bytes], secret: bytes | None) -> None:
         """Keep what the store does not hold, and see what it holds then."""
@@ -232,6 +237,7 @@ class _Counts:
                 msg = f"the store cannot be written to ({error}); the import stops here"
                 raise StoreError(msg) from error
         kept = _verified(store, list(new), secret)
+        self.seen.update(map(bytes.fromhex, batch))
         self.known += len(known)
         self.moved += len(kept)
         self.size += sum(len(new[key]) for key in kept)

@@ -31,6 +31,9 @@ def claim(out: Path, inputs: Iterable[str | Path | None] = ()) -> None:
         if read == place or place in read.parents:
             msg = f"the folder {str(out)!r} holds the input {str(given)!r}; give another folder for the results (--out)"
             raise ValueError(msg)
+    if out.exists() and not out.is_dir():
+        msg = f"the place for results {str(out)!r} is a file; give a folder (--out)"
+        raise ValueError(msg)
     out.mkdir(parents=True, exist_ok=True)
     if (out / MANIFEST).is_file() or (out / _OLDER_MARK).is_file():
         return
@@ -56,11 +59,14 @@ def replace_files(out: Path, kind: str, files: Mapping[str, bytes]) -> list[Path
         The paths, in the order given.
 
     Raises:
-        FileExistsError: a file is there that the evaluation did not write.
+        FileExistsError: a file is there that the evaluation did not write, or a link leads elsewhere.
     """
     known = _read(out)
     before = known.get(kind, [])
     for name in files:
+        if not _is_inside(out, name):
+            msg = f"{out / name} leads out of the folder of this evaluation; remove that link, or give another (--out)"
+            raise FileExistsError(msg)
         if name not in before and (out / name).exists() and (out / MANIFEST).is_file():
             msg = f"{out / name} was not written by this evaluation; move it, or give another folder (--out)"
             raise FileExistsError(msg)
@@ -77,7 +83,7 @@ def replace_files(out: Path, kind: str, files: Mapping[str, bytes]) -> list[Path
 
 
 def _is_inside(out: Path, name: str) -> bool:
-    """Whether a listed name is a file of the folder; the list may have been edited."""
+    """Whether a name is of a file in the folder: a list may have been edited, and a folder in it may be a link."""
     path = out / name
     return not Path(name).is_absolute() and out.resolve() in path.resolve().parents and not path.is_dir()
 
