@@ -501,6 +501,25 @@ def test_the_machine_is_measured_alike_under_foreign_defaults(nothing_measured: 
         assert (ON_X86 and kernels.has_exact_int8()) == exact
 
 
+@pytest.mark.parametrize(
+    ("times", "fast", "measured"),
+    [
+        ([(1.0, 0.5)], True, 1),
+        ([(1.0, 9.0)], False, 1),
+        ([(1.0, 2.0), (1.1, 0.6)], True, 2),
+        ([(2.0, 3.0), (1.0, 3.0), (1.0, 1.2), (1.0, 1.3), (1.0, 1.4)], False, 5),
+    ],
+)
+def test_a_doubtful_time_of_bfloat16_is_measured_again(
+    nothing_measured: None, monkeypatch: Any, times: list[tuple[float, float]], fast: bool, measured: int
+) -> None:
+    """A busy machine must not make a fast CPU a slow one."""
+    left = list(times)
+    monkeypatch.setattr(kernels, "_shortest", lambda actions: dict(zip(actions, left.pop(0), strict=True)))
+    assert kernels.has_fast_bfloat16() == fast
+    assert len(times) - len(left) == measured
+
+
 def test_other_processors_keep_the_stock_modules(checkpoint: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     assert nn.Linear in {type(module) for module in load(checkpoint).model.get_decoder().layers.modules()}
