@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-PREAMBLE = """
+PROCESS = """
 import json, sys
-model, cache, texts, query = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), sys.argv[4]
-options = json.loads(sys.argv[5])
+code, model, texts, query, jobs = json.loads(sys.stdin.read())
+for cache, options in jobs:
+    exec(code, dict(json=json, model=model, texts=texts, query=query, cache=cache, options=options))
 """
 INGEST = {
     "langchain": """
@@ -71,43 +72,46 @@ print(json.dumps(found))
 """
 
 
-def run(code: str, checkpoint: Path, cache: Path, texts: list[str], query: str, **options: Any) -> Any:
-    arguments = [str(checkpoint), str(cache), json.dumps(texts), query, json.dumps(options)]
-    command = [sys.executable, "-c", PREAMBLE + code, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
+KEEPS = ("states", "prefilled")
+
+
+@pytest.fixture(scope="module")
+def texts(passages: list[str]) -> list[str]:
+    return [text.strip() for text in passages[:8]]
+
+
+@pytest.fixture(scope="module")
+def folders(
+    checkpoint: Path, texts: list[str], queries: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], Path]:
+    """By framework and what is kept: a folder that a process of that framework has filled."""
+    root = tmp_path_factory.mktemp("ingested")
+    found = {(name, keep): root / f"{name}-{keep}" for name in INGEST for keep in KEEPS}
+    for name, code in INGEST.items():
+        run(code, checkpoint, texts, queries[0], [(found[name, keep], keep) for keep in KEEPS])
+    return found
+
+
+def run(code: str, checkpoint: Path, texts: list[str], query: str, jobs: list[tuple[Path, str]]) -> list[Any]:
+    """One process that runs the code for each folder and what it keeps; returns what each run printed."""
+    given = [code, str(checkpoint), texts, query, [(str(folder), {"keep": keep}) for folder, keep in jobs]]
+    done = subprocess.run([sys.executable, "-c", PROCESS], input=json.dumps(given), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1]) if done.stdout.strip() else None
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-@pytest.mark.parametrize("ingester", INGEST)
-def test_encoded_by_one_framework_is_all_hits_in_the_others(
-    ingester: str, checkpoint: Path, tmp_path: Path, passages: list[str], queries: list[str]
+@pytest.mark.parametrize("reader", QUERY)
+def test_what_one_framework_keeps_is_all_hits_in_another(
+    reader: str, folders: dict[tuple[str, str], Path], checkpoint: Path, texts: list[str], queries: list[str]
 ) -> None:
     from kalm_rag import KaLMReranker
 
-    texts = [text.strip() for text in passages[:8]]
     expected = [hit.score for hit in KaLMReranker(checkpoint, cache=None).rank(queries[0], texts)]
-    run(INGEST[ingester], checkpoint, tmp_path, texts, queries[0])
-    for reader in QUERY:
-        found = run(QUERY[reader] + COUNT, checkpoint, tmp_path, texts, queries[0])
-        assert (found["calls"], found["encoded"]) == (0, 0), reader
-        assert found["scores"] == pytest.approx(expected, abs=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("ingester", "reader"), [("langchain", "llama-index"), ("llama-index", "haystack"), ("haystack", "langchain")]
-)
-def test_prefilled_by_one_framework_is_read_by_the_next(
-    ingester: str, reader: str, checkpoint: Path, tmp_path: Path, passages: list[str], queries: list[str]
-) -> None:
-    from kalm_rag import KaLMReranker
-
-    texts = [text.strip() for text in passages[:4]]
-    expected = [hit.score for hit in KaLMReranker(checkpoint, cache=None).rank(queries[0], texts)]
-    run(INGEST[ingester], checkpoint, tmp_path, texts, queries[0], keep="prefilled")
-    found = run(QUERY[reader] + COUNT, checkpoint, tmp_path, texts, queries[0], keep="prefilled")
-    assert (found["calls"], found["encoded"], found["prefilled"]) == (0, 0, len(texts))
-    assert found["scores"] == pytest.approx(expected, abs=1e-5)
+    found = run(QUERY[reader] + COUNT, checkpoint, texts, queries[0], [(path, key[1]) for key, path in folders.items()])
+    for (ingester, keep), result in zip(folders, found, strict=True):
+        assert (result["calls"], result["encoded"]) == (0, 0), ingester
+        assert result["prefilled"] == (len(texts) if keep == "prefilled" else 0), ingester
+        assert result["scores"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_inside_of_a_fastapi_app(checkpoint: Path, tmp_path: Path, passages: list[str], queries: list[str]) -> None:
