@@ -300,6 +300,22 @@ def test_a_transformers_that_drops_the_argument_falls_back(
     assert caplog.text.count("every query runs its full prompt") == 1
 
 
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_products_made_less_exact_for_the_process_keep_prefill(
+    checkpoint: Path, passages: list[str], precision: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        counted = Counted(checkpoint)
+        for _ in range(2):
+            counted.scores("query", passages[:4])
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert counted.counters.hits == 4
+    assert "full prompt" not in caplog.text
+
+
 def test_query_beyond_the_positions_of_the_model(checkpoint: Path) -> None:
     reranker = KaLMReranker(checkpoint, query_max_length=100_000, cache=None)
     with pytest.raises(
