@@ -18,7 +18,7 @@ bench: $(VENV)/.dev
 
 # The fault tests with large counts: at least 1,000 kills and 10,000 bit flips.
 faults: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest tests/test_faults.py tests/test_store_*.py tests/test_power_loss.py --faults 85 --timeout 7200
+	$(VENV)/bin/python -m pytest tests/cache/test_faults.py tests/cache/test_store_*.py tests/cache/test_power_loss.py --faults 85 --timeout 7200
 
 # The oldest transformers that pyproject.toml allows.
 test-lowest: $(VENV)-lowest/.ready
@@ -29,7 +29,7 @@ test-lowest: $(VENV)-lowest/.ready
 # an error, so that it is mended before a later one removes it.
 test-newest: $(VENV)-newest/.ready
 	$(VENV)-newest/bin/python -m pytest -W error::FutureWarning -W error::DeprecationWarning \
-	  tests/test_newest.py tests/test_loading.py
+	  tests/test_newest.py tests/model/test_loading.py
 
 # The oldest frameworks that the integrations allow.
 test-floors: $(VENV)-floors/.ready
@@ -50,7 +50,7 @@ docs: $(VENV)/.dev
 
 dist: $(VENV)/.dev
 	rm -rf dist
-	for place in . integrations/*; do $(VENV)/bin/python -m build --quiet --outdir dist $$place || exit 1; done
+	for place in . integrations/*/; do $(VENV)/bin/python -m build --quiet --outdir dist $$place || exit 1; done
 	$(VENV)/bin/twine check --strict dist/*
 
 check: lint types test docs dist
@@ -67,7 +67,7 @@ $(VENV)/.demo: $(VENV)/.base pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.base pyproject.toml constraints.txt
 	$(PIP) --editable '.[demo,eval]' --group dev
-	for place in integrations/*; do $(PIP) --no-deps --editable $$place || exit 1; done
+	for place in integrations/*/; do $(PIP) --no-deps --editable $$place || exit 1; done
 	touch $@
 
 $(VENV)-lowest/.ready: pyproject.toml constraints.txt
@@ -94,7 +94,7 @@ $(VENV)-floors/.ready: pyproject.toml constraints.txt integrations/*/pyproject.t
 	$(VENV)-floors/bin/pip install --quiet --disable-pip-version-check --group test torch==2.13.0 --editable . \
 	  langchain-core==1.2.20 'langchain-classic>=1' langchain-tests llama-index-core==0.13.0 \
 	  llama-index-retrievers-bm25 haystack-ai==2.24.0
-	for place in integrations/*; do $(VENV)-floors/bin/pip install --quiet --no-deps --editable $$place || exit 1; done
+	for place in integrations/*/; do $(VENV)-floors/bin/pip install --quiet --no-deps --editable $$place || exit 1; done
 	touch $@
 
 clean:

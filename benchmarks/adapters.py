@@ -30,7 +30,7 @@ def main() -> None:
     from llama_index.core.schema import NodeWithScore, TextNode
     from llama_index.postprocessor.kalm_rerank import KalmRerank
 
-    from kalm_rag.shared import shared_reranker
+    from kalm_rag.adapters import shared_reranker
     from kalm_rag.testing import Geometry, build_checkpoint
 
     texts = [f"passage number {number} about something" for number in range(100)]

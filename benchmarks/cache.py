@@ -10,6 +10,7 @@ trained model's would say about quality; the figure is an upper bound of a kind,
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import statistics
 import tempfile
@@ -36,18 +37,17 @@ def reading(folder: Path) -> dict[str, list[float]]:
     import torch
 
     from kalm_rag.cache import DiskStore, PassageCache
-    from kalm_rag.cache.frame import pack, unpack
-    from kalm_rag.cache.keys import KeySpace
-    from kalm_rag.identity import ModelIdentity
-    from kalm_rag.pooling import PassageStates
+    from kalm_rag.cache.frame import Frame
+    from kalm_rag.model.pooling import PassageStates
+    from kalm_rag.states import from_frame, to_frame
 
-    space = KeySpace(ModelIdentity("e", "t", "p"), max_length=1024, dtype="bfloat16", storage="native")
     rows = PASSAGE_BYTES // (640 * 2)
     texts = [f"passage {number}" for number in range(PASSAGES)]
     frames = {}
     for text in texts:
         states = PassageStates(torch.randn(rows, 640).bfloat16(), 4 * rows, 4, truncated=False)
-        frames[space.key(text)] = pack(space.key(text), space.model, states)
+        key = hashlib.sha256(text.encode()).hexdigest()
+        frames[key] = to_frame(key, bytes(32), states).to_bytes()
     store = DiskStore(folder / "store")
     store.put_many(frames)
     plain = folder / "plain"
@@ -58,12 +58,16 @@ def reading(folder: Path) -> dict[str, list[float]]:
     cache = PassageCache(store, memory=0)
     warm = PassageCache(store)
     read = store.get_many(keys)
+
+    def decode(frame: Frame) -> PassageStates:
+        return from_frame(frame, torch.bfloat16).at(4)
+
     cases = {
-        "cache: read, verified, as tensors": lambda: cache.lookup(space, texts, 4, torch.bfloat16, 640),
+        "cache: read, verified, as tensors": lambda: cache.get_many("states", keys, decode),
         "store alone: read": lambda: store.get_many(keys),
-        "verification alone": lambda: [unpack(data, key) for key, data in read.items()],
+        "verification alone": lambda: [Frame.from_bytes(data, key) for key, data in read.items()],
         "plain files: read": lambda: [(plain / key).read_bytes() for key in keys],
-        "memory level: verified, as tensors": lambda: warm.lookup(space, texts, 4, torch.bfloat16, 640),
+        "memory level: verified, as tensors": lambda: warm.get_many("states", keys, decode),
     }
     for action in cases.values():
         action()
@@ -80,8 +84,8 @@ def main() -> None:
     options = parser.parse_args()
 
     from kalm_rag import KaLMReranker, PassageCache
-    from kalm_rag.corpus import read_passages
     from kalm_rag.demo_data import load_demo
+    from kalm_rag.retrieval.corpus import read_passages
     from kalm_rag.testing import NANO, TINY, build_checkpoint
 
     demo = load_demo()
@@ -117,7 +121,7 @@ def main() -> None:
                 raw[f"{dtype} {storage}"] = {"bytes": each, "largest_score_change": change, "seconds": spent}
                 if (dtype, storage) == ("bfloat16", "native"):
                     seconds = spent / report.new
-                    tokens = statistics.mean(reranker._loaded().token_counts(sample))
+                    tokens = statistics.mean(reranker.estimate(sample).tokens)
                     raw["encode"] = {"seconds_per_passage": seconds, "mean_tokens": tokens}
         for what, samples in times.items():
             p = percentiles(samples)

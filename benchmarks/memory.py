@@ -61,7 +61,7 @@ def budgets(bench: Bench, dtype: str, passages: list[str], megabytes: tuple[int,
     for budget in megabytes:
         reranker = bench.reranker(dtype, prefill_memory=budget * 1_000_000)
         reranker.rank("warm up", passages[:8])
-        reranker._loaded()._prefilled.clear()
+        reranker.scorer.passage_kv.cached.memory.clear()
         before = resident()
         for start in range(0, len(passages), 8):
             reranker.rank("a query", passages[start : start + 8])
@@ -86,8 +86,8 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="small checkpoint: checks the script in seconds")
     parser.add_argument("--output", help="also write the JSON here")
     options = parser.parse_args()
-    from kalm_rag.corpus import read_passages
     from kalm_rag.demo_data import load_demo
+    from kalm_rag.retrieval.corpus import read_passages
 
     texts = (
         [record.text for record in read_passages(options.corpus)]

@@ -75,7 +75,7 @@ def main() -> None:
             for tokens in lengths:
                 passages = bench.passages(count, tokens)
                 reranker = bench.reranker(dtype)
-                queries = bench.queries(reranker._loaded(), repeats + 1, 40 if options.small else 15)
+                queries = bench.queries(reranker.scorer, repeats + 1, 40 if options.small else 15)
                 cold = seconds(lambda: reranker.rank(queries[0], passages))  # noqa: B023
                 warm = min(seconds(lambda query=query: reranker.rank(query, passages)) for query in queries[1:])  # noqa: B023
                 reranker.close()

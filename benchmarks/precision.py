@@ -33,9 +33,9 @@ RANDOM = "random weights"
 
 def candidate_lists(corpus: str | None, queries: int, depth: int) -> dict[str, list[str]]:
     """Passages that BM25 finds, by question."""
-    from kalm_rag.bm25 import BM25
-    from kalm_rag.corpus import read_beir
     from kalm_rag.demo_data import load_demo
+    from kalm_rag.retrieval.bm25 import BM25
+    from kalm_rag.retrieval.corpus import read_beir
 
     data = read_beir(corpus) if corpus else load_demo()
     index = BM25(data.passages)

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from report import environment, print_table
 
-from kalm_rag.corpus import Corpus, read_beir
 from kalm_rag.demo_data import load_demo
 from kalm_rag.evaluation import Candidates, Experiment, Metrics, System, bm25_candidates, evaluate
 from kalm_rag.evaluation.metrics import best_order, means
+from kalm_rag.retrieval.corpus import Corpus, read_beir
 
 RESULTS = Path(__file__).parent / "results" / "ranking.json"
 COLLECTIONS = ("software_faq", "liveqa_med", "covidqa", "fairytaleqa", "scifact")

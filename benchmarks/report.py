@@ -24,7 +24,7 @@ def environment() -> dict[str, object]:
 
 def can_run(dtype: str) -> bool:
     """Whether this machine runs a precision: int8 needs an x86 CPU with VNNI instructions."""
-    from kalm_rag.kernels import has_exact_int8
+    from kalm_rag.model.cpu_kernels import has_exact_int8
 
     return dtype != "int8" or (platform.machine().lower() in ("x86_64", "amd64") and has_exact_int8())
 

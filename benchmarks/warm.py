@@ -47,7 +47,7 @@ class Bench:
         )
         self.texts = texts
         self.words = " ".join(texts).split()
-        self.prompts = KaLMReranker(self.model, cache=None, max_length=8192)._loaded()._prompts
+        self.prompts = KaLMReranker(self.model, cache=None, max_length=8192).scorer.prompts
 
     def reranker(self, dtype: str, **options: Any) -> Any:
         """A loaded reranker without anything on disk."""
@@ -75,12 +75,12 @@ class Bench:
 
     def queries(self, engine: Any, count: int, new: int) -> list[str]:
         """Different queries that leave exactly `new` tokens to the decoder."""
-        beginning = len(engine._beginning(engine._settings.instruction).ids)
+        prefix = len(engine.passage_kv.prefix(engine.settings.instruction))
         found: list[str] = []
         for start in range(0, len(self.words), 3):
             for end in range(start + 1, start + new + 1):
                 query = " ".join(self.words[start:end])
-                if len(engine._prompts.prompt(query).ids) - beginning == new:
+                if len(engine.prompts.prompt(query).ids) - prefix == new:
                     found.append(query)
                     break
             if len(found) == count:
@@ -100,14 +100,14 @@ def peak(rows: int, geometry: Any, dtype: str) -> tuple[float, float]:
     """Best FLOP/s that this process reaches on the decoder's largest matrix products, at `rows` rows: torch's, any."""
     import torch
 
-    from kalm_rag.kernels import Int8Matrix, Matrix, has_fast_bfloat16
+    from kalm_rag.model.cpu_kernels import Int8Weight, PackedWeight, has_fast_bfloat16
 
     wide, narrow = geometry.intermediate_size, geometry.hidden_size
     # Where bfloat16 is slow, its products are computed in float32.
     kind = torch.bfloat16 if dtype == "bfloat16" and has_fast_bfloat16() else torch.float32
     layers = [torch.nn.Linear(*sizes, bias=False, dtype=kind) for sizes in ((narrow, wide), (wide, narrow))]
     data = [torch.randn(rows, layer.in_features).to(kind) for layer in layers]
-    packed = [(Int8Matrix if dtype == "int8" else Matrix)(layer) for layer in layers]
+    packed = [(Int8Weight if dtype == "int8" else PackedWeight)(layer) for layer in layers]
     inputs = [matrix.input(part) for matrix, part in zip(packed, data, strict=True)]
 
     def best(action: Callable[[], object]) -> float:
@@ -128,7 +128,7 @@ def flops(engine: Any, passages: int, new: int) -> float:
     heads = config.num_attention_heads * config.head_dim
     kept = config.num_key_value_heads * config.head_dim
     own, shared = 3 * config.intermediate_size + 2 * heads, 2 * kept
-    positions = sum(item.positions + new for item in list(engine._prefilled._items.values())[-passages:])
+    positions = sum(item.positions + new for item in engine.passage_kv.cached.memory.values()[-passages:])
     tokens = (config.num_hidden_layers - 1) * new + 1
     matrices = 2 * passages * config.hidden_size * (tokens * own + config.num_hidden_layers * new * shared)
     return matrices + 4 * heads * tokens * positions
@@ -159,20 +159,20 @@ def states_kept(bench: Bench, engine: Any, dtype: str, query: str, passages: lis
     import torch
     from transformers.modeling_outputs import BaseModelOutput
 
-    from kalm_rag.checkpoint import find_checkpoint
-    from kalm_rag.loading import load_model
-    from kalm_rag.scoring import right_pad, right_pad_states
+    from kalm_rag.model.checkpoint import find_checkpoint
+    from kalm_rag.model.loading import load_model
+    from kalm_rag.model.padding import right_pad, right_pad_states
 
-    encoded = engine._lookup(passages, ratio)
+    encoded = engine.states.get(passages, ratio)
     device = engine.loaded.device
-    stock = load_model(find_checkpoint(bench.model), settings=engine._settings, device=device, dtype=dtype, fast=False)
+    stock = load_model(find_checkpoint(bench.model), settings=engine.settings, device=device, dtype=dtype, fast=False)
 
     def run() -> None:
         with torch.inference_mode():
             for start in range(0, len(passages), 32):
                 part = passages[start : start + 32]
                 states, mask = right_pad_states([encoded[text].states for text in part], stock)
-                prompt = engine._prompts.prompt(query)
+                prompt = engine.prompts.prompt(query)
                 ids, ids_mask = right_pad([prompt.ids] * len(part), 0, engine.loaded.device)
                 stock.model(
                     encoder_outputs=BaseModelOutput(last_hidden_state=states),
@@ -191,7 +191,7 @@ def measure(
     count, tokens, new = case
     passages = bench.passages(count, tokens)
     reranker = bench.reranker(dtype, ratio=ratio)
-    engine = reranker._loaded()
+    engine = reranker.scorer
     queries = bench.queries(engine, repeats + 4, new)
     result: dict[str, Any] = {
         "dtype": dtype,
@@ -200,9 +200,9 @@ def measure(
         "new": new,
         "ratio": ratio,
     }
-    result["mean_tokens"] = statistics.mean(engine.token_counts(passages))
+    result["mean_tokens"] = statistics.mean(reranker.estimate(passages).tokens)
     result["cold"] = seconds(lambda: reranker.rank(queries[0], passages))
-    engine._prefilled.clear()
+    engine.passage_kv.cached.memory.clear()
     result["states_cached"] = seconds(lambda: reranker.rank(queries[1], passages))
     warm = [seconds(lambda query=query: reranker.rank(query, passages)) for query in queries[2 : 2 + repeats]]
     result["warm_samples"] = warm
@@ -250,8 +250,8 @@ def main() -> None:
     parser.add_argument("--only", help="dtypes, separated by commas")
     parser.add_argument("--output", help="also write the JSON here")
     options = parser.parse_args()
-    from kalm_rag.corpus import read_passages
     from kalm_rag.demo_data import load_demo
+    from kalm_rag.retrieval.corpus import read_passages
 
     if options.corpus:
         texts = [record.text for record in read_passages(options.corpus)]

@@ -7,9 +7,9 @@ import logging
 from collections.abc import Collection, ItemsView, Iterable, Iterator, KeysView, Mapping, Set
 from typing import Any, NamedTuple
 
-from kalm_rag import forks
 from kalm_rag.results import Document
-from kalm_rag.settings import check_string
+from kalm_rag.utils import forks
+from kalm_rag.utils.checks import check_string
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def iter_pairs(pairs: object) -> Iterator[tuple[str, str]]:
     """Yield the query and the passage of each pair, as given; rows of a numpy array of strings are pairs too.
 
     Raises:
-        TypeError: `pairs` is no iterable of pairs; the message names the position and what was found there.
+        TypeError: `pairs` is not an iterable of pairs; the message names the position and what was found there.
     """
     values = _check_iterable(
         pairs,

@@ -14,12 +14,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from kalm_rag import forks
 from kalm_rag.cache import PassageCache, Store
-from kalm_rag.checkpoint import Checkpoint, find_checkpoint
 from kalm_rag.documents import RepairCounter, iter_documents, iter_pairs, repair_text
-from kalm_rag.progress import Progress
-from kalm_rag.results import Document, EncodeReport, PrefillStats, RankedPassage
+from kalm_rag.model.checkpoint import Checkpoint, find_checkpoint
+from kalm_rag.results import Document, EncodeReport, Estimate, PrefillStats, RankedPassage
 from kalm_rag.settings import (
     DEFAULT_INSTRUCTION,
     DEFAULT_PREFILL_MEMORY,
@@ -27,19 +25,17 @@ from kalm_rag.settings import (
     ControlTokens,
     PrefillStorage,
     Settings,
-    check_dtype,
-    check_positive,
-    check_ratio,
-    check_share,
-    check_string,
-    warn_untrained,
 )
-from kalm_rag.turns import stop_with
+from kalm_rag.utils import forks
+from kalm_rag.utils.checks import check_dtype, check_positive, check_ratio, check_share, check_string, warn_untrained
+from kalm_rag.utils.paths import DEFAULT
+from kalm_rag.utils.progress import Progress
+from kalm_rag.utils.turns import stop_with
 
 if TYPE_CHECKING:
     import torch
 
-    from kalm_rag.engine import Engine
+    from kalm_rag.scorer import Score, Scorer
 
 T = TypeVar("T")
 
@@ -91,6 +87,11 @@ class KaLMReranker:
         local_files_only: never ask the hub, use what was downloaded.
 
     Attributes:
+        model: as given.
+        dtype: as given.
+        settings: how passages and queries become scores.
+        cache: the `PassageCache` in use.
+        owns_cache: whether `close` closes the cache: True for one that was made here.
         repairs: its `count` is how many texts held half a surrogate pair, as broken extraction leaves it. It is
             read as U+FFFD instead of failing the call, and the result says so.
 
@@ -113,7 +114,7 @@ class KaLMReranker:
         batch_size: int = 32,
         batch_tokens: int = 16384,
         control_tokens: ControlTokens = "escape",
-        cache: str | Path | Store | PassageCache | None = "default",
+        cache: str | Path | Store | PassageCache | None = DEFAULT,
         prefill_memory: int = DEFAULT_PREFILL_MEMORY,
         prefill_storage: PrefillStorage = "native",
         show_progress: bool | None = None,
@@ -153,7 +154,7 @@ class KaLMReranker:
             "token": token,
             "local_files_only": local_files_only,
         }
-        self._owns_cache = cache is None or isinstance(cache, (str, Path))
+        self.owns_cache = cache is None or isinstance(cache, (str, Path))
         self.cache = (
             cache if isinstance(cache, PassageCache) else PassageCache(cache, base_ratio=_base_ratio(self.settings))
         )
@@ -163,10 +164,10 @@ class KaLMReranker:
         self._device = device
         if dtype is not None:
             check_dtype(dtype)
-        self._dtype = dtype
+        self.dtype = dtype
         self._show_progress = show_progress
         self.repairs = RepairCounter()
-        self._engine: Engine | None = None
+        self._scorer: Scorer | None = None
         self.after_fork_in_child()
         forks.watch(self)
 
@@ -178,26 +179,26 @@ class KaLMReranker:
 
     def __copy__(self) -> KaLMReranker:
         """One like this, with a model of its own."""
-        return self._like(self._arguments, self._owns_cache)
+        return self._like(self._arguments, self.owns_cache)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KaLMReranker:
         """The same as a shallow copy."""
-        return self._like(self._arguments, self._owns_cache)
+        return self._like(self._arguments, self.owns_cache)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return self._like, (self._arguments, self._owns_cache)
+        return self._like, (self._arguments, self.owns_cache)
 
     @classmethod
     def _like(cls, arguments: dict[str, Any], owns_cache: bool) -> KaLMReranker:
         made = cls(**arguments)
-        made._owns_cache = owns_cache
+        made.owns_cache = owns_cache
         return made
 
     def __repr__(self) -> str:
-        state = "not loaded" if self._engine is None else "loaded"
+        state = "not loaded" if self._scorer is None else "loaded"
         return f"KaLMReranker({str(self.model)!r}, ratio={self.settings.ratio}, {state})"
 
-    def find(self) -> Checkpoint:
+    def checkpoint(self) -> Checkpoint:
         """The files of the model, downloaded if need be, without loading them.
 
         Raises:
@@ -214,34 +215,36 @@ class KaLMReranker:
             CheckpointError: the model cannot be found or used.
             ValueError: no such device or dtype.
         """
-        self._loaded()
+        _ = self.scorer
         return self
 
-    def _loaded(self) -> Engine:
-        engine = self._engine
-        if engine is not None:
-            return engine
+    @property
+    def scorer(self) -> Scorer:
+        """The loaded model at work; loads it if need be. What it offers may change between releases."""
+        scorer = self._scorer
+        if scorer is not None:
+            return scorer
         with self._lock:
-            if self._engine is None:
-                from kalm_rag.engine import Engine
+            if self._scorer is None:
+                from kalm_rag.scorer import Scorer
 
-                self._engine = Engine.load(
-                    self.find(), settings=self.settings, cache=self.cache, device=self._device, dtype=self._dtype
+                self._scorer = Scorer.load(
+                    self.checkpoint(), settings=self.settings, cache=self.cache, device=self._device, dtype=self.dtype
                 )
-            return self._engine
+            return self._scorer
 
     def close(self) -> None:
         """Free the model's memory, once the calls that are running have ended. A later call loads it again.
 
         A cache that was made here is written out and closed; a cache or store that was handed in stays open.
         """
-        if self._owns_cache:
+        if self.owns_cache:
             self.cache.close()
         with self._lock:
-            if self._engine is None:
+            if self._scorer is None:
                 return
-            on_cuda = self._engine.loaded.device.type == "cuda"
-            self._engine = None
+            on_cuda = self._scorer.loaded.device.type == "cuda"
+            self._scorer = None
         gc.collect()
         if on_cuda:
             import torch
@@ -300,7 +303,7 @@ class KaLMReranker:
                 score.margin,
                 given[index].document,
                 score.passage_truncated,
-                score.query_truncated,
+                score.prompt.truncated,
                 given[index].repaired,
                 query_repaired,
             )
@@ -359,29 +362,68 @@ class KaLMReranker:
             while window := list(islice(given, _WINDOW)):
                 changed = sum(passage.repaired for passage in window)
                 self.repairs.add(changed)
-                report = self._loaded().encode([passage.text for passage in window], progress)
+                report = self.scorer.encode([passage.text for passage in window], progress)
                 self.cache.flush()
                 new, known, truncated = new + report.new, known + report.known, truncated + report.truncated
                 repaired += changed
         return EncodeReport(new, known, truncated, repaired)
 
-    async def arank(self, query: str, documents: Iterable[Document], *args: Any, **options: Any) -> list[RankedPassage]:
+    def unknown(self, documents: Iterable[Document]) -> list[str]:
+        """The distinct texts among these passages that the cache does not hold, as `encode` would encode them.
+
+        Raises:
+            TypeError, ValueError: a passage is wrong; the message names its position.
+            CheckpointError: the model cannot be found or used.
+        """
+        scorer = self.scorer
+        return scorer.states.unknown(scorer.clean([passage.text for passage in iter_documents(documents)]))
+
+    def estimate(self, documents: Iterable[Document]) -> Estimate:
+        """How many tokens and bytes these passages take, without encoding them.
+
+        Raises:
+            TypeError, ValueError: a passage is wrong; the message names its position.
+            CheckpointError: the model cannot be found or used.
+        """
+        scorer = self.scorer
+        texts = scorer.clean([passage.text for passage in iter_documents(documents)])
+        tokens = tuple(len(passage.ids) for passage in scorer.prompts.passages(texts))
+        return Estimate(tokens, sum(map(scorer.states.bytes_of, tokens)), sum(map(scorer.passage_kv.bytes_of, tokens)))
+
+    async def arank(
+        self,
+        query: str,
+        documents: Iterable[Document],
+        top_k: int | None = None,
+        instruction: str | None = None,
+        ratio: int | None = None,
+        threshold: float | None = None,
+        show_progress: bool | None = None,
+    ) -> list[RankedPassage]:
         """`rank` for asynchronous programs: the event loop stays free while the model runs.
 
         Calls wait in threads of this instance's own, so that they do not fill the pool that other work shares, and take
         turns batch by batch. A call that is cancelled ends at its next batch. Nothing is bound to an event loop.
         """
-        return await self._in_thread("rank", self.rank, query, documents, *args, **options)
+        return await self._in_thread(
+            "rank", self.rank, query, documents, top_k, instruction, ratio, threshold, show_progress
+        )
 
-    async def apredict(self, pairs: Iterable[Sequence[Any]], *args: Any, **options: Any) -> list[float]:
+    async def apredict(
+        self,
+        pairs: Iterable[Sequence[Any]],
+        instruction: str | None = None,
+        ratio: int | None = None,
+        show_progress: bool | None = None,
+    ) -> list[float]:
         """`predict` for asynchronous programs; see `arank`."""
-        return await self._in_thread("rank", self.predict, pairs, *args, **options)
+        return await self._in_thread("rank", self.predict, pairs, instruction, ratio, show_progress)
 
-    async def aencode(self, documents: Iterable[Document], *args: Any, **options: Any) -> EncodeReport:
+    async def aencode(self, documents: Iterable[Document], show_progress: bool | None = None) -> EncodeReport:
         """`encode` for asynchronous programs; see `arank`."""
-        return await self._in_thread("encode", self.encode, documents, *args, **options)
+        return await self._in_thread("encode", self.encode, documents, show_progress)
 
-    async def _in_thread(self, kind: str, action: Callable[..., T], *args: Any, **options: Any) -> T:
+    async def _in_thread(self, kind: str, action: Callable[..., T], *arguments: Any) -> T:
         # A lock of its own: the other one is held while the model loads, and this runs on the event loop.
         with self._threads_lock:
             # Queries and encoding have threads each, so that many corpora being encoded do not hold up the queries.
@@ -391,7 +433,7 @@ class KaLMReranker:
                 self._threads[kind] = threads
         context, stop = contextvars.copy_context(), threading.Event()
         context.run(stop_with, stop)
-        call = partial(context.run, action, *args, **options)
+        call = partial(context.run, action, *arguments)
         try:
             return await asyncio.get_running_loop().run_in_executor(threads, call)
         except asyncio.CancelledError:
@@ -400,8 +442,8 @@ class KaLMReranker:
 
     def prefill_stats(self) -> PrefillStats | None:
         """Hits, misses and size of the prefilled passages in memory; None while the model is not loaded."""
-        engine = self._engine
-        return None if engine is None else engine.prefill_stats()
+        scorer = self._scorer
+        return None if scorer is None else scorer.passage_kv.cached.stats()
 
     def _score(
         self,
@@ -409,7 +451,7 @@ class KaLMReranker:
         instruction: str | None,
         ratio: int | None,
         show_progress: bool | None,
-    ) -> list[Any]:
+    ) -> list[Score]:
         task = self.settings.instruction if instruction is None else check_string("instruction", instruction)
         instruction, changed = repair_text(task)
         ratio = self.settings.ratio if ratio is None else check_ratio("ratio", ratio)
@@ -417,13 +459,13 @@ class KaLMReranker:
             return []
         self.repairs.add(changed)
         warn_untrained(ratio)
-        engine = self._loaded()
+        scorer = self.scorer
         unique = list(dict.fromkeys(pairs))
-        found: dict[tuple[str, str], Any] = {}
+        found: dict[tuple[str, str], Score] = {}
         with self._progress(len(unique), "reranking", show_progress) as progress:
             for start in range(0, len(unique), _WINDOW):
                 window = unique[start : start + _WINDOW]
-                scores = engine.score(window, instruction, ratio, progress)
+                scores = scorer.score(window, instruction, ratio, progress)
                 found.update(zip(window, scores, strict=True))
         return [found[pair] for pair in pairs]
 

@@ -60,6 +60,21 @@ class EncodeReport:
         return self.new + self.known
 
 
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What encoding passages takes.
+
+    Attributes:
+        tokens: of each passage, as many as the encoder reads.
+        states_bytes: bytes of all encoder states in the cache.
+        prefilled_bytes: bytes of all passages if they are kept prefilled as well.
+    """
+
+    tokens: tuple[int, ...]
+    states_bytes: int
+    prefilled_bytes: int
+
+
 @dataclass(slots=True)
 class PrefillCounters:
     """What happened at the level of prefilled passages since the model was loaded.

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import logging
-import numbers
 from dataclasses import dataclass
-from typing import Literal, TypeGuard, get_args
+from typing import Literal, get_args
 
-logger = logging.getLogger(__name__)
+from kalm_rag.utils.checks import check_bytes, check_choice, check_positive, check_ratio, check_text
 
 DEFAULT_INSTRUCTION = "Given a query, retrieve documents that answer the query."
 """Task instruction of the KaLM-Reranker-V1 model cards."""
@@ -24,23 +21,6 @@ PrefillStorage = Literal["native", "int8"]
 
 DEFAULT_PREFILL_MEMORY = 1_000_000_000
 """Bytes of prefilled passages kept in memory: about 200 passages of 300 tokens of Nano in float32, 400 in bfloat16."""
-
-TRAINED_RATIOS = (1, 2, 4, 8, 16, 32)
-"""Ratios that the models are trained for (arXiv 2606.22807, section 3)."""
-
-DTYPES = {
-    "float32": "float32",
-    "fp32": "float32",
-    "bfloat16": "bfloat16",
-    "bf16": "bfloat16",
-    "float16": "float16",
-    "fp16": "float16",
-    "int8": "float32",
-}
-"""Accepted names of a dtype, and what the encoder computes in under that name."""
-
-LARGEST_RATIO = 1 << 20
-"""More tokens than any passage has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,103 +56,3 @@ class Settings:
             check_text(name, getattr(self, name))
         check_choice("control_tokens", self.control_tokens, get_args(ControlTokens))
         check_choice("prefill_storage", self.prefill_storage, get_args(PrefillStorage))
-
-
-def check_positive(name: str, value: object) -> int:
-    """Return `value` as an `int` if it is an integer of at least 1, else raise with the name and the value."""
-    if not _is_integer(value):
-        msg = f"{name} must be an integer, got {value!r} ({type(value).__name__})"
-        raise TypeError(msg)
-    if value < 1:
-        msg = f"{name} must be at least 1, got {value}"
-        raise ValueError(msg)
-    return int(value)
-
-
-def check_ratio(name: str, value: object) -> int:
-    """Return `value` as a ratio if it is an integer of at least 1, else raise with the name and the value.
-
-    No passage has `LARGEST_RATIO` tokens: a larger ratio pools a passage to one state as well, and becomes that one.
-    """
-    return min(check_positive(name, value), LARGEST_RATIO)
-
-
-@functools.cache
-def warn_untrained(ratio: int) -> None:
-    """Log, once for each ratio, that the models are not trained for it."""
-    if ratio not in TRAINED_RATIOS:
-        logger.warning(
-            "the models are trained for the ratios %s; at ratio %d scores may be worse: measure before relying on them",
-            ", ".join(map(str, TRAINED_RATIOS)),
-            ratio,
-        )
-
-
-def check_share(name: str, value: object) -> float:
-    """Return `value` as a `float` if it is a number between 0 and 1, else raise with the name and the value."""
-    if not _is_real(value):
-        msg = f"{name} must be a number between 0 and 1, got {value!r}"
-        raise TypeError(msg)
-    if not 0 <= value <= 1:
-        msg = f"{name} must be a number between 0 and 1, got {value!r}"
-        raise ValueError(msg)
-    return float(value)
-
-
-def check_bytes(name: str, value: object) -> int:
-    """Return `value` as an `int` if it is a number of bytes, 0 included, else raise with the name and the value."""
-    if not _is_integer(value) or value < 0:
-        msg = f"{name} must be a number of bytes, 0 to keep nothing in memory, got {value!r}"
-        raise ValueError(msg)
-    return int(value)
-
-
-def _is_integer(value: object) -> TypeGuard[int]:
-    """Whether it is an integer of Python, numpy or another library that registers its own; truth values are not."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def _is_real(value: object) -> TypeGuard[float]:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise with the name and the value if it is none of the choices."""
-    if value not in choices:
-        msg = f"{name} must be one of {choices}, got {value!r}"
-        raise ValueError(msg)
-
-
-def check_dtype(value: object) -> str:
-    """Return the name of the dtype that the encoder computes in, for a name in `DTYPES` or a dtype of torch.
-
-    Raises:
-        ValueError: there is no such name.
-    """
-    name = DTYPES.get(str(value).lower().removeprefix("torch."))
-    if name is None:
-        msg = f"dtype must be one of {sorted(DTYPES)}, got {value!r}"
-        raise ValueError(msg)
-    return name
-
-
-def check_text(name: str, value: object) -> str:
-    """Return `value` if it is a string that UTF-8 can hold, else raise with the name and the fault."""
-    text = check_string(name, value)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        msg = (
-            f"{name} holds a lone surrogate at character {error.start}, which has no UTF-8 form; "
-            "clean it with kalm_rag.documents.repair_text"
-        )
-        raise ValueError(msg) from None
-    return text
-
-
-def check_string(name: str, value: object) -> str:
-    """Return `value` if it is a string, else raise with the name and the value."""
-    if not isinstance(value, str):
-        msg = f"{name} must be a string, got {type(value).__name__}: {value!r:.80}"
-        raise TypeError(msg)
-    return value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kalm_rag.corpus import Corpus
+from kalm_rag.retrieval.corpus import Corpus
 
 CORPUS = Corpus(
     {"p1": "apples grow on trees", "p2": "pears are green", "p3": "trees lose leaves", "p4": "cars need fuel"},

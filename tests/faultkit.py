@@ -28,11 +28,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from cachekit import unpack
 from rawframes import key_of, value_of
 
 from kalm_rag.cache import strict_disk, transfer
 from kalm_rag.cache.disk import CheckReport, DiskStore
-from kalm_rag.cache.frame import FrameError, unpack
+from kalm_rag.cache.frame import FrameError
 from kalm_rag.cache.store import StoreError
 
 SMALL, LARGE = 2_000, 6_000

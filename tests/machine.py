@@ -6,7 +6,7 @@ import platform
 
 import pytest
 
-from kalm_rag import kernels
+from kalm_rag.model import cpu_kernels as kernels
 
 ON_X86 = platform.machine().lower() in ("x86_64", "amd64")
 HAS_BFLOAT16 = kernels.has_fast_bfloat16()

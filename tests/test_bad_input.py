@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 
+import kalm_rag
 from kalm_rag import KaLMReranker, PassageCache
-from kalm_rag import checkpoint as mini
-from kalm_rag.checkpoint import find_checkpoint
 from kalm_rag.errors import CheckpointError, ScoringError
-from kalm_rag.identity import identify
-from kalm_rag.settings import Settings, check_bytes, check_share
+from kalm_rag.model.checkpoint import find_checkpoint
+from kalm_rag.model.identity import identify
+from kalm_rag.settings import Settings
+from kalm_rag.utils.checks import check_bytes, check_share
 
 
 @pytest.mark.parametrize(
@@ -224,10 +225,10 @@ def test_settings(settings: dict[str, Any], error: type[Exception], message: str
 
 
 def test_device_and_dtype(checkpoint: Path) -> None:
-    with pytest.raises(ValueError, match=r"device='warp' is no device .*; this machine has \['cpu'"):
+    with pytest.raises(ValueError, match=r"unknown device 'warp' .*; available: \['cpu'"):
         KaLMReranker(checkpoint, device="warp").load()
     missing = f"cuda:{torch.cuda.device_count()}"
-    with pytest.raises(ValueError, match=f"device='{missing}' is not on this machine"):
+    with pytest.raises(ValueError, match=f"device '{missing}' is not on this machine"):
         KaLMReranker(checkpoint, device=missing).load()
     with pytest.raises(ValueError, match="dtype must be one of .*, got 'int3'"):
         KaLMReranker(checkpoint, dtype="int3")
@@ -324,7 +325,7 @@ def test_hub_out_of_reach() -> None:
         r"hf download KaLM-Embedding/KaLM-Reranker-V1-Nano-R2 --local-dir kalm-model",
     ):
         KaLMReranker("nano").load()
-    with pytest.raises(CheckpointError, match="at revision 'abc'.*there is no folder of that name here"):
+    with pytest.raises(CheckpointError, match="at revision 'abc'.*no folder of that name exists here"):
         KaLMReranker("some/model", revision="abc").load()
 
 
@@ -445,7 +446,7 @@ def test_folder_that_is_called_like_an_alias(checkpoint: Path, tmp_path: Path, m
     for name in ("mini", "nano"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "notes.txt").write_text("data")
-    assert find_checkpoint("mini").folder == Path(mini.__file__).parent / "mini"
+    assert find_checkpoint("mini").folder == Path(kalm_rag.__file__).parent / "mini"
     with pytest.raises(CheckpointError, match=r"could not get .*Nano-R2.* for the folder of that name write './nano'"):
         find_checkpoint("nano", local_files_only=True)
     for model in ("./nano", Path("nano"), tmp_path / "nano"):

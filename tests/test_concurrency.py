@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cachekit import passage, space
+from cachekit import passage, put
 
 from kalm_rag import KaLMReranker, PassageCache
-from kalm_rag import engine as engine_module
+from kalm_rag import passage_kv as passage_kv_module
+from kalm_rag.adapters import shared_reranker
 from kalm_rag.cache import MemoryStore
-from kalm_rag.cache import tiers as tiers_module
-from kalm_rag.shared import shared_reranker
-from kalm_rag.turns import Room, StoppedError, Turns, stop_with
+from kalm_rag.cache import passage_cache as passage_cache_module
+from kalm_rag.utils.turns import Room, StoppedError, Turns, stop_with
 
 SECONDS = 60
 """How long anything may wait before a test fails instead of hanging."""
@@ -41,7 +41,7 @@ class Gated:
 
     def __init__(self, checkpoint: Path, **options: Any) -> None:
         self.reranker = KaLMReranker(checkpoint, device="cpu", batch_size=1, **{"cache": None, **options})
-        self.engine = self.reranker._loaded()
+        self.engine = self.reranker.scorer
         self.batches: list[threading.Thread] = []
         self.passed = threading.Semaphore(0)
         self.open = False
@@ -54,7 +54,7 @@ class Gated:
 
     @property
     def waiting(self) -> int:
-        return self.engine._turns.waiting
+        return self.engine.turns.waiting
 
     def let_all(self) -> None:
         self.open = True
@@ -215,8 +215,8 @@ def test_one_batch_runs_at_a_time_and_no_passage_is_encoded_twice(checkpoint: Pa
 
 def test_tokenising_holds_up_nobody(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reranker = KaLMReranker(checkpoint, device="cpu", cache=None)
-    engine = reranker._loaded()
-    prompt, inside, go = engine._prompts.prompt, threading.Event(), threading.Event()
+    engine = reranker.scorer
+    prompt, inside, go = engine.prompts.prompt, threading.Event(), threading.Event()
 
     def slow(query: str, *rest: Any) -> Any:
         if query == "long":
@@ -224,7 +224,7 @@ def test_tokenising_holds_up_nobody(checkpoint: Path, monkeypatch: pytest.Monkey
             assert go.wait(SECONDS)
         return prompt(query, *rest)
 
-    monkeypatch.setattr(engine._prompts, "prompt", slow)
+    monkeypatch.setattr(engine.prompts, "prompt", slow)
     with ThreadPoolExecutor(2) as pool:
         long = pool.submit(reranker.rank, "long", ["passage"])
         assert inside.wait(SECONDS)
@@ -239,17 +239,17 @@ def test_prefilled_passages_at_work_are_bounded(
     reranker = KaLMReranker(checkpoint, device="cpu", cache=None, prefill_memory=0)
     expected = reranker.predict([("query", text) for text in passages[:12]])
     reranker = KaLMReranker(checkpoint, device="cpu", cache=None)
-    engine = reranker._loaded()
-    one = engine.prefilled_bytes(max(engine.token_counts(passages[:12])))
-    monkeypatch.setattr(engine_module, "_GROUP_BYTES", 3 * one)
+    engine = reranker.scorer
+    one = engine.passage_kv.bytes_of(max(reranker.estimate(passages[:12]).tokens))
+    monkeypatch.setattr(passage_kv_module, "_GROUP_BYTES", 3 * one)
     groups: list[int] = []
-    margins = engine._warm.margins
+    margins = engine.passage_kv.decoder.margins
 
     def watch(beginning: Any, pairs: Any) -> Any:
         groups.append(sum({id(pair.passage): pair.passage.nbytes for pair in pairs}.values()))
         return margins(beginning, pairs)
 
-    monkeypatch.setattr(engine._warm, "margins", watch)
+    monkeypatch.setattr(engine.passage_kv.decoder, "margins", watch)
     found = reranker.predict([("query", text) for text in passages[:12]])
     assert found == pytest.approx(expected, abs=1e-5)
     assert len(groups) > 1
@@ -257,12 +257,12 @@ def test_prefilled_passages_at_work_are_bounded(
 
 
 def test_prompt_beginnings_are_bounded(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "_MOST_INSTRUCTIONS", 3)
+    monkeypatch.setattr(passage_kv_module, "_MOST_INSTRUCTIONS", 3)
     reranker = KaLMReranker(checkpoint, device="cpu", cache=None)
     first = reranker.predict([("query", "passage")], instruction="Task 0.")
     for number in range(1, 8):
         reranker.predict([("query", "passage")], instruction=f"Task {number}.")
-        assert len(reranker._loaded()._beginnings) <= 3
+        assert len(reranker.scorer.passage_kv._prefixes) <= 3
     assert reranker.predict([("query", "passage")], instruction="Task 0.") == first
 
 
@@ -282,14 +282,14 @@ class Blocked(MemoryStore):
 def test_writes_that_wait_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A store slower than the encoder makes the caller wait; nothing is dropped."""
     size = len(pack_one(0))
-    monkeypatch.setattr(tiers_module, "_PENDING_BYTES", 3 * size)
+    monkeypatch.setattr(passage_cache_module, "_PENDING_BYTES", 3 * size)
     store = Blocked()
     cache = PassageCache(store)
     most: list[int] = []
 
     def produce() -> None:
         for seed in range(10):
-            cache.keep(space(), {f"text {seed}": passage(seed)})
+            put(cache, {f"text {seed}": passage(seed)})
             most.append(cache._writer.bytes)
 
     with ThreadPoolExecutor(1) as pool:
@@ -306,10 +306,10 @@ def test_writes_that_wait_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_write_beyond_the_bound_is_kept_once_nothing_else_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiers_module, "_PENDING_BYTES", 1)
+    monkeypatch.setattr(passage_cache_module, "_PENDING_BYTES", 1)
     cache = PassageCache(MemoryStore(10**9))
     for seed in range(3):
-        cache.keep(space(), {f"text {seed}": passage(seed)})
+        put(cache, {f"text {seed}": passage(seed)})
     cache.flush()
     assert cache.stats().store.size.entries == 3
 
@@ -325,7 +325,7 @@ def test_cache_closed_while_queries_run(checkpoint: Path, tmp_path: Path, passag
     expected = KaLMReranker(checkpoint, device="cpu", cache=None).rank("query", passages[:6])
     cache = PassageCache(tmp_path, memory=0)
     reranker = KaLMReranker(checkpoint, device="cpu", cache=cache)
-    encoder = reranker._loaded().loaded.model.get_encoder()
+    encoder = reranker.scorer.loaded.model.get_encoder()
     closed: list[int] = []
     encoder.register_forward_hook(lambda *_: closed.append(1) or cache.close())
     assert reranker.rank("query", passages[:6]) == expected
@@ -340,9 +340,9 @@ def test_cache_closed_while_queries_run(checkpoint: Path, tmp_path: Path, passag
 def test_prefill_counters_add_up_over_threads(checkpoint: Path) -> None:
     """Each `+=` gives way in its middle: without a lock, updates are lost."""
     reranker = KaLMReranker(checkpoint, device="cpu", cache=None)
-    engine = reranker._loaded()
+    engine = reranker.scorer
 
-    class Counters(type(engine._counters)):  # type: ignore[misc]
+    class Counters(type(engine.passage_kv.cached._counters)):  # type: ignore[misc]
         """Reading a counter gives other threads the time to do the same."""
 
         def __getattribute__(self, name: str) -> Any:
@@ -351,12 +351,12 @@ def test_prefill_counters_add_up_over_threads(checkpoint: Path) -> None:
                 threading.Event().wait(0.001)
             return value
 
-    engine._counters = Counters()
+    engine.passage_kv.cached._counters = Counters()
     reranker.rank("query", ["one", "two"])
     with ThreadPoolExecutor(4) as pool:
         for result in [pool.submit(reranker.rank, "query", ["one", "two"]) for _ in range(20)]:
             result.result(SECONDS)
-    assert engine.prefill_stats().counters.hits == 40
+    assert engine.passage_kv.cached.stats().counters.hits == 40
 
 
 @pytest.fixture
@@ -405,7 +405,7 @@ def test_a_cache_is_pickled_by_its_arguments_and_shared_by_copies(tmp_path: Path
     assert repr(found) == repr(cache)
     assert secret not in repr(found)
     in_memory = PassageCache(None)
-    in_memory.keep(space(), {"text 0": passage(0)})
+    put(in_memory, {"text 0": passage(0)})
     assert pickle.loads(pickle.dumps(in_memory)).stats().memory.size.entries == 0
 
 

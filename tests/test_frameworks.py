@@ -63,7 +63,7 @@ ask = lambda query: [document.score for document in ranker.run(query=query, docu
 }
 COUNT = """
 calls = []
-model = ranker.reranker.load()._loaded().loaded.model
+model = ranker.reranker.load().scorer.loaded.model
 model.get_encoder().register_forward_pre_hook(lambda *_: calls.append(1))
 first, second = ask(query), ask("another " + query)
 stats = ranker.reranker.cache.stats()

@@ -11,11 +11,11 @@ import pytest
 
 import kalm_rag
 from kalm_rag import KaLMReranker
-from kalm_rag.checkpoint import MINI, find_checkpoint
 from kalm_rag.demo_data import load_demo
 from kalm_rag.errors import CheckpointError
 from kalm_rag.evaluation import Experiment, Metrics, System, bm25_candidates, evaluate
 from kalm_rag.evaluation.metrics import means
+from kalm_rag.model.checkpoint import MINI, find_checkpoint
 
 FOLDER = Path(kalm_rag.__file__).parent / "mini"
 QUESTIONS = {

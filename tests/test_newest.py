@@ -19,12 +19,12 @@ TEXTS = ["A list is sorted in place by its method sort.", "", "Dictionaries keep
 
 def stock_scores(checkpoint: Path, query: str, reranker: KaLMReranker) -> list[float]:
     """By transformers' own model, as the model card does it: `P(yes)` of whole prompts, one passage at a time."""
-    engine = reranker._loaded()
+    engine = reranker.scorer
     tokenizer = engine.loaded.tokenizer
     model = transformers.T5Gemma2ForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    prompt = torch.tensor([engine._prompts.prompt(query).ids])
+    prompt = torch.tensor([engine.prompts.prompt(query).ids])
     found = []
-    for passage in engine._prompts.passages(TEXTS):
+    for passage in engine.prompts.passages(TEXTS):
         states = model.get_encoder()(input_ids=torch.tensor([passage.ids])).last_hidden_state
         groups = [group.mean(dim=1) for group in states.split(4, dim=1)]
         hidden = model.get_decoder()(

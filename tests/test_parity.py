@@ -181,11 +181,11 @@ def test_bfloat16_stays_within_the_reference_spread(checkpoint: Path, pairs: lis
 
 def test_layers_exceed_one_period_and_prompts_exceed_the_window(checkpoint: Path, queries: list[str]) -> None:
     """What the other tests rely on."""
-    engine = KaLMReranker(checkpoint)._loaded()
+    engine = KaLMReranker(checkpoint).scorer
     config = engine.loaded.model.config.decoder
     assert {"sliding_attention", "full_attention"} == set(config.layer_types)
     assert config.layer_types.index("full_attention") < len(config.layer_types) - 1
-    assert len(engine._prompts.prompt(queries[0]).ids) > config.sliding_window
+    assert len(engine.prompts.prompt(queries[0]).ids) > config.sliding_window
 
 
 def test_more_passages_than_one_window(
@@ -203,7 +203,7 @@ def test_published_scores_of_the_card() -> None:
     passages = ["The capital of China is Beijing.", "Gravity attracts bodies toward one another."]
     reranker = KaLMReranker("KaLM-Embedding/KaLM-Reranker-V1-Large", local_files_only=True)
     try:
-        reranker.find()
+        reranker.checkpoint()
     except CheckpointError:
         pytest.skip("the weights of KaLM-Reranker-V1-Large are not in the local hub cache")
     query = "What is the capital of China?"

@@ -14,7 +14,7 @@ import torch
 from machine import needs_int8
 
 from kalm_rag import KaLMReranker, PassageCache
-from kalm_rag.prefill import Beginning, find_beginning
+from kalm_rag.model.prefill import PromptPrefix, find_prompt_prefix
 
 QUERIES = ["How do I sort a list?", "what is a method", "  odd spaces ", "北京?", "", "a\n\nb", "x" * 300]
 TOLERANCE = 1e-5
@@ -25,7 +25,7 @@ class Counted:
 
     def __init__(self, checkpoint: Path, **options: Any) -> None:
         self.reranker = KaLMReranker(checkpoint, device="cpu", **{"cache": None, **options})
-        model = self.reranker._loaded().loaded.model
+        model = self.reranker.scorer.loaded.model
         self.encoded = self.decoded = 0
         model.get_encoder().register_forward_pre_hook(self._encoder, with_kwargs=True)
         model.get_decoder().register_forward_pre_hook(self._decoder, with_kwargs=True)
@@ -74,13 +74,13 @@ def near(left: list[float], right: list[float], tolerance: float = TOLERANCE) ->
 
 def test_a_warm_query_runs_its_own_tokens_alone(checkpoint: Path, passages: list[str], plain: Any) -> None:
     counted = Counted(checkpoint)
-    engine = counted.reranker._loaded()
+    engine = counted.reranker.scorer
     counted.scores("first query", passages[:8])
     assert counted.spent()[0] == 8
-    beginning = engine._beginning(engine._settings.instruction)
+    prefix = engine.passage_kv.prefix(engine.settings.instruction)
     for query in QUERIES:
         assert near(counted.scores(query, passages[:8]), plain(query, passages[:8]))
-        new = len(engine._prompts.prompt(query).ids) - len(beginning.ids)
+        new = len(engine.prompts.prompt(query).ids) - len(prefix.ids)
         assert counted.spent() == (0, 8 * new)
     assert counted.counters.full_prompts == 0
 
@@ -154,7 +154,7 @@ def test_the_last_layer_runs_the_last_token_alone(
     pairs = [(query, text) for query in ("word " * words, "two words", "three more words") for text in passages[:3]]
     expected = [score for query, text in pairs for score in plain(query, [text])]
     counted = Counted(checkpoint)
-    layers = counted.reranker._loaded().loaded.model.get_decoder().layers
+    layers = counted.reranker.scorer.loaded.model.get_decoder().layers
     shapes: list[tuple[int, ...]] = []
     for layer in (layers[0], layers[-1]):
         layer.mlp.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape[:2])))
@@ -199,11 +199,11 @@ def test_a_prompt_that_begins_otherwise_runs_in_full(
 ) -> None:
     """As if the tokenizer had joined the query's first characters with the template."""
     counted = Counted(checkpoint)
-    engine = counted.reranker._loaded()
-    fits = Beginning.fits
-    monkeypatch.setattr(Beginning, "fits", lambda self, prompt: fits(self, prompt) and len(prompt.ids) % 2 == 0)
+    engine = counted.reranker.scorer
+    starts = PromptPrefix.starts
+    monkeypatch.setattr(PromptPrefix, "starts", lambda self, prompt: starts(self, prompt) and len(prompt.ids) % 2 == 0)
     queries = ["one", "one two", "one two three", "one two three four"]
-    parity = {len(engine._prompts.prompt(query).ids) % 2 for query in queries}
+    parity = {len(engine.prompts.prompt(query).ids) % 2 for query in queries}
     assert parity == {0, 1}, "some fit and some do not"
     pairs = [(query, text) for query in queries for text in passages[:3]]
     expected = [score for query in queries for score in plain(query, passages[:3])]
@@ -211,17 +211,17 @@ def test_a_prompt_that_begins_otherwise_runs_in_full(
     assert 0 < counted.counters.full_prompts < len(pairs)
 
 
-def test_the_beginning_is_verified_token_by_token(checkpoint: Path) -> None:
-    prompts = KaLMReranker(checkpoint)._loaded()._prompts
-    beginning = find_beginning(prompts, "Find it.")
-    text = prompts.tokenizer.decode(beginning.ids)
+def test_the_prefix_is_verified_token_by_token(checkpoint: Path) -> None:
+    prompts = KaLMReranker(checkpoint).scorer.prompts
+    prefix = find_prompt_prefix(prompts, "Find it.")
+    text = prompts.tokenizer.decode(prefix.ids)
     assert prompts.prefix("Find it.").startswith(text)
     assert len(prompts.prefix("Find it.")) - len(text) <= 2
     for query in QUERIES:
         prompt = prompts.prompt(query, "Find it.")
-        assert beginning.fits(prompt)
-        assert list(beginning.ids) == prompt.ids[: len(beginning.ids)]
-    assert not beginning.fits(prompts.prompt("query", "Find another."))
+        assert prefix.starts(prompt)
+        assert list(prefix.ids) == prompt.ids[: len(prefix.ids)]
+    assert not prefix.starts(prompts.prompt("query", "Find another."))
 
 
 def test_budget_is_kept_and_eviction_falls_back(checkpoint: Path, passages: list[str], plain: Any) -> None:
@@ -233,7 +233,7 @@ def test_budget_is_kept_and_eviction_falls_back(checkpoint: Path, passages: list
     for _ in range(2):
         assert near(counted.scores("query", passages[:24]), expected)
         assert counted.size.bytes <= budget
-    held = [value.nbytes for value in counted.reranker._loaded()._prefilled._items.values()]
+    held = [value.nbytes for value in counted.reranker.scorer.passage_kv.cached.memory.values()]
     assert sum(held) == counted.size.bytes
     assert counted.size.evicted > 20
     assert counted.spent()[0] == 24, "states stayed, so nothing was encoded twice"
@@ -278,7 +278,7 @@ def test_memory_is_freed_on_close(checkpoint: Path, passages: list[str]) -> None
     reranker = KaLMReranker(checkpoint, cache=None)
     reranker.rank("query", passages[:4])
     assert reranker.prefill_stats().size.entries == 4
-    kept = weakref.ref(reranker._loaded()._prefilled)
+    kept = weakref.ref(reranker.scorer.passage_kv.cached.memory)
     reranker.close()
     gc.collect()
     assert reranker.prefill_stats() is None
@@ -290,7 +290,7 @@ def test_a_transformers_that_drops_the_argument_falls_back(
 ) -> None:
     """A future release that stops handing arguments on must not give wrong scores."""
     counted = Counted(checkpoint)
-    decoder = counted.reranker._loaded().loaded.model.get_decoder()
+    decoder = counted.reranker.scorer.loaded.model.get_decoder()
     forward = decoder.forward
     monkeypatch.setattr(
         decoder, "forward", lambda **options: forward(**{k: v for k, v in options.items() if k != "key_values"})
@@ -344,7 +344,7 @@ def test_attention_is_left_alone_elsewhere(checkpoint: Path) -> None:
     ids = torch.arange(5, 60)[None]
     with torch.inference_mode():
         before = model(input_ids=ids, decoder_input_ids=ids).logits
-        from kalm_rag.attention import install
+        from kalm_rag.model.merged_attention import install
 
         install(model.get_decoder())
         after = model(input_ids=ids, decoder_input_ids=ids).logits
@@ -354,15 +354,15 @@ def test_attention_is_left_alone_elsewhere(checkpoint: Path) -> None:
 def test_the_store_keeps_prefilled_passages_on_request(
     checkpoint: Path, tmp_path: Path, passages: list[str], plain: Any
 ) -> None:
-    """A second process reads them, and runs neither the encoder nor the prompt's beginning."""
+    """A second process reads them, and runs neither the encoder nor the prompt's prefix."""
     expected = plain("query", passages[:6])
     first = Counted(checkpoint, cache=PassageCache(tmp_path, keep="prefilled"))
     assert near(first.scores("query", passages[:6]), expected)
     first.reranker.cache.close()
     second = Counted(checkpoint, cache=PassageCache(tmp_path, keep="prefilled"))
     assert near(second.scores("query", passages[:6]), expected)
-    engine = second.reranker._loaded()
-    new = len(engine._prompts.prompt("query").ids) - len(engine._beginning(engine._settings.instruction).ids)
+    engine = second.reranker.scorer
+    new = len(engine.prompts.prompt("query").ids) - len(engine.passage_kv.prefix(engine.settings.instruction).ids)
     assert second.spent() == (0, 6 * new)
     assert (second.counters.stored, second.counters.misses) == (6, 0)
     assert second.reranker.cache.stats().prefilled.hits == 6
@@ -431,9 +431,14 @@ def test_a_damaged_prefilled_entry_is_computed_again(
 
     with KaLMReranker(checkpoint, dtype=dtype, cache=PassageCache(tmp_path, keep="prefilled")) as writer:
         writer.rank("query", passages[:3])
-        engine = writer._loaded()
-        [key] = engine._prefilled_keys([passages[1]], engine._beginning(engine._settings.instruction), 4)
-        other = engine._space.key(passages[1])
+        engine = writer.scorer
+        [key] = engine.keys.prefilled_keys(
+            [passages[1]],
+            ratio=4,
+            prefix=engine.passage_kv.prefix(engine.settings.instruction).ids,
+            kind=engine.passage_kv.decoder.name,
+        )
+        other = engine.keys.states_keys([passages[1]])[0]
     store = DiskStore(tmp_path)
     data = store.get_many([key])[key]
     head, payload = data[: module._HEAD.size], bytearray(data[module.HEADER_BYTES :])
@@ -464,13 +469,13 @@ def test_int8_weights_stay_close(checkpoint: Path, passages: list[str], plain: A
     assert max(abs(a - b) for a, b in zip(warm, expected, strict=True)) < 0.1
     ranks = [torch.tensor(scores).argsort().argsort().float() for scores in (warm, expected)]
     assert torch.corrcoef(torch.stack(ranks))[0, 1] > 0.95
-    kinds = {type(module) for module in counted.reranker._loaded().loaded.model.get_decoder().modules()}
+    kinds = {type(module) for module in counted.reranker.scorer.loaded.model.get_decoder().modules()}
     assert torch.nn.Linear not in kinds
 
 
 def test_int8_weights_are_refused_elsewhere(checkpoint: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("kalm_rag.engine.resolve_device", lambda _: torch.device("cuda"))
-    with pytest.raises(ValueError, match="dtype='int8' runs on the CPU alone, not on cuda: use bfloat16 there"):
+    monkeypatch.setattr("kalm_rag.scorer.resolve_device", lambda _: torch.device("cuda"))
+    with pytest.raises(ValueError, match="dtype='int8' runs only on the CPU, not on cuda: use bfloat16 there"):
         KaLMReranker(checkpoint, device="cuda", dtype="int8").load()
 
 

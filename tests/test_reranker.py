@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kalm_rag import EncodeReport, KaLMReranker, RankedPassage
+from kalm_rag import EncodeReport, KaLMReranker, PassageCache, RankedPassage
 
 
 def test_ranking_is_sorted_and_carries_the_given_objects(reranker: KaLMReranker, passages: list[str]) -> None:
@@ -45,10 +46,12 @@ def test_top_k_and_threshold(reranker: KaLMReranker, passages: list[str]) -> Non
 def test_equal_passages_keep_their_order_and_are_computed_once(
     reranker: KaLMReranker, passages: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = reranker._loaded()
+    engine = reranker.scorer
     counted: list[int] = []
-    encode = engine._encoder.encode
-    monkeypatch.setattr(engine._encoder, "encode", lambda rows, *rest: counted.append(len(rows)) or encode(rows, *rest))
+    encode = engine.states.encoder.encode
+    monkeypatch.setattr(
+        engine.states.encoder, "encode", lambda rows, *rest: counted.append(len(rows)) or encode(rows, *rest)
+    )
     ranking = reranker.rank("lists", [passages[0], passages[1], passages[0], passages[0]])
     places = [hit.index for hit in ranking if hit.document == passages[0]]
     assert places == [0, 2, 3]
@@ -84,7 +87,7 @@ def test_lazy_load_close_and_context_manager(checkpoint: Path) -> None:
         assert "not loaded" in repr(reranker)
         assert reranker.load() is reranker
         assert "not loaded" not in repr(reranker)
-        model = weakref.ref(reranker._loaded().loaded.model)
+        model = weakref.ref(reranker.scorer.loaded.model)
         score = reranker.predict([("a", "b")])
     gc.collect()
     assert model() is None
@@ -125,7 +128,7 @@ def test_out_of_memory_halves_the_batch(
     passages = [text[:80] for text in passages]
     expected = KaLMReranker(checkpoint, cache=None).rank("lists", passages[:9])
     reranker = KaLMReranker(checkpoint, cache=None)
-    encoder = reranker._loaded().loaded.model.get_encoder()
+    encoder = reranker.scorer.loaded.model.get_encoder()
     forward = encoder.forward
     sizes: list[int] = []
 
@@ -149,7 +152,7 @@ def test_out_of_memory_on_one_row_is_raised(checkpoint: Path, monkeypatch: pytes
     def no_memory(**_: torch.Tensor) -> object:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(reranker._loaded().loaded.model.get_encoder(), "forward", no_memory)
+    monkeypatch.setattr(reranker.scorer.loaded.model.get_encoder(), "forward", no_memory)
     with pytest.raises(torch.cuda.OutOfMemoryError):
         reranker.rank("lists", ["a", "b"])
 
@@ -157,3 +160,30 @@ def test_out_of_memory_on_one_row_is_raised(checkpoint: Path, monkeypatch: pytes
 def test_progress_bars_are_for_terminals(reranker: KaLMReranker, capsys: pytest.CaptureFixture[str]) -> None:
     reranker.rank("lists", ["a", "b"])
     assert capsys.readouterr().err == ""
+
+
+def test_unknown_and_estimate_tell_what_encoding_takes(checkpoint: Path, tmp_path: Path, passages: list[str]) -> None:
+    some = passages[:5]
+    with PassageCache(tmp_path / "passages", keep="prefilled") as cache:
+        reranker = KaLMReranker(checkpoint, device="cpu", cache=cache)
+        assert reranker.unknown([*some, some[0]]) == some
+        reranker.encode(some[:2])
+        assert reranker.unknown([{"text": text} for text in some]) == some[2:]
+        estimate = reranker.estimate(some)
+        assert len(estimate.tokens) == 5
+        reranker.encode(some)
+        cache.flush()
+        assert reranker.unknown(some) == []
+        stats = cache.stats()
+        assert stats.store.counters.bytes_written == estimate.states_bytes
+        assert stats.encoded == 5
+        names = list(cache.store.keys())
+        sizes = [len(data) for data in cache.store.get_many(names).values()]
+        assert sum(sizes) == estimate.states_bytes + estimate.prefilled_bytes
+    reranker.close()
+
+
+def test_asynchronous_twins_take_the_same_arguments() -> None:
+    for name in ("rank", "predict", "encode"):
+        plain, twin = (inspect.signature(getattr(KaLMReranker, each)) for each in (name, f"a{name}"))
+        assert plain == twin

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from kalm_rag.corpus import passage_text
+from kalm_rag.retrieval.corpus import passage_text
 
 
 @dataclass(frozen=True, slots=True)

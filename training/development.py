@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from kalm_rag.prompts import Prompts
+from kalm_rag.model.prompts import Prompts
 from training.data import Tokens
 
 if TYPE_CHECKING:

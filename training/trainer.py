@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kalm_rag.kernels import has_fast_bfloat16
-from kalm_rag.pooling import mean_groups
-from kalm_rag.prompts import PASSAGE_PREFIX, Prompts
+from kalm_rag.model.cpu_kernels import has_fast_bfloat16
+from kalm_rag.model.pooling import mean_groups
+from kalm_rag.model.prompts import PASSAGE_PREFIX, Prompts
+from kalm_rag.model.tokenization import Tokenizer
 from kalm_rag.settings import Settings
-from kalm_rag.tokenization import Tokenizer
 from training import start
 from training.data import SOURCES, Group, Texts, draw_group, read_source, tokenise
 from training.development import Development

@@ -3,8 +3,8 @@
 from kalm_rag.cache.bytestore import ByteStoreAdapter
 from kalm_rag.cache.disk import DiskStore
 from kalm_rag.cache.memory import MemoryStore
+from kalm_rag.cache.passage_cache import CacheStats, LevelCounters, LevelStats, PassageCache
 from kalm_rag.cache.store import CheckReport, Store, StoreError, StoreStats
-from kalm_rag.cache.tiers import CacheStats, LevelCounters, LevelStats, PassageCache
 
 __all__ = [
     "ByteStoreAdapter",

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from kalm_rag.cache.keys import KEY_PATTERN
 from kalm_rag.cache.store import StoreError, StoreStats
-from kalm_rag.settings import check_text
+from kalm_rag.utils.checks import check_text
 
 logger = logging.getLogger(__name__)
 

@@ -12,10 +12,11 @@ from typing import Any
 
 from kalm_rag.cache import database
 from kalm_rag.cache.database import DATABASE
-from kalm_rag.cache.folder import MANIFEST, MANIFEST_PART, is_cut_off, read_manifest, write_manifest
-from kalm_rag.cache.frame import FrameError, unpack
+from kalm_rag.cache.folder import MANIFEST_PART, is_cut_off, read_manifest, write_manifest
+from kalm_rag.cache.frame import Frame, FrameError
 from kalm_rag.cache.store import CheckReport, Store, StoreError
 from kalm_rag.cache.strict_disk import FILE_PATTERN, StrictDisk
+from kalm_rag.utils.paths import MANIFEST
 
 _COLUMNS = "key, raw, mode, filename, value"
 _COUNTERS = {"count": "SELECT COUNT(*) FROM Cache", "size": "SELECT COALESCE(SUM(size), 0) FROM Cache"}
@@ -126,7 +127,7 @@ def _fault(disk: StrictDisk, row: Sequence[Any], secret: bytes | None) -> str:
         return "corrupt"
     key, raw, mode, filename, value = row
     try:
-        unpack(disk.fetch(mode, filename, value, read=False), disk.get(key, raw), secret)
+        Frame.from_bytes(disk.fetch(mode, filename, value, read=False), disk.get(key, raw), secret)
     except FileNotFoundError:
         return "missing"
     except (FrameError, ValueError):
@@ -300,7 +301,7 @@ def _salvage(folder: Path, aside: Path, put: Callable[[dict[str, bytes]], int], 
         for _, key, raw, mode, filename, value in database.rows(connection, _COLUMNS):
             with contextlib.suppress(FrameError, ValueError, OSError):
                 data = disk.fetch(mode, filename, value, read=False)
-                unpack(data, disk.get(key, raw), secret)
+                Frame.from_bytes(data, disk.get(key, raw), secret)
                 batch[str(key)] = data
             if len(batch) == _SALVAGED_AT_ONCE:
                 kept += put(batch)

@@ -127,7 +127,7 @@ def connect_reading(folder: Path, *, whole: bool = False) -> tuple[sqlite3.Conne
     try:
         return _inspected(folder, "mode=ro"), True
     except sqlite3.OperationalError:
-        # A log that this process could read and cannot is a fault, and the main file alone would be an old state.
+        # A log that this process could read and cannot is a fault, and without it the main file would be an old state.
         if whole or (log_bytes(folder) and os.access(folder, os.W_OK)):
             raise
         return _inspected(folder, "mode=ro&immutable=1"), False
@@ -187,7 +187,7 @@ def inspect_schema(connection: sqlite3.Connection) -> bool:
     """
     try:
         found = {tuple(row) for row in connection.execute("SELECT type, name, sql FROM sqlite_master").fetchall()}
-    except UnicodeDecodeError as error:  # SQLite quotes the damaged text in its message, which is no text either
+    except UnicodeDecodeError as error:  # SQLite quotes the damaged text in its message, which is not text either
         msg = "malformed database schema"
         raise sqlite3.DatabaseError(msg) from error
     strange = found - SCHEMA
@@ -259,7 +259,7 @@ def lift_limits(connection: sqlite3.Connection) -> None:
 
 
 def is_damaged(error: BaseException) -> bool:
-    """Whether SQLite says that the file is no sound database, in contrast to one that cannot be read now."""
+    """Whether SQLite says that the file is damaged or not a database, in contrast to one that cannot be read now."""
     text = str(error)
     return isinstance(error, sqlite3.DatabaseError) and ("malformed" in text or "not a database" in text)
 

@@ -11,9 +11,7 @@ from pathlib import Path
 from kalm_rag.cache.database import refuse_special
 from kalm_rag.cache.keys import FORMAT
 from kalm_rag.cache.store import StoreError
-
-MANIFEST = "kalm-rag-cache.json"
-"""The file that marks a folder as ours; without it, a folder with a database is somebody else's and is left alone."""
+from kalm_rag.utils.paths import MANIFEST
 
 MANIFEST_PART = ".manifest-"
 """How the name of a manifest begins that is still being written."""

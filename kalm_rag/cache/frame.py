@@ -15,7 +15,7 @@ and is verified at every read. Layout, little-endian:
 | ... | payload: rows x width numbers; with int8, then one float32 scale per row |
 | 32 | if flagged, keyed BLAKE2b of everything before |
 
-The checksum finds accidents. It is no protection against somebody who can write to the store; the tag is.
+The checksum finds accidents. It does not protect against somebody who can write to the store; the tag is.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kalm_rag.cache.keys import FORMAT
-from kalm_rag.pooling import PassageStates
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +38,6 @@ _TAG = 32
 HEADER_BYTES = _HEAD.size + _CHECKSUM
 """Bytes in front of the payload."""
 
-_FLAGS_AT = struct.calcsize("<8sHB")
 _TRUNCATED, _TAGGED, _PREFILLED = 1, 2, 4
 _CODES = {"float32": 1, "bfloat16": 2, "float16": 3, "int8": 4}
 _NAMES = {code: name for name, code in _CODES.items()}
@@ -52,7 +50,20 @@ class FrameError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """A verified frame, its payload not yet made into a tensor."""
+    """One cached passage: what it is, and its numbers as bytes.
+
+    Attributes:
+        key: its key, 64 hexadecimal digits.
+        model: digest of the model's identity, 32 bytes.
+        dtype: of the numbers.
+        ratio: tokens averaged into one state.
+        tokens: tokens of the passage that the encoder read.
+        rows: vectors.
+        width: numbers in each vector.
+        truncated: whether the passage was longer than `max_length` tokens.
+        prefilled: whether it holds keys and values, not encoder states.
+        payload: the numbers; with int8, then the scales.
+    """
 
     key: str
     model: bytes
@@ -65,161 +76,133 @@ class Frame:
     prefilled: bool
     payload: memoryview
 
-    def states(self, dtype: torch.dtype) -> PassageStates:
-        """The states as a tensor of its own, shape `(rows, width)`, in `dtype`.
+    @classmethod
+    def from_tensors(
+        cls,
+        key: str,
+        model: bytes,
+        tensor: torch.Tensor,
+        scales: torch.Tensor | None = None,
+        *,
+        ratio: int,
+        tokens: int,
+        truncated: bool,
+        prefilled: bool = False,
+    ) -> Frame:
+        """The frame of a tensor of vectors, on any device.
+
+        Args:
+            key: its key.
+            model: digest of the model's identity, 32 bytes.
+            tensor: vectors in the last dimension.
+            scales: with int8, one float32 for each vector.
+            ratio: as the attribute.
+            tokens: as the attribute.
+            truncated: as the attribute.
+            prefilled: as the attribute.
 
         Raises:
-            FrameError: this is a prefilled passage.
+            ValueError: there is NaN or infinity among the numbers, which must not be kept.
         """
-        if self.prefilled:
-            msg = "a prefilled passage under the key of states"
-            raise FrameError(msg)
-        tensor, scales = self.tensors()
-        if scales is not None:
-            tensor = tensor.float() * scales
-        return PassageStates(tensor.to(dtype), self.tokens, self.ratio, self.truncated)
+        import torch
+
+        tensor = tensor.detach().cpu().contiguous()
+        if not bool(torch.isfinite(tensor if scales is None else scales).all()):
+            msg = "numbers with NaN or infinity are not kept"
+            raise ValueError(msg)
+        width = tensor.shape[-1]
+        payload = _raw(tensor) + (b"" if scales is None else _raw(scales.detach().cpu()))
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        rows = tensor.numel() // width
+        return cls(key, model, dtype, ratio, tokens, rows, width, truncated, prefilled, memoryview(payload))
 
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The numbers, shape `(rows, width)`, and with int8 the scales, float32 of shape `(rows, 1)`."""
         import torch
 
-        kept = self.payload[: self.rows * self.width * _SIZES[self.dtype]]
-        tensor = torch.frombuffer(bytearray(kept), dtype=getattr(torch, self.dtype)).view(self.rows, self.width)
+        size = self.rows * self.width * _SIZES[self.dtype]
+        numbers = bytearray(self.payload[:size])
+        tensor = torch.frombuffer(numbers, dtype=getattr(torch, self.dtype)).view(self.rows, self.width)
         if self.dtype != "int8":
             return tensor, None
-        return tensor, torch.frombuffer(bytearray(self.payload[len(kept) :]), dtype=torch.float32)[:, None]
+        return tensor, torch.frombuffer(bytearray(self.payload[size:]), dtype=torch.float32)[:, None]
+
+    def to_bytes(self, secret: bytes | None = None) -> bytes:
+        """What a store keeps.
+
+        Args:
+            secret: also authenticate the frame with this key.
+        """
+        flags = (_TRUNCATED if self.truncated else 0) | (_TAGGED if secret else 0)
+        flags |= _PREFILLED if self.prefilled else 0
+        numbers = (self.ratio, self.tokens, self.rows, self.width, len(self.payload))
+        digests = (self.model, bytes.fromhex(self.key))
+        head = _HEAD.pack(_MAGIC, FORMAT, _CODES[self.dtype], flags, *numbers, *digests)
+        frame = b"".join((head, _checksum(head, self.payload), self.payload))
+        return frame + _tag(frame, secret) if secret else frame
+
+    @classmethod
+    def from_bytes(cls, data: bytes, key: str, secret: bytes | None = None) -> Frame:
+        """Verify what a store returned.
+
+        Args:
+            data: the bytes.
+            key: the key that was asked for.
+            secret: demand a valid tag.
+
+        Raises:
+            FrameError: anything at all does not fit.
+        """
+        view = memoryview(data)
+        if len(view) < HEADER_BYTES:
+            msg = f"{len(view)} bytes are too short for a frame"
+            raise FrameError(msg)
+        head = view[: _HEAD.size]
+        magic, version, code, flags, ratio, tokens, rows, width, length, model, echo = _HEAD.unpack(head)
+        if magic != _MAGIC:
+            msg = "not a frame"
+            raise FrameError(msg)
+        if version != FORMAT:
+            msg = f"format version {version}; this version of kalm-rag reads {FORMAT}"
+            raise FrameError(msg)
+        end = HEADER_BYTES + length
+        if len(view) != end + (_TAG if flags & _TAGGED else 0):
+            msg = f"{len(view)} bytes where the header says {end}"
+            raise FrameError(msg)
+        payload = view[HEADER_BYTES:end]
+        if not hmac.compare_digest(view[_HEAD.size : HEADER_BYTES], _checksum(head, payload)):
+            msg = "wrong checksum"
+            raise FrameError(msg)
+        if echo.hex() != key:
+            msg = "frame of another key"
+            raise FrameError(msg)
+        name = _NAMES.get(code)
+        expected = None if name is None else rows * width * _SIZES[name] + (4 * rows if name == "int8" else 0)
+        prefilled = bool(flags & _PREFILLED)
+        sound = ratio > 0 and tokens > 0 and (prefilled or rows == -(-tokens // ratio))
+        if name is None or expected != length or not sound:
+            msg = f"impossible header: dtype code {code}, {rows} x {width}, {tokens} tokens at ratio {ratio}"
+            raise FrameError(msg)
+        if secret and not (flags & _TAGGED and hmac.compare_digest(view[end:], _tag(view[:end], secret))):
+            msg = "wrong tag" if flags & _TAGGED else "no tag"
+            raise FrameError(msg)
+        return cls(key, model, name, ratio, tokens, rows, width, bool(flags & _TRUNCATED), prefilled, payload)
 
 
-def pack(key: str, model: bytes, passage: PassageStates, *, int8: bool = False, secret: bytes | None = None) -> bytes:
-    """Frame the states of one passage.
-
-    Args:
-        key: its key.
-        model: digest of the model's identity, 32 bytes.
-        passage: its states, on any device.
-        int8: keep one byte per number and one scale per vector: a vector's largest number becomes 127.
-        secret: also authenticate the frame.
-
-    Raises:
-        ValueError: the states hold NaN or infinity, which must not be kept.
-    """
-    tensor, scales = passage.states, None
-    if int8:
-        tensor, scales = quantise(tensor.detach().cpu())
-    sizes = (passage.ratio, passage.tokens)
-    return pack_tensor(key, model, tensor, scales, sizes=sizes, truncated=passage.truncated, secret=secret)
-
-
-def probe_frame(key: str) -> bytes:
-    """The smallest valid frame, for finding out whether a store keeps what it is given."""
-    payload = bytes(_SIZES["float32"])
-    head = _HEAD.pack(_MAGIC, FORMAT, _CODES["float32"], 0, 1, 1, 1, 1, len(payload), bytes(32), bytes.fromhex(key))
-    return b"".join((head, _checksum(head, payload), payload))
-
-
-def reseal(data: bytes, key: str, secret: bytes) -> bytes:
-    """A frame with a tag of `secret` in place of the one that it has, if any.
-
-    Raises:
-        FrameError: it does not verify.
-    """
-    unpack(data, key)
-    flags = data[_FLAGS_AT]
-    body = bytearray(data[: len(data) - _TAG] if flags & _TAGGED else data)
-    body[_FLAGS_AT] = flags | _TAGGED
-    body[_HEAD.size : HEADER_BYTES] = _checksum(bytes(body[: _HEAD.size]), bytes(body[HEADER_BYTES:]))
-    return bytes(body) + _tag(bytes(body), secret)
-
-
-def quantise(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Int8 numbers, and one float32 scale per vector of the last dimension, which is kept with size 1."""
-    import torch
-
-    scales = tensor.float().abs().amax(dim=-1, keepdim=True) / 127
-    return torch.round(tensor.float() / scales.clamp(min=1e-30)).to(torch.int8), scales
-
-
-def pack_tensor(
-    key: str,
-    model: bytes,
-    tensor: torch.Tensor,
-    scales: torch.Tensor | None,
-    *,
-    sizes: tuple[int, int],
-    truncated: bool,
-    prefilled: bool = False,
-    secret: bytes | None = None,
-) -> bytes:
-    """Frame the numbers of one passage, vectors in the last dimension; `sizes` are its ratio and its token count.
-
-    Raises:
-        ValueError: there is NaN or infinity among them, which must not be kept.
-    """
-    import torch
-
-    tensor = tensor.detach().cpu().contiguous()
-    if not bool(torch.isfinite(tensor if scales is None else scales).all()):
-        msg = "numbers with NaN or infinity are not kept"
-        raise ValueError(msg)
-    width = tensor.shape[-1]
-    payload = _raw(tensor) + (b"" if scales is None else _raw(scales.detach().cpu()))
-    name = str(tensor.dtype).removeprefix("torch.")
-    flags = (_TRUNCATED if truncated else 0) | (_TAGGED if secret else 0) | (_PREFILLED if prefilled else 0)
-    numbers = (*sizes, tensor.numel() // width, width, len(payload))
-    head = _HEAD.pack(_MAGIC, FORMAT, _CODES[name], flags, *numbers, model, bytes.fromhex(key))
-    frame = b"".join((head, _checksum(head, payload), payload))
-    return frame + _tag(frame, secret) if secret else frame
-
-
-def unpack(data: bytes, key: str, secret: bytes | None = None) -> Frame:
-    """Verify a frame and read its header.
-
-    Args:
-        data: what a store returned.
-        key: the key it was asked for.
-        secret: demand a valid tag.
-
-    Raises:
-        FrameError: anything at all does not fit.
-    """
-    view = memoryview(data)
-    if len(view) < HEADER_BYTES:
-        msg = f"{len(view)} bytes are too short for a frame"
-        raise FrameError(msg)
-    head = view[: _HEAD.size]
-    magic, version, code, flags, ratio, tokens, rows, width, length, model, echo = _HEAD.unpack(head)
-    if magic != _MAGIC:
-        msg = "not a frame"
-        raise FrameError(msg)
-    if version != FORMAT:
-        msg = f"format version {version}; this version of kalm-rag reads {FORMAT}"
-        raise FrameError(msg)
-    end = HEADER_BYTES + length
-    if len(view) != end + (_TAG if flags & _TAGGED else 0):
-        msg = f"{len(view)} bytes where the header says {end}"
-        raise FrameError(msg)
-    payload = view[HEADER_BYTES:end]
-    if not hmac.compare_digest(view[_HEAD.size : HEADER_BYTES], _checksum(head, payload)):
-        msg = "wrong checksum"
-        raise FrameError(msg)
-    if echo.hex() != key:
-        msg = "frame of another key"
-        raise FrameError(msg)
-    name = _NAMES.get(code)
-    expected = None if name is None else rows * width * _SIZES[name] + (4 * rows if name == "int8" else 0)
-    prefilled = bool(flags & _PREFILLED)
-    sound = ratio > 0 and tokens > 0 and (prefilled or rows == -(-tokens // ratio))
-    if name is None or expected != length or not sound:
-        msg = f"impossible header: dtype code {code}, {rows} x {width}, {tokens} tokens at ratio {ratio}"
-        raise FrameError(msg)
-    if secret and not (flags & _TAGGED and hmac.compare_digest(view[end:], _tag(view[:end], secret))):
-        msg = "wrong tag" if flags & _TAGGED else "no tag"
-        raise FrameError(msg)
-    return Frame(key, model, name, ratio, tokens, rows, width, bool(flags & _TRUNCATED), prefilled, payload)
+def probe_frame(key: str) -> Frame:
+    """The smallest valid frame, to find out whether a store keeps what it is given."""
+    return Frame(key, bytes(32), "float32", 1, 1, 1, 1, False, False, memoryview(bytes(_SIZES["float32"])))
 
 
 def payload_bytes(tokens: int, ratio: int, width: int, dtype: str) -> int:
-    """Bytes of a frame without tag, for estimates."""
+    """Bytes of a frame of encoder states without a tag, for estimates.
+
+    Args:
+        tokens: of the passage.
+        ratio: tokens averaged into one state.
+        width: numbers in each state.
+        dtype: what the numbers are kept in, such as `float32` or `int8`.
+    """
     rows = -(-tokens // ratio)
     return HEADER_BYTES + rows * width * _SIZES[dtype] + (4 * rows if dtype == "int8" else 0)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from kalm_rag.cache.lru import BudgetLRU
 from kalm_rag.cache.store import StoreStats
-from kalm_rag.lru import BudgetLRU
 
 
 class MemoryStore:

@@ -18,7 +18,7 @@ def check_writable(store: Store) -> None:
         StoreError: the store does not keep it.
     """
     key = sha256(f"kalm-rag probe {uuid.uuid4()}".encode()).hexdigest()
-    value = probe_frame(key)
+    value = probe_frame(key).to_bytes()
     where = store.folder if isinstance(store, DiskStore) else store
     kept = store.put_many({key: value})
     if isinstance(store, DiskStore) and store.read_only:

@@ -3,7 +3,7 @@
 `diskcache` 5.6.3 unpickles keys and values and opens or deletes whatever file name stands in a row (CVE-2025-69872), so
 whoever can write to the directory can run code in the reader. This `Disk` stores and reads raw bytes under hexadecimal
 keys only. It overrides every method through which a row could reach pickle, the file system outside of the directory,
-or a blocking special file; `tests/test_cache_attacks.py` holds the known attacks.
+or a blocking special file; `tests/cache/test_attacks.py` holds the known attacks.
 """
 
 from __future__ import annotations
@@ -240,12 +240,12 @@ class StrictDisk(diskcache.Disk):  # type: ignore[misc]
             handle = os.open(path, flags)
         except OSError as error:
             if error.errno in _NO_FILE:
-                msg = f"{path!r} is no value file: {error.strerror}"
+                msg = f"{path!r} is not a value file: {error.strerror}"
                 raise ValueError(msg) from error
             raise
         with os.fdopen(handle, "rb") as file:
             status = os.fstat(handle)
             if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_VALUE:
-                msg = f"{path!r} is no value file"
+                msg = f"{path!r} is not a value file"
                 raise ValueError(msg)
             return file.read()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kalm_rag.cache.frame import Frame, FrameError, reseal, unpack
+from kalm_rag.cache.frame import Frame, FrameError
 from kalm_rag.cache.keys import FORMAT, KEY_PATTERN
 from kalm_rag.cache.store import Store, StoreError
 
@@ -62,7 +62,7 @@ def verified_frames(store: Store, secret: bytes | None = None) -> Iterator[tuple
 
     def batches() -> Iterator[list[str]]:
         batch: list[str] = []
-        for key in store.keys():  # noqa: SIM118 - a store is no mapping
+        for key in store.keys():  # noqa: SIM118 - a store is not a mapping
             batch.append(key)
             if len(batch) == _BATCH:
                 yield batch
@@ -72,7 +72,7 @@ def verified_frames(store: Store, secret: bytes | None = None) -> Iterator[tuple
     for batch in batches():
         for key, data in store.get_many(batch).items():
             try:
-                yield unpack(data, key, secret), data
+                yield Frame.from_bytes(data, key, secret), data
             except FrameError:
                 yield None, data
 
@@ -163,7 +163,7 @@ def import_shards(
     for shard in shards_of(sources):
         try:
             if not shard.is_file():
-                msg = "it is no regular file"
+                msg = "it is not a regular file"
                 raise OSError(msg)
             with safe_open(shard, framework="numpy") as file:
                 tensors = list(file.keys())
@@ -261,7 +261,7 @@ def _verified(store: Store, keys: list[str], secret: bytes | None) -> set[str]:
     found = set()
     for key, data in store.get_many(keys).items():
         with contextlib.suppress(FrameError):
-            unpack(data, key, secret)
+            Frame.from_bytes(data, key, secret)
             found.add(key)
     return found
 
@@ -279,16 +279,16 @@ def _sealed(data: bytes | None, key: str, secret: bytes | None) -> bytes | None:
     if data is None:
         return None
     try:
-        unpack(data, key)
-        return data if secret is None else reseal(data, key, secret)
+        frame = Frame.from_bytes(data, key)
     except FrameError:
         return None
+    return data if secret is None else frame.to_bytes(secret)
 
 
 def _check_model(shard: Path, frames: Iterable[tuple[str, bytes]], model: bytes) -> None:
     for key, data in frames:
         with contextlib.suppress(FrameError):
-            frame = unpack(data, key)
+            frame = Frame.from_bytes(data, key)
             if frame.model != model:
                 msg = (
                     f"{shard} holds passages of the model {frame.model.hex()[:12]}, not of {model.hex()[:12]}: "

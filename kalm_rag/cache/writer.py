@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from kalm_rag import forks
+from kalm_rag.utils import forks
 
 
 class WriteBehind:

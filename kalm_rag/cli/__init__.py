@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from kalm_rag._version import __version__
 from kalm_rag.cli import cache, demo, encode, evaluate, info, rank
-from kalm_rag.cli.options import make_log_visible, replace_what_a_stream_cannot_hold, visible_line
+from kalm_rag.cli.options import make_log_visible, replace_what_a_stream_cannot_hold, visible_line, with_flags
 from kalm_rag.errors import KaLMError
 
 app = typer.Typer(
@@ -60,5 +60,16 @@ def main() -> None:
     except (KaLMError, ValueError, TypeError, OSError, OverflowError) as error:
         if _debug:
             raise
-        typer.echo(f"error: {visible_line(str(error))}", err=True)
+        typer.echo(f"error: {visible_line(with_flags(str(error), _flags()))}", err=True)
         sys.exit(2)
+
+
+def _flags() -> dict[str, str]:
+    """The options of all commands by the names of their arguments, which are those of the library."""
+    found: dict[str, str] = {}
+    groups: list[Any] = [typer.main.get_command(app)]
+    while groups:
+        command = groups.pop()
+        groups += getattr(command, "commands", {}).values()
+        found |= {option.name: max(option.opts, key=len) for option in command.params if option.opts[0].startswith("-")}
+    return found

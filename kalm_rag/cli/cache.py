@@ -32,14 +32,14 @@ ModelFilter = Annotated[
 
 def _disk(cache: str) -> DiskStore:
     from kalm_rag.cache import DiskStore, PassageCache
-    from kalm_rag.cache.folder import MANIFEST
+    from kalm_rag.utils.paths import MANIFEST
 
     store = PassageCache(cache).store
     if store is None:
-        msg = "there is no cache folder, because this user has no home folder; name one with --cache"
+        msg = "this user has no home folder, so there is no default cache; name a folder with --cache"
         raise FileNotFoundError(msg)
     if not isinstance(store, DiskStore) or not (store.folder / MANIFEST).is_file():
-        msg = f"there is no cache in {store.folder if isinstance(store, DiskStore) else cache}"
+        msg = f"no cache exists in {store.folder if isinstance(store, DiskStore) else cache}"
         raise FileNotFoundError(msg)
     return store
 
@@ -48,10 +48,10 @@ def _digest(model: str | None, revision: str | None) -> bytes | None:
     """The digest of a model that stands in every entry of it."""
     if model is None:
         return None
-    from kalm_rag.checkpoint import find_checkpoint
-    from kalm_rag.identity import identify
+    from kalm_rag.model.checkpoint import find_checkpoint
+    from kalm_rag.model.identity import identify
 
-    return identify(find_checkpoint(model, revision=revision)).mark
+    return identify(find_checkpoint(model, revision=revision)).digest
 
 
 @app.command("info")
@@ -145,7 +145,7 @@ def export(
 ) -> None:
     """Write verified passages to safetensors shards, to be imported elsewhere."""
     from kalm_rag.cache.transfer import export_shards
-    from kalm_rag.paths import user_path
+    from kalm_rag.utils.paths import user_path
 
     report = export_shards(_disk(cache), user_path(folder, "the folder"), model=_digest(model, revision))
     if as_json:
@@ -181,7 +181,7 @@ def import_(
         raise ValueError(msg)
     store = PassageCache(cache, limit=limit_bytes(limit_gb)).store
     if not isinstance(store, DiskStore):
-        msg = "there is no folder to import into; name one with --cache"
+        msg = "no folder to import into; name one with --cache"
         raise ValueError(msg)
     needed = sum(shard.stat().st_size for shard in shards_of(sources))
     check_writable(store)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from kalm_rag.checkpoint import MINI
 from kalm_rag.cli.options import console, note_mini, passage_table, visible
+from kalm_rag.model.checkpoint import MINI
 
 if TYPE_CHECKING:
-    from kalm_rag.corpus import Corpus
     from kalm_rag.results import RankedPassage
+    from kalm_rag.retrieval.corpus import Corpus
 
 _CANDIDATES = 20
 T = TypeVar("T")
@@ -28,11 +28,11 @@ def demo(
     from rich.table import Table
     from rich.text import Text
 
-    from kalm_rag.bm25 import BM25
     from kalm_rag.demo_data import load_demo
     from kalm_rag.errors import MissingExtraError
     from kalm_rag.evaluation.metrics import Metrics, means
     from kalm_rag.reranker import KaLMReranker
+    from kalm_rag.retrieval.bm25 import BM25
 
     out = console()
     try:

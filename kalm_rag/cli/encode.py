@@ -31,9 +31,9 @@ from kalm_rag.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from kalm_rag.cache.tiers import Keep, Storage
-    from kalm_rag.progress import Progress
+    from kalm_rag.cache.passage_cache import Keep, Storage
     from kalm_rag.reranker import KaLMReranker
+    from kalm_rag.utils.progress import Progress
 
 _FIRST_WINDOW, _WINDOW = 32, 512
 _SAMPLE = 256
@@ -68,10 +68,10 @@ def encode(
     """
     from kalm_rag.cache import PassageCache
     from kalm_rag.cache.preflight import check_room, check_writable
-    from kalm_rag.corpus import read_passages
     from kalm_rag.documents import repair_text
-    from kalm_rag.progress import Progress
     from kalm_rag.reranker import KaLMReranker
+    from kalm_rag.retrieval.corpus import read_passages
+    from kalm_rag.utils.progress import Progress
 
     passages = PassageCache(
         cache,
@@ -99,7 +99,7 @@ def encode(
         _show_estimate(_estimate(reranker, texts(), everything=True), as_json)
         return
     if passages.store is None:
-        msg = "there is no folder to keep encoded passages in; name one with --cache"
+        msg = "no folder to keep encoded passages in; name one with --cache"
         raise ValueError(msg)
     check_writable(passages.store)
     total = None
@@ -151,25 +151,25 @@ class _Run:
 
     def encode(self, window: list[str], progress: Progress) -> None:
         """Encode some passages, and see that the cache holds them; if it does not, that is the run's failure."""
-        engine, cache = self._reranker._loaded(), self._reranker.cache
-        report = engine.encode(window, progress)
+        scorer, cache = self._reranker.scorer, self._reranker.cache
+        report = scorer.encode(window, progress)
         cache.flush()
         self._new, self._known = self._new + report.new, self._known + report.known
         self._truncated += report.truncated
-        missing = engine.unknown(window)
+        missing = self._reranker.unknown(window)
         if missing:  # once more: a lock or a full disk may have passed
-            engine.encode(missing)
+            scorer.encode(missing)
             cache.flush()
-            missing = engine.unknown(missing)
+            missing = self._reranker.unknown(missing)
         lacking = set(missing)
-        held = sum(engine.clean(text) not in lacking for text in window)
+        held = sum(text not in lacking for text in self._reranker.scorer.clean(window))
         self.seen, self.held = self.seen + len(window), self.held + held
         stats = cache.stats()
         if report.new and not self._first:
             self._first = window
         # A full cache makes room by giving up what it stored first, which may be another corpus's. If this run's own
         # first passages are gone, the rest will follow them.
-        if stats.store.size.evicted > self._evicted and engine.unknown(self._first):
+        if stats.store.size.evicted > self._evicted and self._reranker.unknown(self._first):
             self.failure = f"{self._limit_text()} and gave up passages of this corpus: raise the limit with --limit-gb"
         elif missing or stats.prefilled.write_failed:
             lost = len(missing) or stats.prefilled.write_failed
@@ -187,12 +187,11 @@ class _Run:
                     "be read again to count them: raise the limit with --limit-gb, or give a file"
                 )
             return
-        engine = self._reranker._loaded()
         self.held = 0
         complete = not self.failure
         for window in _windows(texts):
-            lacking = set(engine.unknown(window))
-            self.held += sum(engine.clean(text) not in lacking for text in window)
+            lacking = set(self._reranker.unknown(window))
+            self.held += sum(text not in lacking for text in self._reranker.scorer.clean(window))
         if complete and self.held < self.seen:
             self.failure = (
                 f"{self._limit_text()} and gave up {self.seen - self.held} passages of this corpus that it held "
@@ -254,7 +253,7 @@ class _Estimate:
 
     Attributes:
         passages: in the corpus.
-        known: of them, those that the cache holds; of the sample alone unless everything was looked up.
+        known: of them, those that the cache holds; only of the sample unless everything was looked up.
         sampled: size of the sample.
         timed: passages of it that were timed.
         tokens: mean of a passage.
@@ -280,15 +279,12 @@ class _Estimate:
 
 def _estimate(reranker: KaLMReranker, texts: Iterator[str], *, everything: bool) -> _Estimate:
     """Count everything and tokenise a sample; with `everything`, also look up everything, and time a few."""
-    from kalm_rag.cache.frame import payload_bytes
-
-    engine = reranker._loaded()
     chooser = random.Random(0)  # noqa: S311 - a reproducible sample
     total = known = drawn = 0
     sample: list[str] = []
     for window in _windows(texts):
         total += len(window)
-        candidates = engine.unknown(window) if everything else window
+        candidates = reranker.unknown(window) if everything else window
         known += len(window) - len(candidates)
         for text in candidates:
             drawn += 1
@@ -298,15 +294,13 @@ def _estimate(reranker: KaLMReranker, texts: Iterator[str], *, everything: bool)
                 sample[place] = text
     count = max(1, len(sample))
     if not everything:
-        known = round(total * (1 - len(engine.unknown(sample)) / count))
-    lengths = engine.token_counts(sample)
-    kind = "int8" if reranker.cache.storage == "int8" else str(engine.loaded.dtype).removeprefix("torch.")
-    width = engine.loaded.model.config.decoder.hidden_size
-    each = sum(payload_bytes(length, reranker.cache.base_ratio, width, kind) for length in lengths) / count
-    prefilled = sum(map(engine.prefilled_bytes, lengths)) / count
-    mean = sum(lengths) / count
+        known = round(total * (1 - len(reranker.unknown(sample)) / count))
+    sizes = reranker.estimate(sample)
+    mean = sum(sizes.tokens) / count
     timed = sample[:_TIMED] if everything else []
-    rate = engine.time_encoding(timed) / max(1, sum(lengths[: len(timed)])) if timed else 0.0
+    seconds = reranker.scorer.states.time_encoding(timed) if timed else 0.0
+    rate = seconds / max(1, sum(sizes.tokens[: len(timed)]))
+    each, prefilled = sizes.states_bytes / count, sizes.prefilled_bytes / count
     return _Estimate(total, known, len(sample), len(timed), mean, each, prefilled, rate * mean * (total - known))
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kalm_rag.checkpoint import MINI
 from kalm_rag.cli.options import (
     DeviceOption,
     FormatOption,
@@ -21,11 +20,12 @@ from kalm_rag.cli.options import (
     visible,
     visible_line,
 )
+from kalm_rag.model.checkpoint import MINI
 
 if TYPE_CHECKING:
-    from kalm_rag.corpus import Corpus
     from kalm_rag.evaluation.candidates import Candidates
     from kalm_rag.evaluation.summary import Summary
+    from kalm_rag.retrieval.corpus import Corpus
 
 
 def evaluate(
@@ -81,7 +81,7 @@ def evaluate(
     from kalm_rag.evaluation.outputs import claim
     from kalm_rag.evaluation.report import check_extras, write_numbers, write_page
     from kalm_rag.evaluation.summary import summarise
-    from kalm_rag.paths import user_path
+    from kalm_rag.utils.paths import user_path
 
     check_extras()
     report = user_path(out, "--out")
@@ -142,8 +142,8 @@ def _ratios(text: str) -> list[int]:
 def _corpus(
     source: str | None, queries: Path | None, qrels: Path | None, split: str, how: tuple[str, str | None, str | None]
 ) -> tuple[Corpus, str]:
-    from kalm_rag.corpus import read_beir
     from kalm_rag.demo_data import load_demo
+    from kalm_rag.retrieval.corpus import read_beir
 
     if source is None:
         if queries is not None or qrels is not None:

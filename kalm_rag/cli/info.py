@@ -23,8 +23,8 @@ def info(
     """Show versions, device, cache place and, with --model, what identifies a model."""
     import torch
 
-    from kalm_rag.loading import resolve_device, resolve_dtype
-    from kalm_rag.paths import passages_dir
+    from kalm_rag.model.loading import resolve_device, resolve_dtype
+    from kalm_rag.utils.paths import passages_dir
 
     device = resolve_device(None)
     facts: dict[str, Any] = {
@@ -36,8 +36,8 @@ def info(
         "cache": str(passages_dir() or "none: this user has no home folder"),
     }
     if model is not None:
-        from kalm_rag.checkpoint import find_checkpoint
-        from kalm_rag.identity import identify
+        from kalm_rag.model.checkpoint import find_checkpoint
+        from kalm_rag.model.identity import identify
 
         note_mini(model)
         checkpoint = find_checkpoint(model, revision=revision)

@@ -6,8 +6,9 @@ import io
 import json
 import logging
 import math
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -76,6 +77,21 @@ def visible(text: str) -> str:
     return text.translate(_HIDDEN)
 
 
+def with_flags(message: str, flags: Mapping[str, str]) -> str:
+    """A message of the library, whose arguments are named as the command line names them.
+
+    Args:
+        message: it names an argument at its beginning (`top_k must be`), or with a value (`dtype='bfloat16'`).
+        flags: the options by the name of the argument.
+    """
+    message = re.sub(r"^(\w+)(?= must )", lambda match: flags.get(match[1], match[1]), message)
+    return re.sub(
+        r"(?<!, )\b(\w+)='([^']*)'",
+        lambda match: f"{flags[match[1]]} {match[2]}" if match[1] in flags else match[0],
+        message,
+    )
+
+
 def visible_line(text: str) -> str:
     """As `visible`, for text that must stay on its line or in its cell: line breaks and tabs are written out too."""
     return visible(text).replace("\n", "\\n").replace("\t", "\\t")
@@ -134,7 +150,7 @@ def console() -> Console:
 
 def note_mini(model: str) -> None:
     """Say so where the demonstration checkpoint runs."""
-    from kalm_rag.checkpoint import MINI, MINI_NOTE
+    from kalm_rag.model.checkpoint import MINI, MINI_NOTE
 
     if model == MINI:
         typer.echo(f"note: {MINI_NOTE}", err=True)

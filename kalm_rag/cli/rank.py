@@ -41,8 +41,8 @@ def rank(
     as_json: JsonOption = False,
 ) -> None:
     """Order passages by how well they answer a query."""
-    from kalm_rag.corpus import read_passages
     from kalm_rag.reranker import KaLMReranker
+    from kalm_rag.retrieval.corpus import read_passages
 
     note_mini(model)
     records = list(read_passages(passages, file_format, text_field, id_field))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kalm_rag.corpus import Corpus, read_beir
+from kalm_rag.retrieval.corpus import Corpus, read_beir
 
 
 def load_demo() -> Corpus:

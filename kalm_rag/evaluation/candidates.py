@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kalm_rag.bm25 import BM25
-from kalm_rag.corpus import Corpus
 from kalm_rag.errors import MissingExtraError
 from kalm_rag.evaluation.trec import quoted, read_run
-from kalm_rag.progress import Progress
+from kalm_rag.retrieval.bm25 import BM25
+from kalm_rag.retrieval.corpus import Corpus
+from kalm_rag.utils.progress import Progress
 
 
 @dataclass(frozen=True, slots=True)

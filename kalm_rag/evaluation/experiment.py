@@ -14,16 +14,16 @@ from pathlib import Path
 
 from kalm_rag._version import __version__
 from kalm_rag.cache import PassageCache
-from kalm_rag.checkpoint import find_checkpoint
-from kalm_rag.corpus import Corpus
 from kalm_rag.evaluation.candidates import Candidates
 from kalm_rag.evaluation.journal import Journal, Record
 from kalm_rag.evaluation.metrics import Metrics, means, p_value
 from kalm_rag.evaluation.outputs import claim
-from kalm_rag.identity import identify
-from kalm_rag.progress import Progress
+from kalm_rag.model.checkpoint import find_checkpoint
+from kalm_rag.model.identity import identify
 from kalm_rag.reranker import KaLMReranker
-from kalm_rag.settings import check_positive
+from kalm_rag.retrieval.corpus import Corpus
+from kalm_rag.utils.checks import check_positive
+from kalm_rag.utils.progress import Progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ class Experiment:
         candidates: what the first stage found.
         systems: what to compare.
         metrics: what to measure.
-        out: folder that keeps finished queries, so that an interrupted run goes on; None keeps nothing.
+        out: folder that keeps finished queries, so that an interrupted run can resume; None keeps nothing.
         cache: where encoded passages are kept, as in `PassageCache`; None keeps them in memory.
         device: as in `KaLMReranker`.
         max_length: as in `KaLMReranker`.
@@ -240,7 +240,7 @@ def _evaluate(
             _reranker(experiment, model, dtype, cache) as reranker,
         ):
             encodings.append(_encode(reranker, texts, model, dtype))
-            tokens = reranker._loaded().token_counts(texts)
+            tokens = reranker.estimate(texts).tokens
             for system in systems:
                 results[system] = _run(experiment, reranker, system, base, journals[system], tokens)
                 if finished is not None:
@@ -352,12 +352,8 @@ def _run(
 
 
 def _mean_bytes(reranker: KaLMReranker, tokens: Sequence[int], ratio: int) -> float:
-    from kalm_rag.cache.frame import payload_bytes
-
-    loaded = reranker._loaded().loaded
-    width = loaded.model.config.decoder.hidden_size
-    kind = str(loaded.dtype).removeprefix("torch.")
-    return sum(payload_bytes(length, ratio, width, kind) for length in tokens) / max(1, len(tokens))
+    states = reranker.scorer.states
+    return sum(states.bytes_of(length, ratio) for length in tokens) / max(1, len(tokens))
 
 
 _TIMED = 16
@@ -374,7 +370,7 @@ def time_lengths(
     """
     if not texts:
         return []
-    engine = reranker._loaded()
+    states = reranker.scorer.states
     ordered = sorted(range(len(texts)), key=tokens.__getitem__)
     query = experiment.corpus.queries[next(iter(experiment.candidates.rankings))]
     found = []
@@ -385,7 +381,7 @@ def time_lengths(
     for start in dict.fromkeys(starts):
         group = ordered[start : start + _TIMED]
         chosen = [texts[place] for place in group]
-        encode = min(engine.time_encoding(chosen) for _ in range(2))
+        encode = min(states.time_encoding(chosen) for _ in range(2))
         rank = math.inf
         for attempt in range(4):
             began = time.perf_counter()

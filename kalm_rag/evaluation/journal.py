@@ -25,7 +25,7 @@ class Journal:
     """A file of records behind a line that says what they belong to.
 
     Args:
-        path: the file; None keeps records in memory alone.
+        path: the file; None keeps records only in memory.
         fingerprint: what the records depend on.
 
     Raises:
@@ -42,7 +42,7 @@ class Journal:
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self.check()
-            # Written anew without a torn last line; replaced whole, so that a crash loses nothing.
+            # Rewritten without a torn last line, and replaced as a whole, so that a crash loses nothing.
             partial = self._path.with_name(f".{self._path.name}.partial")
             with partial.open("w", encoding="utf-8") as file:
                 file.write(json.dumps(self._fingerprint) + "\n")
@@ -73,13 +73,13 @@ class Journal:
             # What follows the last line feed was being written when the process ended.
             records = [_record(json.loads(line)) for line in lines[1:-1]]
         except (KeyError, TypeError, ValueError) as error:
-            msg = f"cannot read {path} ({type(error).__name__}: {error}); delete it to start this system anew"
+            msg = f"cannot read {path} ({type(error).__name__}: {error}); delete it to start this system again"
             raise ValueError(msg) from None
         changed = [name for name, value in self._fingerprint.items() if found.get(name) != value]
         if changed:
             msg = (
                 f"{path} holds results of another evaluation (it differs in {', '.join(changed)}); "
-                "give another folder (--out), or delete this file to start it anew"
+                "give another folder (--out), or delete this file to start it again"
             )
             raise ValueError(msg)
         self._records = {record.query: record for record in records}

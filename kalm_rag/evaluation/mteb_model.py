@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kalm_rag.errors import MissingExtraError
-from kalm_rag.identity import identify
+from kalm_rag.model.identity import identify
 from kalm_rag.reranker import KaLMReranker
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class MTEBReranker:
         """Name and content digest of the model, under which mteb files the results."""
         from mteb.models import ModelMeta
 
-        identity = identify(self.reranker.find())
+        identity = identify(self.reranker.checkpoint())
         settings = self.reranker.settings
         name = str(self.reranker.model)
         return ModelMeta.create_empty(
@@ -63,9 +63,9 @@ class MTEBReranker:
                 # mteb files results under these: whatever changes a score must be among them.
                 "experiment_kwargs": {
                     "ratio": settings.ratio,
-                    "dtype": str(self.reranker._loaded().loaded.dtype).removeprefix("torch."),
+                    "dtype": str(self.reranker.scorer.loaded.dtype).removeprefix("torch."),
                     "settings": hashlib.sha256(
-                        repr((settings, self.reranker.cache.storage, self.reranker._dtype)).encode()
+                        repr((settings, self.reranker.cache.storage, self.reranker.dtype)).encode()
                     ).hexdigest()[:12],
                 },
             }

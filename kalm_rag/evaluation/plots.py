@@ -51,7 +51,7 @@ def draw_all(summary: Summary, theme: Theme) -> dict[str, bytes]:
 
 
 def _series(summary: Summary) -> dict[str, list[SystemResult]]:
-    """Results that differ in the ratio alone, by what they share."""
+    """Results that differ only in the ratio, by what they share."""
     found: dict[str, list[SystemResult]] = {}
     for result in summary.results:
         found.setdefault(summary.label(result), []).append(result)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from kalm_rag.corpus import text_lines
+from kalm_rag.retrieval.corpus import text_lines
 
 _STEP = 1e-6
 """Least relative distance of neighbouring scores; single precision resolves 1.2e-7."""
@@ -23,7 +23,7 @@ def read_run(path: str | Path) -> dict[str, list[tuple[str, float]]]:
         Query id to `(passage id, score)`, by falling score; equal scores keep the order of the file.
 
     Raises:
-        ValueError: a line has not six columns, a score is no number, or a passage occurs twice under a query; the
+        ValueError: a line does not have six columns, a score is not a number, or a query has a passage twice; the
             message names file and line.
     """
     found: dict[str, dict[str, float]] = {}
@@ -73,7 +73,7 @@ def write_run(path: str | Path, rankings: Mapping[str, Ranking], tag: str) -> No
 def run_text(rankings: Mapping[str, Ranking], tag: str) -> str:
     """A run as text.
 
-    Evaluation tools order by score alone, which they read in single precision: each written score is a little below
+    Evaluation tools order only by score, which they read in single precision: each written score is a little below
     the one before it where they would tie. Ids are `quoted`.
     """
     lines = []

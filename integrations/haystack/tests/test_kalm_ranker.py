@@ -230,7 +230,7 @@ def test_indexing_leaves_prefilled_documents_on_disk(options: dict[str, Any]) ->
 @CACHES
 def test_keep_beside_a_ready_made_cache_is_refused(options: dict[str, Any], kind: Any, make: Any) -> None:
     cache = make(options.pop("cache"))
-    with pytest.raises(ValueError, match=r"given as a folder.*keep='prefilled', cache=.*give a folder, or"):
+    with pytest.raises(ValueError, match=r"is a folder, got keep='prefilled', cache=.*pass cache=PassageCache"):
         kind(**options, cache=cache, keep="prefilled")
 
 

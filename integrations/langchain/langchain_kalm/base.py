@@ -19,11 +19,11 @@ from pydantic import (
 )
 
 from kalm_rag import KaLMReranker
-from kalm_rag.cache.tiers import Keep
-from kalm_rag.shared import CacheLike, SharedHandle, check_arguments, check_cache, serialisable_cache
+from kalm_rag.adapters import CacheLike, SharedHandle, check_arguments, check_cache, serialisable_cache
+from kalm_rag.cache.passage_cache import Keep
 
 
-class KalmModel(BaseModel):
+class KalmBase(BaseModel):
     """Names a model and the cache of its encoded passages.
 
     Classes with equal arguments share one loaded model, which loads at first use. JSON and pickle keep the arguments,
@@ -63,7 +63,7 @@ class KalmModel(BaseModel):
             raise ValueError(str(error)) from None
 
     @model_validator(mode="after")
-    def _check_cache(self) -> KalmModel:
+    def _check_cache(self) -> KalmBase:
         check_cache(self.cache, self.keep)
         return self
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from langchain_core.cross_encoders import BaseCrossEncoder
 
-from langchain_kalm.base import KalmModel
+from langchain_kalm.base import KalmBase
 
 
-class KalmCrossEncoder(KalmModel, BaseCrossEncoder):
+class KalmCrossEncoder(KalmBase, BaseCrossEncoder):
     """Scores `(query, passage)` pairs, for example for LangChain's `CrossEncoderReranker`.
 
     That class keeps no scores; `KalmReranker` does.

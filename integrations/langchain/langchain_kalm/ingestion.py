@@ -8,10 +8,10 @@ from typing import Any
 from langchain_core.documents import BaseDocumentTransformer, Document
 from langchain_core.embeddings import Embeddings
 
-from langchain_kalm.base import KalmModel, document_list, passage_texts
+from langchain_kalm.base import KalmBase, document_list, passage_texts
 
 
-class KalmPassageEncoder(KalmModel, BaseDocumentTransformer):
+class KalmPassageEncoder(KalmBase, BaseDocumentTransformer):
     """A step after the text splitter: encodes the documents into the cache and returns them unchanged."""
 
     def transform_documents(self, documents: Sequence[Document], **kwargs: Any) -> Sequence[Document]:
@@ -29,10 +29,10 @@ class KalmPassageEncoder(KalmModel, BaseDocumentTransformer):
         return documents
 
 
-class KalmCachingEmbeddings(KalmModel, Embeddings):
+class KalmCachingEmbeddings(KalmBase, Embeddings):
     """Wraps an embedding model and encodes exactly the texts that are embedded for the index.
 
-    With `langchain_core.indexing.index` these are the new and changed documents alone.
+    With `langchain_core.indexing.index` these are only the new and changed documents.
 
     Example:
         ```python

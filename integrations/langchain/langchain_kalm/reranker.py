@@ -11,11 +11,11 @@ from langchain_core.runnables import RunnableLambda
 from pydantic import Field
 
 from kalm_rag import RankedPassage
-from kalm_rag.shared import check_arguments
-from langchain_kalm.base import KalmModel, document_list, passage_texts
+from kalm_rag.adapters import check_arguments
+from langchain_kalm.base import KalmBase, document_list, passage_texts
 
 
-class KalmReranker(KalmModel, BaseDocumentCompressor):
+class KalmReranker(KalmBase, BaseDocumentCompressor):
     """Reranks documents with KaLM-Reranker; encoded documents are kept and reused by every later query.
 
     Example:

@@ -247,10 +247,10 @@ def test_ingestion_leaves_prefilled_nodes_on_disk(options: dict[str, Any]) -> No
 @CACHES
 def test_keep_beside_a_ready_made_cache_is_refused(options: dict[str, Any], kind: Any, make: Any) -> None:
     cache = make(options.pop("cache"))
-    with pytest.raises(ValueError, match=r"given as a folder.*keep='prefilled', cache=.*give a folder, or"):
+    with pytest.raises(ValueError, match=r"is a folder, got keep='prefilled', cache=.*pass cache=PassageCache"):
         kind(**options, cache=cache, keep="prefilled")
     late = kind(**options, cache=cache).model_copy(update={"keep": "prefilled"})
-    with pytest.raises(ValueError, match="given as a folder"):
+    with pytest.raises(ValueError, match="only when cache= is a folder"):
         late.reranker.load()
 
 

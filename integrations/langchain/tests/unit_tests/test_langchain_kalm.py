@@ -285,10 +285,10 @@ def test_ingestion_leaves_prefilled_documents_on_disk(options: dict[str, Any]) -
 @CACHES
 def test_keep_beside_a_ready_made_cache_is_refused(options: dict[str, Any], kind: Any, make: Any) -> None:
     cache = make(options.pop("cache"))
-    with pytest.raises(ValidationError, match=r"given as a folder.*keep='prefilled', cache=.*give a folder, or"):
+    with pytest.raises(ValidationError, match=r"is a folder, got keep='prefilled', cache=.*pass cache=PassageCache"):
         component(kind, **options, cache=cache, keep="prefilled")
     late = component(kind, **options, cache=cache).model_copy(update={"keep": "prefilled"})
-    with pytest.raises(ValueError, match="given as a folder"):
+    with pytest.raises(ValueError, match="only when cache= is a folder"):
         late.reranker.load()
 
 

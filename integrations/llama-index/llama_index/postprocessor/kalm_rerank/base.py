@@ -12,7 +12,7 @@ from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr
 from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle
-from llama_index.postprocessor.kalm_rerank.model import KalmModel, node_list, passage_texts
+from llama_index.postprocessor.kalm_rerank.model import KalmBase, node_list, passage_texts
 
 from kalm_rag import EncodeReport, RankedPassage
 
@@ -22,7 +22,7 @@ RETRIEVAL_SCORE = "retrieval_score"
 """Metadata key of the retriever's score, if it is kept."""
 
 
-class KalmRerank(KalmModel, BaseNodePostprocessor):
+class KalmRerank(KalmBase, BaseNodePostprocessor):
     """Reranks nodes with KaLM-Reranker; encoded nodes are kept and reused by every later query.
 
     Example:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from llama_index.core.schema import BaseNode, TransformComponent
-from llama_index.postprocessor.kalm_rerank.model import KalmModel, node_list, passage_texts
+from llama_index.postprocessor.kalm_rerank.model import KalmBase, node_list, passage_texts
 
 
-class KalmPassageEncoder(KalmModel, TransformComponent):
+class KalmPassageEncoder(KalmBase, TransformComponent):
     """A transformation that encodes nodes into the cache and returns them unchanged.
 
     Put it last among those that change text or metadata: metadata added later is part of the text that is ranked. Where

@@ -19,11 +19,11 @@ from llama_index.core.schema import BaseComponent, BaseNode, MetadataMode, NodeW
 from pydantic import SkipValidation
 
 from kalm_rag import KaLMReranker
-from kalm_rag.cache.tiers import Keep
-from kalm_rag.shared import CacheLike, SharedHandle, check_arguments, check_cache, serialisable_cache
+from kalm_rag.adapters import CacheLike, SharedHandle, check_arguments, check_cache, serialisable_cache
+from kalm_rag.cache.passage_cache import Keep
 
 
-class KalmModel(BaseComponent):
+class KalmBase(BaseComponent):
     """Names a model and the cache of its encoded passages; equal arguments share one loaded model.
 
     Arguments are plain values, so that `to_dict`, `from_dict`, JSON and pickle keep them. A ready-made cache is not:
@@ -77,7 +77,7 @@ class KalmModel(BaseComponent):
         return str(value) if isinstance(value, Path) else value
 
     @model_validator(mode="after")
-    def _check_cache(self) -> KalmModel:
+    def _check_cache(self) -> KalmBase:
         check_cache(self.cache, self.keep)
         return self
 
@@ -133,7 +133,7 @@ def passage_text(node: BaseNode | NodeWithScore, mode: MetadataMode) -> str:
     """The text that is ranked and encoded, at ingestion and at query time alike.
 
     Raises:
-        TypeError: it is no node.
+        TypeError: it is not a node.
     """
     inner = node.node if isinstance(node, NodeWithScore) else node
     if not isinstance(inner, BaseNode):

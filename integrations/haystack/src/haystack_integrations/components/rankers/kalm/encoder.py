@@ -7,15 +7,15 @@ from typing import Any
 
 from haystack import Document, component, default_from_dict, default_to_dict
 from haystack.utils import ComponentDevice, Secret
-from haystack_integrations.components.rankers.kalm.model import KalmModel
+from haystack_integrations.components.rankers.kalm.model import KalmBase
 from haystack_integrations.components.rankers.kalm.ranker import restored
 
-from kalm_rag.cache.tiers import Keep
-from kalm_rag.shared import CacheLike
+from kalm_rag.adapters import CacheLike
+from kalm_rag.cache.passage_cache import Keep
 
 
 @component
-class KalmPassageEncoder(KalmModel):
+class KalmPassageEncoder(KalmBase):
     """Encodes documents into the cache and hands them on unchanged; stands before the `DocumentWriter`.
 
     Its `meta_fields_to_embed`, `embedding_separator`, `ratio` and `keep` must be those of the `KalmRanker`.
@@ -38,7 +38,7 @@ class KalmPassageEncoder(KalmModel):
     ) -> None:
         """Create an encoder; the arguments are those of `KalmRanker`."""
         # By name: `@component` makes a new class, which `super()` does not know.
-        KalmModel.__init__(
+        KalmBase.__init__(
             self,
             model,
             revision=revision,
@@ -65,7 +65,7 @@ class KalmPassageEncoder(KalmModel):
             `documents`: the given ones; `encoded` and `known`: how many were encoded now, and known before.
 
         Raises:
-            TypeError: it is no list of documents.
+            TypeError: it is not a list of documents.
         """
         texts = self.texts(documents)
         if not texts:

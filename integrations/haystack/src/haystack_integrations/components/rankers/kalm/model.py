@@ -12,12 +12,12 @@ from haystack.core.errors import SerializationError
 from haystack.utils import ComponentDevice, Secret
 
 from kalm_rag import KaLMReranker
-from kalm_rag.cache.tiers import Keep
-from kalm_rag.checkpoint import clean_token
-from kalm_rag.shared import CacheLike, SharedHandle, check_arguments, check_cache, serialisable_cache
+from kalm_rag.adapters import CacheLike, SharedHandle, check_arguments, check_cache, serialisable_cache
+from kalm_rag.cache.passage_cache import Keep
+from kalm_rag.model.checkpoint import clean_token
 
 
-class KalmModel:
+class KalmBase:
     """Names a model and the cache of its encoded passages; equal arguments share one loaded model."""
 
     def __init__(
@@ -120,7 +120,7 @@ class KalmModel:
         """The texts that are ranked and encoded, at ingestion and at query time alike.
 
         Raises:
-            TypeError: it is no list of documents.
+            TypeError: it is not a list of documents.
         """
         if not isinstance(documents, list) or any(not isinstance(document, Document) for document in documents):
             msg = f"documents must be a list of haystack Documents, got {type(documents).__name__}: {documents!r:.80}"

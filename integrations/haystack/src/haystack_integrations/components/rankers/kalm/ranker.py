@@ -8,15 +8,15 @@ from typing import Any
 
 from haystack import Document, component, default_from_dict, default_to_dict
 from haystack.utils import ComponentDevice, Secret
-from haystack_integrations.components.rankers.kalm.model import KalmModel
+from haystack_integrations.components.rankers.kalm.model import KalmBase
 
 from kalm_rag import RankedPassage
-from kalm_rag.cache.tiers import Keep
-from kalm_rag.shared import CacheLike, check_arguments
+from kalm_rag.adapters import CacheLike, check_arguments
+from kalm_rag.cache.passage_cache import Keep
 
 
 @component
-class KalmRanker(KalmModel):
+class KalmRanker(KalmBase):
     """Ranks documents with KaLM-Reranker; encoded documents are kept and reused by every later query.
 
     Example:
@@ -76,7 +76,7 @@ class KalmRanker(KalmModel):
             TypeError: an argument has the wrong type; the message names it.
         """
         # By name: `@component` makes a new class, which `super()` does not know.
-        KalmModel.__init__(
+        KalmBase.__init__(
             self,
             model,
             revision=revision,

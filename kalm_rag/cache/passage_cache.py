@@ -1,0 +1,357 @@
+"""The passage cache: memory in front of a store, every byte verified, every fault a miss."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+from kalm_rag.cache.disk import DiskStore
+from kalm_rag.cache.frame import Frame
+from kalm_rag.cache.memory import MemoryStore
+from kalm_rag.cache.store import Store, StoreStats
+from kalm_rag.cache.writer import WriteBehind
+from kalm_rag.utils import forks
+from kalm_rag.utils.checks import check_bytes, check_choice, check_positive, check_ratio
+from kalm_rag.utils.paths import DEFAULT, passages_dir, user_path
+
+logger = logging.getLogger(__name__)
+
+Storage = Literal["native", "int8"]
+Keep = Literal["states", "prefilled"]
+Kind = Literal["states", "passage_kv"]
+"""What a cache holds: encoder states, or keys and values of prefilled passages."""
+
+DEFAULT_MEMORY = 256_000_000
+"""Bytes of encoded passages kept in memory: about 2,600 passages of 300 tokens of Nano."""
+
+_PENDING_BYTES = 256_000_000
+_EMPTY = StoreStats(None, None, None)
+R = TypeVar("R")
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class LevelCounters:
+    """What happened at one level since the cache was made; the unit is the passage.
+
+    Attributes:
+        hits: found and verified.
+        misses: not there.
+        corrupt: there, and not what was asked for: a flipped bit, a swapped value, a wrong tag, another format.
+        read_failed: the store failed.
+        write_failed: not kept: the store failed, is read-only, or refused them.
+        bytes_read: of hits.
+        bytes_written: of what was kept; an estimate where a store kept a part of a batch.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    corrupt: int = 0
+    read_failed: int = 0
+    write_failed: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LevelStats:
+    """Counters of a level and the size of its store."""
+
+    counters: LevelCounters
+    size: StoreStats
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """Both levels.
+
+    Attributes:
+        memory: the level in memory.
+        store: the level behind it, on disk or elsewhere.
+        prefilled: prefilled passages in that store; its size is part of the store's.
+        encoded: passages that had to be encoded.
+    """
+
+    memory: LevelStats
+    store: LevelStats
+    prefilled: LevelCounters
+    encoded: int
+
+
+@dataclass(slots=True)
+class _Counts:
+    memory: LevelCounters = field(default_factory=LevelCounters)
+    store: LevelCounters = field(default_factory=LevelCounters)
+    prefilled: LevelCounters = field(default_factory=LevelCounters)
+    encoded: int = 0
+
+
+class PassageCache:
+    """Encoded passages, shared by processes, and never the source of a wrong score.
+
+    Args:
+        where: a folder, a `Store`, or None to keep passages in memory only. `~` and variables in a folder are
+            expanded. Default: the folder that `KALM_RAG_CACHE` names, else `passages` in the user's cache folder; a
+            user without a home folder gets memory only, and a line in the log.
+        memory: bytes kept in memory in front of it; 0 turns that level off.
+        limit: bytes a folder may take before the least recently stored passages are evicted. It is kept in the folder:
+            None leaves it as it is, 10 GB for a new one.
+        base_ratio: the ratio at which states are kept. Multiples are derived exactly; other ratios are encoded again.
+        keep: `states`, or `prefilled` to keep prefilled passages in the store too: about 25 times the bytes (2.4 MB in
+            bfloat16 for 300 tokens of Nano), for deployments on a CPU, where reading them beats computing them by far.
+        storage: `native` keeps the numbers as they are; `int8` keeps a quarter (of float32) or half (of bfloat16) of
+            the bytes and changes scores a little.
+        secret: authenticate entries with this key: what was written without it is a miss. For folders that others can
+            write to.
+        read_only: write nothing to a folder.
+
+    One instance may be used from any number of threads, and in a forked process. `_lock` guards the counters and
+    `_faults`; the memory level, the writes that wait and the store have locks of their own.
+
+    What is encoded is written asynchronously: `flush()` waits for it, and so does leaving a `with` block, `close()`, or
+    the end of the process. A fork waits for the write that is running; later ones are the parent's.
+
+    A pickle holds the arguments, so that another process opens the same folder: no passages, but the secret, if there
+    is one. Copies in the same process are the cache itself.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong.
+    """
+
+    def __init__(
+        self,
+        where: str | Path | Store | None = DEFAULT,
+        *,
+        memory: int = DEFAULT_MEMORY,
+        limit: int | None = None,
+        base_ratio: int = 4,
+        keep: Keep = "states",
+        storage: Storage = "native",
+        secret: str | bytes | None = None,
+        read_only: bool = False,
+    ) -> None:
+        memory = check_bytes("memory", memory)
+        check_choice("storage", storage, get_args(Storage))
+        check_choice("keep", keep, get_args(Keep))
+        if limit is not None:
+            limit = check_positive("limit", limit)
+        self.base_ratio = check_ratio("base_ratio", base_ratio)
+        self.storage: Storage = storage
+        self.keeps_prefilled = keep == "prefilled"
+        self.store = _make_store(where, limit, read_only)
+        self._secret = secret.encode("utf-8") if isinstance(secret, str) else secret
+        if self._secret is not None and len(self._secret) < 16:
+            msg = f"secret must have at least 16 bytes, got {len(self._secret)}; use secrets.token_hex(32)"
+            raise ValueError(msg)
+        self._arguments = {
+            "where": where,
+            "memory": memory,
+            "limit": limit,
+            "base_ratio": self.base_ratio,
+            "keep": keep,
+            "storage": storage,
+            "secret": secret,
+            "read_only": read_only,
+        }
+        if isinstance(self.store, DiskStore):
+            self.store.place.authenticated = self._secret is not None
+        self._memory = MemoryStore(memory)
+        self._writer = WriteBehind(_PENDING_BYTES)
+        self._lock = forks.Lock()
+        self._counts = _Counts()
+        self._faults: set[str] = set()
+        forks.watch(self)
+        if hasattr(self.store, "after_fork_in_child"):
+            forks.watch(self.store)
+
+    def __copy__(self) -> PassageCache:
+        """The cache itself."""
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PassageCache:
+        """The cache itself: a copy of what holds it shares it."""
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self._arguments
+
+    def __setstate__(self, arguments: dict[str, Any]) -> None:
+        PassageCache.__init__(self, **arguments)
+
+    def after_fork_in_child(self) -> None:
+        """Go without a store that another thread was in the middle of: what it held there is held forever."""
+        if forks.is_broken() and self.store is not None:
+            self.store = None
+            logger.warning("the process was forked during a write to the passage cache: the child goes without it")
+
+    def __repr__(self) -> str:
+        place = self.store.folder if isinstance(self.store, DiskStore) else self.store
+        keep = "prefilled" if self.keeps_prefilled else "states"
+        return f"PassageCache({str(place)!r}, base_ratio={self.base_ratio}, keep={keep!r}, storage={self.storage!r})"
+
+    def get_many(self, kind: Kind, keys: Sequence[str], decode: Callable[[Frame], T | None]) -> dict[str, T]:
+        """What is cached under the keys, in one batch; a key that is not cached is not in the result.
+
+        Memory is asked first and learns what the store knew. Every fault is a miss, a log line and a counter.
+
+        Args:
+            kind: what the keys are of.
+            keys: of `KeySpace`.
+            decode: makes a value of a verified frame. It gives None for one that cannot serve this call, a miss, and
+                raises `FrameError` for one that is not what it should be, which counts as corrupt.
+        """
+        if kind == "passage_kv":
+            return self._read(self.store, self._counts.prefilled, keys, decode)[0] if self.keeps(kind) else {}
+        found, _ = self._read(self._memory, self._counts.memory, keys, decode)
+        stored, data = self._read(self.store, self._counts.store, [key for key in keys if key not in found], decode)
+        self._memory.put_many(data)
+        return found | stored
+
+    def recall(self, keys: Sequence[str], decode: Callable[[Frame], T | None]) -> dict[str, T]:
+        """The states in memory, without counting: for keys that `get_many` did not find a moment ago."""
+        return self._read(self._memory, LevelCounters(), keys, decode)[0]
+
+    def keeps(self, kind: Kind) -> bool:
+        """Whether the store keeps what is of this kind."""
+        return self.store is not None and (kind == "states" or self.keeps_prefilled)
+
+    def seal(self, frames: Mapping[str, Frame]) -> dict[str, bytes]:
+        """Frames as bytes, with this cache's secret."""
+        return {key: frame.to_bytes(self._secret) for key, frame in frames.items()}
+
+    def put_in_memory(self, sealed: Mapping[str, bytes], encoded: int) -> None:
+        """Keep states that were just encoded in memory, which waits for nothing.
+
+        Args:
+            sealed: what `seal` made.
+            encoded: how many passages were encoded, kept or not.
+        """
+        with self._lock:
+            self._counts.encoded += encoded
+        self._memory.put_many(sealed)
+
+    def put_in_store(self, kind: Kind, sealed: Mapping[str, bytes]) -> None:
+        """Keep in the store, asynchronously, what `seal` made; waits while too much is on its way there."""
+        if sealed and self.keeps(kind):
+            counters = self._counts.store if kind == "states" else self._counts.prefilled
+            self._writer.submit(sum(map(len, sealed.values())), partial(self._write, sealed, counters))
+
+    def delete(self, keys: list[str]) -> None:
+        """Drop entries that turned out to be unusable, and count them as corrupt."""
+        self._memory.delete(keys)
+        store = self.store
+        if store is None:
+            return
+        dropped = self._attempt("delete from", lambda: store.delete(keys)) or 0
+        with self._lock:
+            self._counts.store.corrupt += dropped
+
+    def report(self, kind: str, message: str) -> None:
+        """Log a fault: the first of its kind as a warning, further ones at the level `DEBUG`."""
+        with self._lock:
+            level = logging.DEBUG if kind in self._faults else logging.WARNING
+            self._faults.add(kind)
+        logger.log(level, "%s", message)
+
+    def _read(
+        self,
+        store: Store | None,
+        counters: LevelCounters,
+        keys: Sequence[str],
+        decode: Callable[[Frame], T | None],
+    ) -> tuple[dict[str, T], dict[str, bytes]]:
+        """Read, verify and count at one level; returns values, and the bytes that they were made of."""
+        if not keys or store is None:
+            return {}, {}
+
+        def read() -> dict[str, bytes]:
+            answer = store.get_many(keys)
+            return {key: answer[key] for key in keys if key in answer}
+
+        answer = self._attempt("read", read)
+        failed = answer is None
+        found: dict[str, T] = {}
+        good: dict[str, bytes] = {}
+        corrupt = 0
+        for key, data in (answer or {}).items():
+            try:
+                value = decode(Frame.from_bytes(data, key, self._secret))
+            except Exception as error:  # noqa: BLE001 - bytes that no reader foresaw are as wrong as any others
+                corrupt += 1
+                self.report("corrupt", f"a cached passage does not verify ({error}); it is computed again")
+                continue
+            if value is not None:
+                found[key], good[key] = value, data
+        with self._lock:
+            counters.hits += len(good)
+            counters.corrupt += corrupt
+            counters.read_failed += len(keys) if failed else 0
+            counters.misses += 0 if failed else len(keys) - len(good) - corrupt
+            counters.bytes_read += sum(map(len, good.values()))
+        return found, good
+
+    def _write(self, sealed: Mapping[str, bytes], counters: LevelCounters) -> None:
+        store = self.store
+        if store is None:
+            return
+        kept = self._attempt("write to", lambda: store.put_many(sealed))
+        with self._lock:
+            counters.write_failed += len(sealed) - (kept or 0)
+            if kept:
+                counters.bytes_written += sum(map(len, sealed.values())) * kept // len(sealed)
+
+    def flush(self) -> None:
+        """Wait until everything that was encoded is in the store, or has failed to get there."""
+        self._writer.flush()
+
+    def _attempt(self, what: str, action: Callable[[], R]) -> R | None:
+        """Run something on a store. Whatever it raises is a log line and None: a store may be anybody's code."""
+        try:
+            with forks.native():
+                return action()
+        except Exception as error:  # noqa: BLE001
+            self.report(what, f"cannot {what} the passage cache, continuing without it: {error}")
+            return None
+
+    def stats(self) -> CacheStats:
+        """Counters and sizes of both levels."""
+        store = self.store
+        size = _EMPTY if store is None else self._attempt("read", store.stats) or _EMPTY
+        memory = self._memory.stats()
+        with self._lock:
+            counts = self._counts
+            return CacheStats(
+                LevelStats(replace(counts.memory), memory),
+                LevelStats(replace(counts.store), size),
+                replace(counts.prefilled),
+                counts.encoded,
+            )
+
+    def close(self) -> None:
+        """Write what is pending and release the store. A later call opens it again."""
+        self._writer.close()
+        self._memory.close()
+        if self.store is not None:
+            self._attempt("close", self.store.close)
+
+    def __enter__(self) -> PassageCache:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _make_store(where: Any, limit: int | None, read_only: bool) -> Store | None:
+    if where is None:
+        return None
+    if isinstance(where, (str, Path)):
+        folder = passages_dir() if where == DEFAULT else user_path(where, "cache")
+        return None if folder is None else DiskStore(folder, limit=limit, read_only=read_only)
+    if isinstance(where, Store):
+        return where
+    msg = f"the cache must be a folder, a store or None, got {type(where).__name__}: {where!r:.80}"
+    raise TypeError(msg)

@@ -1,0 +1,118 @@
+"""Text to token ids: one lock around the tokenizer, and control tokens in user text made harmless."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from kalm_rag.errors import CheckpointError
+from kalm_rag.model.long_text import LongTextReader, encode
+from kalm_rag.utils import forks
+
+_LONG = 16
+"""Characters per token from which a text is not read as a whole. Ordinary text has three to six."""
+
+_TEMPLATE_CONTROL_TOKENS = ("<bos>", "<start_of_turn>", "<end_of_turn>")
+
+
+class Tokenizer:
+    """A checkpoint's fast tokenizer, as the scorer needs it.
+
+    Args:
+        fast: a transformers fast tokenizer.
+        escape: whether `clean` breaks control tokens in user text (see `clean`).
+        where: the checkpoint, for messages.
+
+    Raises:
+        CheckpointError: the tokenizer is not a fast one, or does not know `yes` and `no` apart.
+    """
+
+    def __init__(self, fast: Any, *, escape: bool = True, where: str = "the checkpoint") -> None:
+        if not getattr(fast, "is_fast", False):
+            msg = f"the tokenizer of {where} is not a fast one: kalm-rag needs its tokenizer.json"
+            raise CheckpointError(msg)
+        self._fast = fast
+        self._lock = forks.Lock()  # truncation and padding are state of the Rust object
+        self._prefixes = LongTextReader(fast)
+        self._keep_right = getattr(fast, "truncation_side", "right") == "left"
+        special = {str(token) for token in fast.added_tokens_decoder.values() if token.special}
+        special.update(_TEMPLATE_CONTROL_TOKENS)
+        # Longest first, so that no token hides inside another. One-character tokens cannot be broken.
+        found = sorted((token for token in special if len(token) > 1), key=lambda t: (-len(t), t))
+        self._control = re.compile("|".join(map(re.escape, found))) if escape else None
+        self.yes_id, self.no_id = self._answer_id("yes", where), self._answer_id("no", where)
+        if self.yes_id == self.no_id:
+            msg = (
+                f"the tokenizer of {where} maps 'yes' and 'no' to the same token {self.yes_id}: "
+                "this is not a KaLM reranker checkpoint"
+            )
+            raise CheckpointError(msg)
+
+    def _answer_id(self, answer: str, where: str) -> int:
+        ids = self.encode([answer])[0]
+        if not ids or ids[-1] == self._fast.unk_token_id:
+            msg = (
+                f"the tokenizer of {where} has no token for the answer {answer!r}: "
+                "this is not a KaLM reranker checkpoint, or its tokenizer.json is another model's"
+            )
+            raise CheckpointError(msg)
+        return ids[-1]
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills the right of short rows; it is masked, so any known id will do."""
+        pad = self._fast.pad_token_id
+        return 0 if pad is None else int(pad)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, whole and without special tokens around it. Safe from any thread."""
+        if not texts:
+            return []
+        with self._lock:
+            batch = encode(self._fast, texts)
+        ids: list[list[int]] = batch["input_ids"]
+        return ids
+
+    def encode_truncated(self, texts: Sequence[str], limit: int) -> list[tuple[list[int], bool]]:
+        """At most `limit` ids of each text, cut on the tokenizer's own side, and whether something was cut.
+
+        The ids are those of `encode`, but of a long text no more is read than it takes to know them (see
+        `kalm_rag.model.long_text`). A tokenizer that keeps the end of a text reads all of it.
+        """
+        whole: list[int] = []
+        rows: list[list[int]] = [[] for _ in texts]
+        for place, text in enumerate(texts):
+            found = None
+            if not self._keep_right and len(text) > _LONG * limit:
+                with self._lock:
+                    found = self._prefixes.first(text, limit)
+            if found is None:
+                whole.append(place)
+            else:
+                rows[place] = found
+        for place, ids in zip(whole, self.encode([texts[place] for place in whole]), strict=True):
+            rows[place] = ids
+        return [self._truncate(ids, limit) for ids in rows]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, control tokens included and nothing cleaned up, as the reference does it."""
+        with self._lock:
+            return str(self._fast.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def _truncate(self, ids: list[int], limit: int) -> tuple[list[int], bool]:
+        if len(ids) <= limit:
+            return ids, False
+        return (ids[-limit:] if self._keep_right else ids[:limit]), True
+
+    def clean(self, text: str) -> str:
+        """Break control tokens in text that comes from a user.
+
+        The reference turns the characters `<end_of_turn>` in a passage or a query into the control token, so
+        that a text can forge the end of the prompt. Here one space is put after the first character of every
+        control token (`< end_of_turn>`): the reader of the text loses nothing, the model sees plain characters,
+        and text without control tokens is returned as it is, so that its score equals the reference's.
+        """
+        if self._control is None:
+            return text
+        return self._control.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)

@@ -1,0 +1,259 @@
+"""Keys and values of prefilled passages: from the cache, else from encoder states and the prompt's prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+from kalm_rag.cache import PassageCache
+from kalm_rag.cache.frame import HEADER_BYTES, Frame, FrameError
+from kalm_rag.cache.keys import KeySpace
+from kalm_rag.cache.lru import BudgetLRU
+from kalm_rag.model.loading import LoadedModel
+from kalm_rag.model.padding import to_device
+from kalm_rag.model.passage import PassageKV
+from kalm_rag.model.pooling import PassageStates
+from kalm_rag.model.prefill import PrefilledDecoder, PromptPrefix, find_prompt_prefix
+from kalm_rag.model.prompts import Prompts
+from kalm_rag.results import PrefillCounters, PrefillStats
+from kalm_rag.settings import Settings
+from kalm_rag.source import CachedSource, ValueCache
+from kalm_rag.states import StatesSource
+from kalm_rag.utils import forks
+from kalm_rag.utils.turns import Room, Turns
+
+if TYPE_CHECKING:
+    import torch
+
+_MOST_INSTRUCTIONS = 256
+_GROUP_BYTES = 1_000_000_000
+_READ_AT_ONCE = 64
+
+
+class BehindPrefix(NamedTuple):
+    """What keys and values depend on besides the passage."""
+
+    prefix: PromptPrefix
+    ratio: int
+
+
+class PassageKVCache(ValueCache[BehindPrefix, PassageKV]):
+    """Keys and values as tensors in memory, and in the store of a `PassageCache` that keeps prefilled passages.
+
+    `_lock` guards the counters; `memory` has a lock of its own.
+
+    Args:
+        limit: bytes that they may take in memory.
+        cache: what keeps them, with `keep="prefilled"`.
+        keys: says which model they are of.
+        shape: layers, kv heads and head width of the decoder.
+        device: where they are needed.
+
+    Attributes:
+        memory: by key, on the model's device.
+    """
+
+    def __init__(
+        self, limit: int, cache: PassageCache, keys: KeySpace, shape: tuple[int, int, int], device: torch.device
+    ) -> None:
+        super().__init__("passage_kv", cache)
+        self.memory: BudgetLRU[str, PassageKV] = BudgetLRU(limit, lambda passage: passage.nbytes, "prefilled passages")
+        self._model = keys.model
+        self._shape = shape
+        self._device = device
+        self._lock = forks.Lock()
+        self._counters = PrefillCounters()
+
+    def get_many(self, keys: Sequence[str], request: BehindPrefix) -> dict[str, PassageKV]:
+        """As in `ValueCache`."""
+        found = self.memory.get_many(keys)
+        missing = [key for key in keys if key not in found]
+        stored = self.cache.get_many(self.kind, missing, partial(self._decode, len(request.prefix)))
+        for key, passage in stored.items():
+            self.memory.put(key, passage)
+        self.count(hits=len(found), stored=len(stored), misses=len(missing) - len(stored))
+        return found | stored
+
+    def recall(self, keys: Sequence[str], request: BehindPrefix) -> dict[str, PassageKV]:
+        """As in `ValueCache`."""
+        return self.memory.get_many(keys)
+
+    def put_in_memory(
+        self, made: Mapping[str, PassageKV], request: BehindPrefix
+    ) -> tuple[dict[str, PassageKV], dict[str, bytes]]:
+        """As in `ValueCache`."""
+        for key, passage in made.items():
+            self.memory.put(key, passage)
+        return dict(made), {}
+
+    def put_in_store(self, made: Mapping[str, PassageKV], sealed: Mapping[str, bytes]) -> None:
+        """As in `ValueCache`. They are sealed here: that takes time, and nobody else waits for it."""
+        if self.cache.keeps(self.kind):
+            self.cache.put_in_store(self.kind, self.seal(made))
+
+    def to_frame(self, key: str, value: PassageKV) -> Frame:
+        """As in `ValueCache`."""
+        return Frame.from_tensors(
+            key,
+            self._model,
+            value.key_values,
+            value.scales,
+            ratio=value.ratio,
+            tokens=value.tokens,
+            truncated=value.truncated,
+            prefilled=True,
+        )
+
+    def count(self, **more: int) -> None:
+        """Add to counters, by name."""
+        with self._lock:
+            for name, number in more.items():
+                setattr(self._counters, name, getattr(self._counters, name) + number)
+
+    def stats(self) -> PrefillStats:
+        """Counters, and the size in memory."""
+        with self._lock:
+            counters = replace(self._counters)
+        return PrefillStats(counters, self.memory.stats())
+
+    def _decode(self, prefix_length: int, frame: Frame) -> PassageKV:
+        layers, heads, width = self._shape
+        positions = prefix_length - (-frame.tokens // frame.ratio)
+        if not frame.prefilled or (frame.rows, frame.width) != (2 * layers * heads * positions, width):
+            msg = f"{frame.rows} x {frame.width} numbers are no prefilled passage of {positions} positions"
+            raise FrameError(msg)
+        tensor, scales = frame.tensors()
+        shape = (2, layers, heads, positions)
+        if scales is not None:
+            scales = to_device(scales.view(*shape, 1), self._device)
+        numbers = to_device(tensor.view(*shape, width), self._device)
+        return PassageKV(numbers, scales, frame.tokens, frame.ratio, frame.truncated)
+
+
+class PassageKVSource(CachedSource[BehindPrefix, PassageStates, PassageKV]):
+    """Gets keys and values of passages behind a prompt prefix.
+
+    `_room` bounds what all calls hold together; `_lock` guards the prefixes.
+
+    Args:
+        loaded: the model.
+        settings: memory, storage and batch sizes.
+        cache: what keeps keys and values, with `keep="prefilled"`.
+        keys: the cache's keys.
+        prompts: finds the prefix of an instruction.
+        states: what missing ones are made from.
+        turns: taken for each batch.
+
+    Attributes:
+        decoder: runs the decoder on prefilled passages.
+        cached: the values in memory and in the store.
+        is_used: whether keys and values are kept anywhere; otherwise full prompts are as fast.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        settings: Settings,
+        cache: PassageCache,
+        keys: KeySpace,
+        prompts: Prompts,
+        states: StatesSource,
+        turns: Turns,
+    ) -> None:
+        self.decoder = PrefilledDecoder(loaded, settings, turns, int8=settings.prefill_storage == "int8")
+        self.cached = PassageKVCache(settings.prefill_memory, cache, keys, self.decoder.shape, loaded.device)
+        super().__init__(loaded, self.cached, turns)
+        self.is_used = settings.prefill_memory > 0 or cache.keeps_prefilled
+        self._settings = settings
+        self._cache = cache
+        self._key_space = keys
+        self._prompts = prompts
+        self._states = states
+        self._room = Room(2 * _GROUP_BYTES)
+        self._lock = forks.Lock()
+        self._prefixes: dict[str, PromptPrefix] = {}
+
+    def prefix(self, instruction: str) -> PromptPrefix:
+        """The tokens that start every prompt under an instruction."""
+        with self._lock:
+            found = self._prefixes.get(instruction)
+        if found is None:
+            found = find_prompt_prefix(self._prompts, instruction)
+            with self._lock:
+                if len(self._prefixes) >= _MOST_INSTRUCTIONS:
+                    self._prefixes.clear()
+                self._prefixes[instruction] = found
+        return found
+
+    def in_groups(self, texts: Sequence[str], request: BehindPrefix) -> Iterator[dict[str, PassageKV]]:
+        """All that `get` would give, as much at a time as memory should hold: they are many times as large as states.
+
+        Args:
+            texts: distinct passages that went through `Tokenizer.clean`.
+            request: what else they depend on.
+
+        Yields:
+            Keys and values by passage, which are dropped when the next group is asked for.
+        """
+        at_once = _READ_AT_ONCE if self._cache.keeps("passage_kv") else max(1, len(texts))
+        for start in range(0, len(texts), at_once):
+            part = texts[start : start + at_once]
+            found = self.find(part, request)
+            states = self._states.get([text for text in part if text not in found], request.ratio)
+            for group, size in self._groups(part, found, states, request.prefix):
+                with self._room.of(size):
+                    ready = {text: found.pop(text) for text in group if text in found}
+                    missing = [text for text in group if text not in ready]
+                    for made, _ in self.make(missing, request, [states[text] for text in missing]):
+                        ready |= made
+                    yield ready
+                    ready.clear()
+
+    def encode(self, texts: Sequence[str]) -> None:
+        """Prefill what the store lacks, for the default instruction and ratio, if the store keeps such passages."""
+        if self._cache.keeps("passage_kv"):
+            request = BehindPrefix(self.prefix(self._settings.instruction), self._settings.ratio)
+            for _ in self.in_groups(list(dict.fromkeys(texts)), request):
+                pass
+
+    def bytes_of(self, tokens: int) -> int:
+        """Bytes of one passage of so many tokens, for the default instruction and ratio."""
+        positions = len(self.prefix(self._settings.instruction)) - (-tokens // self._settings.ratio)
+        return HEADER_BYTES + self.decoder.bytes_of(positions)
+
+    def keys(self, texts: Sequence[str], request: BehindPrefix) -> list[str]:
+        """As in `CachedSource`."""
+        prefix, ratio = request
+        return self._key_space.prefilled_keys(texts, ratio=ratio, prefix=prefix.ids, kind=self.decoder.name)
+
+    def _groups(
+        self,
+        texts: Sequence[str],
+        found: Mapping[str, PassageKV],
+        states: Mapping[str, PassageStates],
+        prefix: PromptPrefix,
+    ) -> Iterator[tuple[list[str], int]]:
+        """Passages in groups of at most `_GROUP_BYTES`, and those bytes; a single passage may be larger."""
+        group: list[str] = []
+        size = 0
+        for text in texts:
+            ready = found.get(text)
+            more = ready.nbytes if ready else self.decoder.bytes_of(len(prefix) + len(states[text].states))
+            if group and size + more > _GROUP_BYTES:
+                yield group, size
+                group, size = [], 0
+            group.append(text)
+            size += more
+        yield group, size
+
+    def _inputs(self, texts: Sequence[str], request: BehindPrefix) -> list[PassageStates]:
+        states = self._states.get(texts, request.ratio)
+        return [states[text] for text in texts]
+
+    def _batches(self, inputs: Sequence[PassageStates], request: BehindPrefix) -> Iterator[list[int]]:
+        return self.decoder.batches(request.prefix, inputs)
+
+    def _run(self, inputs: Sequence[PassageStates], request: BehindPrefix) -> list[PassageKV]:
+        return self.decoder.prefill(request.prefix, inputs)

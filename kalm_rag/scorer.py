@@ -1,0 +1,257 @@
+"""One loaded model at work: pairs of texts to margins."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kalm_rag.cache import PassageCache
+from kalm_rag.cache.keys import KeySpace
+from kalm_rag.errors import ForkError, ScoringError
+from kalm_rag.model.checkpoint import Checkpoint
+from kalm_rag.model.decoder import Decoder, Pair
+from kalm_rag.model.identity import identify
+from kalm_rag.model.loading import LoadedModel, load_model, resolve_device
+from kalm_rag.model.merged_attention import PrefillUnsupportedError
+from kalm_rag.model.pooling import PassageStates
+from kalm_rag.model.prefill import PrefilledPair
+from kalm_rag.model.prompts import Prompt, Prompts
+from kalm_rag.passage_kv import BehindPrefix, PassageKVSource
+from kalm_rag.results import EncodeReport
+from kalm_rag.settings import Settings
+from kalm_rag.states import StatesSource
+from kalm_rag.utils import forks
+from kalm_rag.utils.progress import Progress
+from kalm_rag.utils.turns import Turns
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+
+def probability(margin: float) -> float:
+    """`P(yes)` of a margin: the softmax over the logits of `yes` and `no` is the sigmoid of their difference."""
+    if margin >= 0:
+        return 1.0 / (1.0 + math.exp(-margin))
+    return math.exp(margin) / (1.0 + math.exp(margin))
+
+
+@dataclass(slots=True)
+class Score:
+    """One pair and what it scored.
+
+    Attributes:
+        prompt: the query as the decoder reads it.
+        passage: the passage, cleaned.
+        margin: `z_yes - z_no`.
+        passage_truncated: whether the passage was longer than `max_length` tokens.
+    """
+
+    prompt: Prompt
+    passage: str
+    margin: float = math.nan
+    passage_truncated: bool = False
+
+    @property
+    def probability(self) -> float:
+        """`P(yes)`, between 0 and 1."""
+        return probability(self.margin)
+
+
+class Scorer:
+    """Everything that exists only while a model is loaded.
+
+    Calls may come from any thread. They run side by side and give way to each other after every batch, in the order of
+    asking (`turns`); a cancelled one stops there. What a call computes does not depend on the others.
+
+    Args:
+        loaded: the model.
+        checkpoint: where it came from.
+        settings: how passages and queries become scores.
+        cache: what keeps encoded passages.
+
+    Attributes:
+        loaded: the model.
+        settings: how passages and queries become scores.
+        prompts: text to token ids.
+        keys: the cache's keys for this model and these settings.
+        turns: who may use the model next. It guards the model and all that a forward pass uses.
+        states: encoder states of passages.
+        passage_kv: keys and values of prefilled passages.
+    """
+
+    def __init__(self, loaded: LoadedModel, checkpoint: Checkpoint, settings: Settings, cache: PassageCache) -> None:
+        _check_lengths(loaded, settings)
+        identity = identify(checkpoint)
+        self.loaded = loaded
+        self.settings = settings
+        self.keys = KeySpace(
+            model=identity.digest,
+            encoder=identity.encoder,
+            tokenizer=identity.tokenizer,
+            template=identity.template,
+            decoder=identity.decoder,
+            max_length=settings.max_length,
+            dtype=str(loaded.dtype).removeprefix("torch."),
+            storage=cache.storage,
+        )
+        self.prompts = Prompts(loaded.tokenizer, settings, loaded.model.config.decoder.max_position_embeddings)
+        self.turns = Turns()
+        self.states = StatesSource(loaded, settings, cache, self.keys, self.prompts, self.turns)
+        self.passage_kv = PassageKVSource(loaded, settings, cache, self.keys, self.prompts, self.states, self.turns)
+        self._decoder = Decoder(loaded, settings, self.turns)
+        self._cache = cache
+        self._prefills = self.passage_kv.is_used
+        self._was_forked = False
+        forks.watch(self)
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        settings: Settings,
+        cache: PassageCache,
+        device: str | torch.device | None,
+        dtype: str | torch.dtype | None,
+    ) -> Scorer:
+        """Load a checkpoint onto a device."""
+        forks.ready_to_compute()
+        with forks.native():
+            place = resolve_device(device)
+            loaded = load_model(checkpoint, settings=settings, device=place, dtype=dtype)
+            return cls(loaded, checkpoint, settings, cache)
+
+    def after_fork_in_child(self) -> None:
+        """The model is usable in the child on a CPU only."""
+        self._was_forked = True
+
+    def check_process(self) -> None:
+        """Make sure that this process can use the model.
+
+        Raises:
+            ForkError: it was forked after the model was loaded onto an accelerator.
+        """
+        forks.ready_to_compute()
+        if self._was_forked and self.loaded.device.type != "cpu":
+            msg = (
+                f"this process was forked after the model was loaded on {self.loaded.device}, which a forked process "
+                "cannot use: load the model after the fork, or start processes with the method 'spawn'"
+            )
+            raise ForkError(msg)
+
+    def clean(self, texts: Sequence[str]) -> list[str]:
+        """Passages as they are encoded and cached."""
+        return [self.loaded.tokenizer.clean(text) for text in texts]
+
+    def encode(self, texts: Sequence[str], progress: Progress | None = None) -> EncodeReport:
+        """Encode the passages that the cache does not hold, and prefill them if its store keeps that too."""
+        self.check_process()
+        passages = self.clean(texts)
+        report = self.states.encode(passages, progress)
+        self.passage_kv.encode(passages)
+        return report
+
+    def score(
+        self, pairs: Sequence[tuple[str, str]], instruction: str, ratio: int, progress: Progress | None = None
+    ) -> list[Score]:
+        """Score `(query, passage)` pairs, in input order; each passage and each query is read once.
+
+        Raises:
+            ScoringError: a margin is not finite, as happens in float16.
+            ValueError: a prompt has more tokens than the model has positions.
+        """
+        self.check_process()
+        scores = self._prompt(pairs, instruction)
+        left = self._score_from_prefix(scores, instruction, ratio, progress)
+        self._score_in_full(left, self.states.get(_passages(left), ratio), progress)
+        self._rescore_nonfinite(scores, instruction, ratio)
+        self.loaded.files.check()
+        _check_finite(scores, self.loaded.dtype)
+        return scores
+
+    def _prompt(self, pairs: Sequence[tuple[str, str]], instruction: str) -> list[Score]:
+        queries = dict.fromkeys(query for query, _ in pairs)
+        prompts = {query: self.prompts.prompt(query, instruction) for query in queries}
+        return [Score(prompts[query], self.loaded.tokenizer.clean(text)) for query, text in pairs]
+
+    def _score_from_prefix(
+        self, scores: Sequence[Score], instruction: str, ratio: int, progress: Progress | None
+    ) -> list[Score]:
+        """Score pairs on prefilled passages, where only the query's own tokens are run; returns those left to score."""
+        if not self._prefills:
+            return list(scores)
+        request = BehindPrefix(self.passage_kv.prefix(instruction), ratio)
+        by_passage: dict[str, list[Score]] = {}
+        left = []
+        for score in scores:
+            if request.prefix.starts(score.prompt):
+                by_passage.setdefault(score.passage, []).append(score)
+            else:
+                left.append(score)
+        self.passage_kv.cached.count(full_prompts=len(left))
+        try:
+            for passages in self.passage_kv.in_groups(list(by_passage), request):
+                group = [score for passage in passages for score in by_passage[passage]]
+                pairs = [PrefilledPair(score.prompt, passages[score.passage]) for score in group]
+                margins = self.passage_kv.decoder.margins(request.prefix, pairs)
+                for score, pair, margin in zip(group, pairs, margins, strict=True):
+                    score.margin, score.passage_truncated = margin, pair.passage.truncated
+                del pairs, pair  # the next group may need their memory
+                if progress is not None:
+                    progress.advance(len(group))
+        except PrefillUnsupportedError as error:
+            if self._prefills:
+                self._prefills = False
+                logger.warning("%s: every query runs its full prompt", error)
+            self.passage_kv.cached.memory.clear()
+            return list(scores)
+        return left
+
+    def _score_in_full(
+        self, scores: Sequence[Score], states: Mapping[str, PassageStates], progress: Progress | None = None
+    ) -> None:
+        """Score pairs on encoder states, running the whole prompt."""
+        pairs = [Pair(score.prompt, states[score.passage]) for score in scores]
+        for score, pair, margin in zip(scores, pairs, self._decoder.margins(pairs, progress), strict=True):
+            score.margin, score.passage_truncated = margin, pair.passage.truncated
+
+    def _rescore_nonfinite(self, scores: Sequence[Score], instruction: str, ratio: int) -> None:
+        """Score pairs without a finite margin again from their text.
+
+        A checksum holds for numbers that somebody wrote on purpose, NaN included: a cache must not make that an error.
+        """
+        bad = [score for score in scores if not math.isfinite(score.margin)]
+        if not bad:
+            return
+        passages = _passages(bad)
+        request = BehindPrefix(self.passage_kv.prefix(instruction), ratio)
+        prefilled = self.passage_kv.keys(passages, request)
+        self.passage_kv.cached.memory.delete(prefilled)
+        self._cache.delete([*self.keys.states_keys(passages), *prefilled])
+        self._score_in_full(bad, self.states.make_all(passages, ratio))
+
+
+def _passages(scores: Sequence[Score]) -> list[str]:
+    return list(dict.fromkeys(score.passage for score in scores))
+
+
+def _check_lengths(loaded: LoadedModel, settings: Settings) -> None:
+    positions = loaded.model.config.encoder.text_config.max_position_embeddings
+    if settings.max_length > positions:
+        msg = f"max_length={settings.max_length} is more than the {positions} positions of this model"
+        raise ValueError(msg)
+
+
+def _check_finite(scores: Sequence[Score], dtype: torch.dtype) -> None:
+    bad = sum(not math.isfinite(score.margin) for score in scores)
+    if bad:
+        msg = (
+            f"the model gave non-finite logits for {bad} of {len(scores)} passages in {dtype}: "
+            "use dtype='bfloat16' or dtype='float32' (float16 overflows), and check the checkpoint if it persists"
+        )
+        raise ScoringError(msg)

@@ -1,0 +1,163 @@
+"""One value for each passage: look up, verify, count, promote, make what is missing, keep.
+
+`StatesSource` and `PassageKVSource` are the two sources that exist. What they share is here: `CachedSource` has values
+made and says when, `ValueCache` says how they become frames of the cache and how frames become values again.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Generic, TypeVar
+
+from kalm_rag.cache import PassageCache
+from kalm_rag.cache.frame import Frame
+from kalm_rag.cache.passage_cache import Kind
+from kalm_rag.model.loading import LoadedModel
+from kalm_rag.utils.turns import Turns
+
+R = TypeVar("R")
+"""What a request fixes besides the passages."""
+W = TypeVar("W")
+"""What the model makes a value from."""
+T = TypeVar("T")
+
+
+class ValueCache(ABC, Generic[R, T]):
+    """Values of one kind in a `PassageCache`.
+
+    Args:
+        kind: what the cache calls them.
+        cache: what keeps them.
+    """
+
+    def __init__(self, kind: Kind, cache: PassageCache) -> None:
+        self.kind: Kind = kind
+        self.cache = cache
+
+    @abstractmethod
+    def get_many(self, keys: Sequence[str], request: R) -> dict[str, T]:
+        """Cached values by key, counted; a key that is not cached is not in the result."""
+
+    @abstractmethod
+    def recall(self, keys: Sequence[str], request: R) -> dict[str, T]:
+        """Values in memory by key, not counted."""
+
+    @abstractmethod
+    def put_in_memory(self, made: Mapping[str, T], request: R) -> tuple[dict[str, T], dict[str, bytes]]:
+        """Keep values in memory, which waits for nothing.
+
+        Returns:
+            The values as a later call will get them, and what `put_in_store` needs.
+        """
+
+    @abstractmethod
+    def put_in_store(self, made: Mapping[str, T], sealed: Mapping[str, bytes]) -> None:
+        """Keep values in the store, asynchronously; waits while too much is on its way there."""
+
+    @abstractmethod
+    def to_frame(self, key: str, value: T) -> Frame:
+        """A value as a frame.
+
+        Raises:
+            ValueError: it must not be kept.
+        """
+
+    def seal(self, values: Mapping[str, T]) -> dict[str, bytes]:
+        """Values as the cache keeps them; what must not be kept is left out and reported."""
+        frames = {}
+        for key, value in values.items():
+            try:
+                frames[key] = self.to_frame(key, value)
+            except ValueError as error:
+                self.cache.report("unkept", f"a passage is not kept: {error}")
+        return self.cache.seal(frames)
+
+
+class CachedSource(ABC, Generic[R, W, T]):
+    """Gets values from memory, then from the store; has the model make those that are missing, and keeps them.
+
+    Calls may come from any thread. The model's turn is held for one batch and for what makes its result known to other
+    calls, never while something waits for a store or tokenises.
+
+    Args:
+        loaded: the model.
+        values: what keeps the values.
+        turns: taken for each batch.
+
+    Attributes:
+        values: as given.
+    """
+
+    def __init__(self, loaded: LoadedModel, values: ValueCache[R, T], turns: Turns) -> None:
+        self.values = values
+        self._loaded = loaded
+        self._turns = turns
+
+    def get(self, texts: Sequence[str], request: R) -> dict[str, T]:
+        """The value of every passage.
+
+        Args:
+            texts: distinct passages that went through `Tokenizer.clean`.
+            request: what else it depends on.
+        """
+        found = self.find(texts, request)
+        return found | self.make_all([text for text in texts if text not in found], request)
+
+    def find(self, texts: Sequence[str], request: R) -> dict[str, T]:
+        """The values that are cached; the rest is left out."""
+        keys = dict(zip(self.keys(texts, request), texts, strict=True))
+        return {keys[key]: value for key, value in self.values.get_many(list(keys), request).items()}
+
+    def make_all(self, texts: Sequence[str], request: R) -> dict[str, T]:
+        """Make and keep the values of all these passages, whatever the store holds."""
+        found: dict[str, T] = {}
+        for made, _ in self.make(texts, request):
+            found |= made
+        return found
+
+    def make(
+        self, texts: Sequence[str], request: R, inputs: Sequence[W] | None = None
+    ) -> Iterator[tuple[dict[str, T], int]]:
+        """Make and keep values, one batch at a time.
+
+        Args:
+            texts: passages without a cached value.
+            request: what else it depends on.
+            inputs: what the values are made from, where the caller has it already.
+
+        Yields:
+            The values of a batch, and how many of them were made: what another call has made while this one waited for
+            its turn is not made again.
+        """
+        if not texts:
+            return
+        keys = self.keys(texts, request)
+        inputs = self._inputs(texts, request) if inputs is None else inputs
+        for batch in self._batches(inputs, request):
+            with self._turns:
+                known = self.values.recall([keys[place] for place in batch], request)
+                rest = [place for place in batch if keys[place] not in known]
+                new = self._run([inputs[place] for place in rest], request) if rest else []
+                self._loaded.files.check()
+                made = dict(zip([keys[place] for place in rest], new, strict=True))
+                made, sealed = self.values.put_in_memory(made, request)
+            self.values.put_in_store(made, sealed)
+            both = known | made
+            yield {texts[place]: both[keys[place]] for place in batch}, len(rest)
+
+    @abstractmethod
+    def keys(self, texts: Sequence[str], request: R) -> list[str]:
+        """The cache's key of each passage."""
+
+    @abstractmethod
+    def _inputs(self, texts: Sequence[str], request: R) -> Sequence[W]:
+        """What the values are made from."""
+
+    @abstractmethod
+    def _batches(self, inputs: Sequence[W], request: R) -> Iterator[list[int]]:
+        """Positions into `inputs` that go through the model together."""
+
+    @abstractmethod
+    def _run(self, inputs: Sequence[W], request: R) -> list[T]:
+        """Make the values of one batch."""

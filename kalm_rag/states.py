@@ -1,0 +1,235 @@
+"""Encoder states of passages: from the cache, else from the encoder."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from kalm_rag.cache import PassageCache
+from kalm_rag.cache.frame import Frame, FrameError, payload_bytes
+from kalm_rag.cache.keys import KeySpace
+from kalm_rag.model.encoder import Encoder
+from kalm_rag.model.loading import LoadedModel
+from kalm_rag.model.pooling import PassageStates
+from kalm_rag.model.prompts import PassageTokens, Prompts
+from kalm_rag.model.quantization import dequantize, quantize
+from kalm_rag.results import EncodeReport
+from kalm_rag.settings import Settings
+from kalm_rag.source import CachedSource, ValueCache
+from kalm_rag.utils import forks
+from kalm_rag.utils.progress import Progress
+from kalm_rag.utils.turns import Turns, check_stopped
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+_TOKENISED_AT_ONCE = 256
+
+
+class StatesCache(ValueCache[int, PassageStates]):
+    """Encoder states in a `PassageCache`, at its `base_ratio`; they are asked for at any ratio.
+
+    Args:
+        cache: what keeps them.
+        keys: says which model they are of.
+        dtype: what they are needed in.
+        width: of the model's states.
+    """
+
+    def __init__(self, cache: PassageCache, keys: KeySpace, dtype: torch.dtype, width: int) -> None:
+        super().__init__("states", cache)
+        self._model = keys.model
+        self._dtype = dtype
+        self._width = width
+
+    def keeps(self, ratio: int) -> bool:
+        """Whether a ratio can be derived from what is kept; otherwise nothing is kept."""
+        return ratio % self.cache.base_ratio == 0
+
+    def get_many(self, keys: Sequence[str], request: int) -> dict[str, PassageStates]:
+        """As in `ValueCache`."""
+        return self.cache.get_many(self.kind, keys, partial(self._decode, request))
+
+    def recall(self, keys: Sequence[str], request: int) -> dict[str, PassageStates]:
+        """As in `ValueCache`."""
+        return self.cache.recall(keys, partial(self._decode, request)) if self.keeps(request) else {}
+
+    def put_in_memory(
+        self, made: Mapping[str, PassageStates], request: int
+    ) -> tuple[dict[str, PassageStates], dict[str, bytes]]:
+        """As in `ValueCache`: states at `base_ratio` become states at the ratio of the request."""
+        if not self.keeps(request):
+            return dict(made), {}
+        sealed = self.seal(made)
+        self.cache.put_in_memory(sealed, encoded=len(made))
+        if self.cache.storage == "int8":
+            # As they will be read later: a score must not depend on whether the cache was warm.
+            made = {key: rounded(states) if key in sealed else states for key, states in made.items()}
+        return {key: states.at(request) for key, states in made.items()}, sealed
+
+    def put_in_store(self, made: Mapping[str, PassageStates], sealed: Mapping[str, bytes]) -> None:
+        """As in `ValueCache`."""
+        self.cache.put_in_store(self.kind, sealed)
+
+    def to_frame(self, key: str, value: PassageStates) -> Frame:
+        """As in `ValueCache`."""
+        return to_frame(key, self._model, value, int8=self.cache.storage == "int8")
+
+    def _decode(self, ratio: int, frame: Frame) -> PassageStates | None:
+        if frame.width != self._width:
+            msg = f"states of width {frame.width}, the model has {self._width}"
+            raise FrameError(msg)
+        return from_frame(frame, self._dtype).at(ratio) if ratio % frame.ratio == 0 else None
+
+
+class StatesSource(CachedSource[int, PassageTokens, PassageStates]):
+    """Gets encoder states at a ratio, which is what a request is.
+
+    Args:
+        loaded: the model.
+        settings: how passages are read, and batch sizes.
+        cache: what keeps states.
+        keys: the cache's keys.
+        prompts: tokenises passages.
+        turns: taken for each batch.
+
+    Attributes:
+        encoder: runs the encoder.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        settings: Settings,
+        cache: PassageCache,
+        keys: KeySpace,
+        prompts: Prompts,
+        turns: Turns,
+    ) -> None:
+        self._width = int(loaded.model.config.decoder.hidden_size)
+        self._cached = StatesCache(cache, keys, loaded.dtype, self._width)
+        super().__init__(loaded, self._cached, turns)
+        self.encoder = Encoder(loaded, settings)
+        self._cache = cache
+        self._key_space = keys
+        self._prompts = prompts
+        self._lock = forks.Lock()  # of the next line
+        self._warned_ratios: set[int] = set()
+
+    def encode(self, texts: Sequence[str], progress: Progress | None = None) -> EncodeReport:
+        """Encode the passages that the cache does not hold, and keep them batch by batch."""
+        ratio = self._cache.base_ratio
+        unique = list(dict.fromkeys(texts))
+        truncated = {text: known.truncated for text, known in self.find(unique, ratio).items()}
+        missing = [text for text in unique if text not in truncated]
+        if progress is not None:
+            progress.advance(len(texts) - len(missing))
+        new = 0
+        for encoded, fresh in self.make(missing, ratio):
+            truncated |= {text: states.truncated for text, states in encoded.items()}
+            new += fresh
+            if progress is not None:
+                progress.advance(len(encoded))
+        return EncodeReport(new, len(texts) - new, sum(truncated[text] for text in texts))
+
+    def unknown(self, texts: Sequence[str]) -> list[str]:
+        """The distinct passages that `encode` would encode."""
+        unique = list(dict.fromkeys(texts))
+        known = self.find(unique, self._cache.base_ratio)
+        return [text for text in unique if text not in known]
+
+    def bytes_of(self, tokens: int, ratio: int | None = None) -> int:
+        """Bytes of the states of a passage of so many tokens, as the cache keeps them or at another ratio."""
+        dtype = "int8" if self._cache.storage == "int8" else str(self._loaded.dtype).removeprefix("torch.")
+        return payload_bytes(tokens, ratio or self._cache.base_ratio, self._width, dtype)
+
+    def time_encoding(self, texts: Sequence[str]) -> float:
+        """Seconds that encoding takes, after one passage to warm up. Nothing is kept."""
+        warmup, passages = self._prompts.passages(texts[:1]), self._prompts.passages(texts)
+        with self._turns:
+            self.encoder.encode(warmup, self._cache.base_ratio)
+            start = time.perf_counter()
+            for batch in self.encoder.batches(passages):
+                self.encoder.encode([passages[place] for place in batch], self._cache.base_ratio)
+            return time.perf_counter() - start
+
+    def keys(self, texts: Sequence[str], request: int) -> list[str]:
+        """As in `CachedSource`; they are the same at every ratio."""
+        return self._key_space.states_keys(texts)
+
+    def _inputs(self, texts: Sequence[str], request: int) -> list[PassageTokens]:
+        """Tokenised in parts, so that other calls' texts come in between."""
+        if not self._cached.keeps(request):
+            self._warn_ratio(request)
+        found: list[PassageTokens] = []
+        for start in range(0, len(texts), _TOKENISED_AT_ONCE):
+            check_stopped()
+            found += self._prompts.passages(texts[start : start + _TOKENISED_AT_ONCE])
+        return found
+
+    def _batches(self, inputs: Sequence[PassageTokens], request: int) -> Iterator[list[int]]:
+        return self.encoder.batches(inputs)
+
+    def _run(self, inputs: Sequence[PassageTokens], request: int) -> list[PassageStates]:
+        return self.encoder.encode(inputs, self._cache.base_ratio if self._cached.keeps(request) else request)
+
+    def _warn_ratio(self, ratio: int) -> None:
+        with self._lock:
+            if ratio in self._warned_ratios:
+                return
+            self._warned_ratios.add(ratio)
+        logger.warning(
+            "ratio %d is not a multiple of %d, the ratio at which the cache keeps passages: they are encoded again at "
+            "every call; make the cache with base_ratio=%d to keep them",
+            ratio,
+            self._cache.base_ratio,
+            ratio,
+        )
+
+
+def to_frame(key: str, model: bytes, passage: PassageStates, *, int8: bool = False) -> Frame:
+    """The frame of a passage's states, on any device.
+
+    Args:
+        key: its key.
+        model: digest of the model's identity, 32 bytes.
+        passage: its states.
+        int8: keep one byte per number and one scale per vector.
+
+    Raises:
+        ValueError: the states hold NaN or infinity, which must not be kept.
+    """
+    states, scales = quantize(passage.states.detach().cpu()) if int8 else (passage.states, None)
+    return Frame.from_tensors(
+        key, model, states, scales, ratio=passage.ratio, tokens=passage.tokens, truncated=passage.truncated
+    )
+
+
+def from_frame(frame: Frame, dtype: torch.dtype) -> PassageStates:
+    """The states in a frame as a tensor of its own, shape `(rows, width)`.
+
+    Args:
+        frame: a verified frame.
+        dtype: of the tensor.
+
+    Raises:
+        FrameError: it holds a prefilled passage.
+    """
+    if frame.prefilled:
+        msg = "a prefilled passage under the key of states"
+        raise FrameError(msg)
+    tensor, scales = frame.tensors()
+    states = tensor if scales is None else dequantize(tensor, scales)
+    return PassageStates(states.to(dtype), frame.tokens, frame.ratio, frame.truncated)
+
+
+def rounded(passage: PassageStates) -> PassageStates:
+    """States as they come back from a cache that keeps them in 8 bits."""
+    states = dequantize(*quantize(passage.states.detach().cpu()))
+    return replace(passage, states=states.to(passage.states.dtype).to(passage.states.device))

@@ -1,0 +1,118 @@
+"""Where things are kept on this machine, and how a path from a user is read."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import re
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+CACHE_VARIABLE = "KALM_RAG_CACHE"
+"""Environment variable that names the cache folder, as `cache=` and `--cache` do."""
+
+DEFAULT = "default"
+"""What `cache=` and `--cache` are where nobody named a folder: `passages_dir()`."""
+
+MANIFEST = "kalm-rag-cache.json"
+"""The file that marks a folder as ours; without it, a folder with a database is somebody else's and is left alone."""
+
+DIGESTS = "digests.json"
+"""The file that remembers the digests of checkpoints, see `kalm_rag.model.identity`."""
+
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)
+
+
+def user_path(value: str | Path, name: str) -> Path:
+    """The absolute path that a user means: `~` and variables are expanded, once.
+
+    An absolute `Path` is taken as it is, so that a path that went through this function is not expanded again.
+
+    Args:
+        value: what the user gave.
+        name: the argument or variable it was given as, for messages.
+
+    Raises:
+        ValueError: it is empty, or names a variable or a home folder that does not exist.
+        TypeError: it is neither a string nor a `Path`.
+    """
+    if not isinstance(value, (str, Path)):
+        msg = f"{name} must be a path, got {type(value).__name__}: {value!r:.80}"
+        raise TypeError(msg)
+    if isinstance(value, Path) and value.is_absolute():
+        return value
+    text = str(value)
+    if not text.strip() or "\0" in text:
+        msg = (
+            f"{name} must be a path, got {text!r}; leave it out for the default, or write '.' for the working directory"
+        )
+        raise ValueError(msg)
+    unset = [found for groups in _VARIABLE.findall(text) if (found := "".join(groups)) not in os.environ]
+    if unset:
+        msg = f"{name}={text!r} names the variable {unset[0]}, which is not set; set it, or write the path in full"
+        raise ValueError(msg)
+    expanded = os.path.expandvars(text)
+    if not expanded.strip():
+        msg = f"{name}={text!r} expands to nothing; set the variable, or write the path in full"
+        raise ValueError(msg)
+    # A tilde that comes out of a variable is a home folder too, as `KALM_RAG_CACHE=~/x` in a Dockerfile means it.
+    try:
+        return Path(expanded).expanduser().absolute()
+    except RuntimeError:
+        msg = f"{name}={text!r} names a home folder that this machine does not know; write the path in full"
+        raise ValueError(msg) from None
+
+
+def passages_dir() -> Path | None:
+    """The default folder of encoded passages: the one that `KALM_RAG_CACHE` names, else one in the user's cache folder.
+
+    None, with a line in the log, if this user has no home folder.
+    """
+    named = _named_dir()
+    if named is not None:
+        # What the variable meant before: a cache that was made then is still found.
+        below = named / "passages"
+        return below if _holds(below, MANIFEST) and not _holds(named, MANIFEST) else named
+    own = _own_dir()
+    if own is None:
+        _say_homeless()
+    return None if own is None else own / "passages"
+
+
+def digests_file() -> Path | None:
+    """Where the digests of checkpoints are remembered, or None if this user has no home folder."""
+    folder = _named_dir() or _own_dir()
+    return None if folder is None else folder / DIGESTS
+
+
+def _named_dir() -> Path | None:
+    named = os.environ.get(CACHE_VARIABLE)
+    return None if named is None else user_path(named, CACHE_VARIABLE)
+
+
+def _own_dir() -> Path | None:
+    """The cache folder of this user and platform; None where there is no home folder."""
+    import platformdirs
+
+    try:
+        found = platformdirs.user_cache_path("kalm-rag", appauthor=False)
+    except (RuntimeError, KeyError, OSError):
+        return None
+    return found if found.is_absolute() else None  # without a home, a "~" is left at its beginning
+
+
+def _holds(folder: Path, name: str) -> bool:
+    try:
+        return (folder / name).is_file()
+    except OSError:
+        return False
+
+
+@functools.cache
+def _say_homeless() -> None:
+    logger.warning(
+        "this user has no home folder, so encoded passages are kept in memory only; set %s to a folder to keep them",
+        CACHE_VARIABLE,
+    )
