@@ -1,4 +1,4 @@
-"""One loaded model for all that name the same one: what the framework adapters stand on."""
+"""Shares one loaded model between all adapters that name the same one."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def check_cache(cache: object, keep: object) -> None:
-    """Refuse what is not a cache, and a `keep` that the cache cannot follow.
+    """Check that `cache` is a cache, and that `keep` applies to it.
 
     Raises:
         ValueError: the message names the rule, what was given, and the way out.
@@ -59,7 +59,7 @@ def check_cache(cache: object, keep: object) -> None:
 
 
 def check_arguments(given: Mapping[str, object]) -> dict[str, Any]:
-    """The arguments of an adapter, or of one of its calls, each checked under its name; numbers become Python's.
+    """Check the arguments of an adapter, or of one of its calls, by name; numbers become Python's own types.
 
     Arguments that only one framework has are passed through.
 
@@ -115,7 +115,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
 
 
 def serialisable_cache(cache: CacheLike) -> str | None:
-    """The cache as a serialised component names it: a folder or None.
+    """Return the cache as a serialised component stores it: a folder or None.
 
     Raises:
         ValueError: it is a ready-made cache, which belongs to this process.
@@ -138,7 +138,7 @@ def _ready_made(cache: object) -> bool:
 def shared_reranker(
     model: str | Path, *, cache: CacheLike = DEFAULT, keep: Keep = DEFAULT_KEEP, **options: Any
 ) -> KaLMReranker:
-    """The reranker of this process for these arguments, made at the first call.
+    """Return this process's reranker for these arguments; the first call makes it.
 
     It lives as long as somebody holds it; the model loads at first use, as always.
 
@@ -188,7 +188,7 @@ def _unreadable(token: object) -> str:
 
 
 class SharedHandle:
-    """What an adapter keeps of shared rerankers: none until one is used, and none in a deep copy or a pickle.
+    """Holds an adapter's shared rerankers; it is empty until one is used, and in deep copies and pickles.
 
     A shallow copy shares the handle; it may name another model, so the handle keeps one for each set of arguments.
     """
@@ -199,7 +199,7 @@ class SharedHandle:
     def get(
         self, model: str | Path, *, cache: CacheLike = DEFAULT, keep: Keep = DEFAULT_KEEP, **options: Any
     ) -> KaLMReranker:
-        """The shared reranker for these arguments, kept alive by this handle; an option that is None is left out."""
+        """Return the shared reranker for these arguments and keep it alive; options that are None are left out."""
         given = {name: value for name, value in options.items() if value is not None}
         found = shared_reranker(model, cache=cache, keep=keep, **given)
         self._held[_key(model, cache, keep, given)] = found

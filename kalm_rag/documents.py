@@ -1,4 +1,4 @@
-"""What users hand in as passages and pairs, checked and turned into text. Nothing here is ever modified."""
+"""Checks passages and pairs from users and turns them into text, without modifying them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 class Passage(NamedTuple):
-    """One passage as it was given, and the text that is read of it.
+    """One passage as given, and its text.
 
     Attributes:
         document: the very object that was given.
@@ -29,7 +29,7 @@ class Passage(NamedTuple):
 
 
 def repair_text(text: str) -> tuple[str, bool]:
-    r"""The text as UTF-8 can hold it, and whether it had to be changed.
+    r"""Return the text with lone surrogates replaced, and whether there were any.
 
     Half a surrogate pair (`"\ud83d"`), as PDF readers and broken JSON leave it, has no UTF-8 form, so no tokenizer can
     read it. Each is replaced by U+FFFD, the replacement character. Any other text is returned as it is.
@@ -44,7 +44,7 @@ def repair_text(text: str) -> tuple[str, bool]:
 
 
 class RepairCounter:
-    """Counts the texts that `repair_text` changed. The first ones are a warning in the log, later ones a debug line."""
+    """Counts the texts that `repair_text` changed. The first call logs a warning, later ones a debug line."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -65,7 +65,7 @@ class RepairCounter:
 
 
 def document_text(document: object, where: str) -> str:
-    """The text of one passage: the string itself, or the value under `"text"` of a mapping.
+    """Return the text of one passage: the string itself, or the value under `"text"` of a mapping.
 
     Args:
         document: the passage.
@@ -134,7 +134,7 @@ def iter_pairs(pairs: object) -> Iterator[tuple[str, str]]:
 
 
 def _check_iterable(values: object, rule: str, *, mapping: str, frame: str, dimensions: int) -> Iterable[Any]:
-    """Return `values` unless iterating it gives something else than its user means.
+    """Refuse values that iterate over something other than passages, such as a mapping's keys.
 
     Args:
         values: what was given.

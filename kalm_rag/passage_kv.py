@@ -33,7 +33,7 @@ _READ_AT_ONCE = 64
 
 
 class BehindPrefix(NamedTuple):
-    """What keys and values depend on besides the passage."""
+    """A request for keys and values: what they depend on besides the passage."""
 
     prefix: PromptPrefix
     ratio: int
@@ -89,7 +89,7 @@ class PassageKVCache(ValueCache[BehindPrefix, PassageKV]):
         return dict(made), {}
 
     def put_in_store(self, made: Mapping[str, PassageKV], sealed: Mapping[str, bytes]) -> None:
-        """As in `ValueCache`. They are sealed here: that takes time, and nobody else waits for it."""
+        """As in `ValueCache`; sealing happens here, where no other call waits."""
         if self.cache.keeps(self.kind):
             self.cache.put_in_store(self.kind, self.seal(made))
 
@@ -188,7 +188,7 @@ class PassageKVSource(CachedSource[BehindPrefix, PassageStates, PassageKV]):
         return found
 
     def in_groups(self, texts: Sequence[str], request: BehindPrefix) -> Iterator[dict[str, PassageKV]]:
-        """All that `get` would give, as much at a time as memory should hold: they are many times as large as states.
+        """Yield what `get` would return in groups that fit in memory: keys and values are much larger than states.
 
         Args:
             texts: distinct passages that went through `Tokenizer.clean`.
@@ -219,7 +219,7 @@ class PassageKVSource(CachedSource[BehindPrefix, PassageStates, PassageKV]):
                 pass
 
     def bytes_of(self, tokens: int) -> int:
-        """Bytes of one passage of so many tokens, for the default instruction and ratio."""
+        """Return the bytes of one passage of so many tokens, for the default instruction and ratio."""
         positions = len(self.prefix(self._settings.instruction)) - (-tokens // self._settings.ratio)
         return HEADER_BYTES + self.decoder.bytes_of(positions)
 

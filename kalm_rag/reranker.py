@@ -172,17 +172,17 @@ class KaLMReranker:
         forks.watch(self)
 
     def after_fork_in_child(self) -> None:
-        """Locks and threads of the parent are of no use; the model is."""
+        """Replace locks and threads, which did not survive; the model did."""
         self._lock = threading.RLock()  # held while the model loads
         self._threads: dict[str, ThreadPoolExecutor] = {}
         self._threads_lock = threading.Lock()  # of the line above, and of nothing that takes time
 
     def __copy__(self) -> KaLMReranker:
-        """One like this, with a model of its own."""
+        """Return a reranker with the same arguments and a model of its own."""
         return self._like(self._arguments, self.owns_cache)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KaLMReranker:
-        """The same as a shallow copy."""
+        """Return a copy as `__copy__` does."""
         return self._like(self._arguments, self.owns_cache)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -199,7 +199,7 @@ class KaLMReranker:
         return f"KaLMReranker({str(self.model)!r}, ratio={self.settings.ratio}, {state})"
 
     def checkpoint(self) -> Checkpoint:
-        """The files of the model, downloaded if need be, without loading them.
+        """Find the model's files, downloading them if necessary, without loading them.
 
         Raises:
             CheckpointError: nothing usable is there.
@@ -220,7 +220,7 @@ class KaLMReranker:
 
     @property
     def scorer(self) -> Scorer:
-        """The loaded model at work; loads it if need be. What it offers may change between releases."""
+        """The scorer of the loaded model; loads it if necessary. Its interface may change between releases."""
         scorer = self._scorer
         if scorer is not None:
             return scorer
@@ -369,7 +369,7 @@ class KaLMReranker:
         return EncodeReport(new, known, truncated, repaired)
 
     def unknown(self, documents: Iterable[Document]) -> list[str]:
-        """The distinct texts among these passages that the cache does not hold, as `encode` would encode them.
+        """Return the distinct texts among these passages that the cache does not hold.
 
         Raises:
             TypeError, ValueError: a passage is wrong; the message names its position.
@@ -379,7 +379,7 @@ class KaLMReranker:
         return scorer.states.unknown(scorer.clean([passage.text for passage in iter_documents(documents)]))
 
     def estimate(self, documents: Iterable[Document]) -> Estimate:
-        """How many tokens and bytes these passages take, without encoding them.
+        """Return how many tokens and bytes these passages take, without encoding them.
 
         Raises:
             TypeError, ValueError: a passage is wrong; the message names its position.
@@ -474,5 +474,5 @@ class KaLMReranker:
 
 
 def _base_ratio(settings: Settings) -> int:
-    """Keep states at ratio 4, which serves the multiples of it, or at the ratio asked for if 4 cannot give it."""
+    """Return the ratio at which states are kept: 4, which serves its multiples, or the requested one if 4 cannot."""
     return 4 if settings.ratio % 4 == 0 else settings.ratio

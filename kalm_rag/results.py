@@ -1,4 +1,4 @@
-"""What the public calls return: plain frozen records holding Python numbers, never tensors."""
+"""The results of the public calls: frozen records of Python numbers, never tensors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class RankedPassage:
 
 @dataclass(frozen=True, slots=True)
 class EncodeReport:
-    """What an `encode` call did; the unit is the passage.
+    """Counts the passages of an `encode` call.
 
     Attributes:
         new: passages that were encoded now.
@@ -77,7 +77,7 @@ class Estimate:
 
 @dataclass(slots=True)
 class PrefillCounters:
-    """What happened at the level of prefilled passages since the model was loaded.
+    """Counts prefilled passages since the model was loaded.
 
     Attributes:
         hits: passages that were prefilled in memory.

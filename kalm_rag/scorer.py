@@ -1,4 +1,4 @@
-"""One loaded model at work: pairs of texts to margins."""
+"""Scores pairs of texts with one loaded model."""
 
 from __future__ import annotations
 
@@ -127,11 +127,11 @@ class Scorer:
             return cls(loaded, checkpoint, settings, cache)
 
     def after_fork_in_child(self) -> None:
-        """The model is usable in the child on a CPU only."""
+        """Note the fork: the model is usable in the child only on a CPU."""
         self._was_forked = True
 
     def check_process(self) -> None:
-        """Make sure that this process can use the model.
+        """Check that this process can use the model.
 
         Raises:
             ForkError: it was forked after the model was loaded onto an accelerator.
@@ -145,7 +145,7 @@ class Scorer:
             raise ForkError(msg)
 
     def clean(self, texts: Sequence[str]) -> list[str]:
-        """Passages as they are encoded and cached."""
+        """Return passages as they are encoded and cached."""
         return [self.loaded.tokenizer.clean(text) for text in texts]
 
     def encode(self, texts: Sequence[str], progress: Progress | None = None) -> EncodeReport:

@@ -1,4 +1,4 @@
-"""One value for each passage: look up, verify, count, promote, make what is missing, keep.
+"""Gets one value for each passage: look up, verify, count, promote, make what is missing, keep.
 
 `StatesSource` and `PassageKVSource` are the two sources that exist. What they share is here: `CachedSource` has values
 made and says when, `ValueCache` says how they become frames of the cache and how frames become values again.
@@ -37,15 +37,15 @@ class ValueCache(ABC, Generic[R, T]):
 
     @abstractmethod
     def get_many(self, keys: Sequence[str], request: R) -> dict[str, T]:
-        """Cached values by key, counted; a key that is not cached is not in the result."""
+        """Return cached values by key, and count; missing keys are left out."""
 
     @abstractmethod
     def recall(self, keys: Sequence[str], request: R) -> dict[str, T]:
-        """Values in memory by key, not counted."""
+        """Return values in memory by key, without counting."""
 
     @abstractmethod
     def put_in_memory(self, made: Mapping[str, T], request: R) -> tuple[dict[str, T], dict[str, bytes]]:
-        """Keep values in memory, which waits for nothing.
+        """Keep values in memory; this never waits.
 
         Returns:
             The values as a later call will get them, and what `put_in_store` needs.
@@ -53,18 +53,18 @@ class ValueCache(ABC, Generic[R, T]):
 
     @abstractmethod
     def put_in_store(self, made: Mapping[str, T], sealed: Mapping[str, bytes]) -> None:
-        """Keep values in the store, asynchronously; waits while too much is on its way there."""
+        """Store values asynchronously; waits while too many bytes are pending."""
 
     @abstractmethod
     def to_frame(self, key: str, value: T) -> Frame:
-        """A value as a frame.
+        """Turn a value into a frame.
 
         Raises:
             ValueError: it must not be kept.
         """
 
     def seal(self, values: Mapping[str, T]) -> dict[str, bytes]:
-        """Values as the cache keeps them; what must not be kept is left out and reported."""
+        """Turn values into the cache's bytes; values that must not be kept are reported and left out."""
         frames = {}
         for key, value in values.items():
             try:
@@ -95,7 +95,7 @@ class CachedSource(ABC, Generic[R, W, T]):
         self._turns = turns
 
     def get(self, texts: Sequence[str], request: R) -> dict[str, T]:
-        """The value of every passage.
+        """Return the value of every passage.
 
         Args:
             texts: distinct passages that went through `Tokenizer.clean`.
@@ -105,12 +105,12 @@ class CachedSource(ABC, Generic[R, W, T]):
         return found | self.make_all([text for text in texts if text not in found], request)
 
     def find(self, texts: Sequence[str], request: R) -> dict[str, T]:
-        """The values that are cached; the rest is left out."""
+        """Return the cached values; missing ones are left out."""
         keys = dict(zip(self.keys(texts, request), texts, strict=True))
         return {keys[key]: value for key, value in self.values.get_many(list(keys), request).items()}
 
     def make_all(self, texts: Sequence[str], request: R) -> dict[str, T]:
-        """Make and keep the values of all these passages, whatever the store holds."""
+        """Make and keep the values of all these passages without looking them up."""
         found: dict[str, T] = {}
         for made, _ in self.make(texts, request):
             found |= made
@@ -148,15 +148,15 @@ class CachedSource(ABC, Generic[R, W, T]):
 
     @abstractmethod
     def keys(self, texts: Sequence[str], request: R) -> list[str]:
-        """The cache's key of each passage."""
+        """Return the cache's key of each passage."""
 
     @abstractmethod
     def _inputs(self, texts: Sequence[str], request: R) -> Sequence[W]:
-        """What the values are made from."""
+        """Return what the values are made from."""
 
     @abstractmethod
     def _batches(self, inputs: Sequence[W], request: R) -> Iterator[list[int]]:
-        """Positions into `inputs` that go through the model together."""
+        """Yield batches as positions into `inputs`."""
 
     @abstractmethod
     def _run(self, inputs: Sequence[W], request: R) -> list[T]:

@@ -33,7 +33,7 @@ _TOKENISED_AT_ONCE = 256
 
 
 class StatesCache(ValueCache[int, PassageStates]):
-    """Encoder states in a `PassageCache`, at its `base_ratio`; they are asked for at any ratio.
+    """Encoder states in a `PassageCache`: kept at its `base_ratio`, requested at any ratio.
 
     Args:
         cache: what keeps them.
@@ -49,7 +49,7 @@ class StatesCache(ValueCache[int, PassageStates]):
         self._width = width
 
     def keeps(self, ratio: int) -> bool:
-        """Whether a ratio can be derived from what is kept; otherwise nothing is kept."""
+        """Whether a ratio can be derived from `base_ratio`; otherwise nothing is kept."""
         return ratio % self.cache.base_ratio == 0
 
     def get_many(self, keys: Sequence[str], request: int) -> dict[str, PassageStates]:
@@ -139,18 +139,18 @@ class StatesSource(CachedSource[int, PassageTokens, PassageStates]):
         return EncodeReport(new, len(texts) - new, sum(truncated[text] for text in texts))
 
     def unknown(self, texts: Sequence[str]) -> list[str]:
-        """The distinct passages that `encode` would encode."""
+        """Return the distinct passages that `encode` would encode."""
         unique = list(dict.fromkeys(texts))
         known = self.find(unique, self._cache.base_ratio)
         return [text for text in unique if text not in known]
 
     def bytes_of(self, tokens: int, ratio: int | None = None) -> int:
-        """Bytes of the states of a passage of so many tokens, as the cache keeps them or at another ratio."""
+        """Return the bytes of the states of a passage of so many tokens, at the cache's ratio or another one."""
         dtype = "int8" if self._cache.storage == "int8" else str(self._loaded.dtype).removeprefix("torch.")
         return payload_bytes(tokens, ratio or self._cache.base_ratio, self._width, dtype)
 
     def time_encoding(self, texts: Sequence[str]) -> float:
-        """Seconds that encoding takes, after one passage to warm up. Nothing is kept."""
+        """Return the seconds that encoding takes, after one passage to warm up. Nothing is kept."""
         warmup, passages = self._prompts.passages(texts[:1]), self._prompts.passages(texts)
         with self._turns:
             self.encoder.encode(warmup, self._cache.base_ratio)
@@ -164,7 +164,7 @@ class StatesSource(CachedSource[int, PassageTokens, PassageStates]):
         return self._key_space.states_keys(texts)
 
     def _inputs(self, texts: Sequence[str], request: int) -> list[PassageTokens]:
-        """Tokenised in parts, so that other calls' texts come in between."""
+        """Tokenise in parts, so that other calls can come in between."""
         if not self._cached.keeps(request):
             self._warn_ratio(request)
         found: list[PassageTokens] = []
@@ -194,7 +194,7 @@ class StatesSource(CachedSource[int, PassageTokens, PassageStates]):
 
 
 def to_frame(key: str, model: bytes, passage: PassageStates, *, int8: bool = False) -> Frame:
-    """The frame of a passage's states, on any device.
+    """Make the frame of a passage's states, on any device.
 
     Args:
         key: its key.
@@ -212,7 +212,7 @@ def to_frame(key: str, model: bytes, passage: PassageStates, *, int8: bool = Fal
 
 
 def from_frame(frame: Frame, dtype: torch.dtype) -> PassageStates:
-    """The states in a frame as a tensor of its own, shape `(rows, width)`.
+    """Return the states in a frame as a new tensor, shape `(rows, width)`.
 
     Args:
         frame: a verified frame.
@@ -230,6 +230,6 @@ def from_frame(frame: Frame, dtype: torch.dtype) -> PassageStates:
 
 
 def rounded(passage: PassageStates) -> PassageStates:
-    """States as they come back from a cache that keeps them in 8 bits."""
+    """Return states as a cache that keeps 8 bits gives them back."""
     states = dequantize(*quantize(passage.states.detach().cpu()))
     return replace(passage, states=states.to(passage.states.dtype).to(passage.states.device))

@@ -1,4 +1,4 @@
-"""Any key-value store shaped like LangChain's `ByteStore` as a store of passages."""
+"""Adapts any key-value store shaped like LangChain's `ByteStore` to a store of passages."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ class ByteStoreLike(Protocol):
     """The four methods of `langchain_core.stores.ByteStore` that are used; nothing of LangChain is imported."""
 
     def mget(self, keys: Sequence[str]) -> Sequence[bytes | None]:
-        """Values in the order of the keys, None where there is none."""
+        """Return values in the order of the keys, None for a missing one."""
         ...
 
     def mset(self, key_value_pairs: Sequence[tuple[str, bytes]]) -> None:
-        """Keep values."""
+        """Store values."""
         ...
 
     def mdelete(self, keys: Sequence[str]) -> None:
-        """Forget keys."""
+        """Delete keys."""
         ...
 
     def yield_keys(self, *, prefix: str | None = None) -> Iterator[Any]:
-        """Every key, or those that the store takes to be under `prefix`."""
+        """Yield every key, or those that the store considers to be under `prefix`."""
         ...
 
 
@@ -63,20 +63,20 @@ class ByteStoreAdapter:
         return {key: bytes(value) for key, value in found.items()}
 
     def put_many(self, items: Mapping[str, bytes]) -> int:
-        """Keep values."""
+        """Store values."""
         if items:
             self._store.mset([(self._prefix + key, value) for key, value in items.items()])
         return len(items)
 
     def delete(self, keys: Iterable[str]) -> int:
-        """Forget keys, whatever is kept under them."""
+        """Delete keys, whatever their values are."""
         known = list(self._read(list(keys)))
         if known:
             self._store.mdelete([self._prefix + key for key in known])
         return len(known)
 
     def keys(self) -> Iterator[str]:
-        """Every key of ours at the time of the call; keys of other data are passed over.
+        """Yield the passages' keys at the time of the call; keys of other data are skipped.
 
         The `ByteStore` lists all its keys: some read a prefix as a folder or as a pattern and would find none.
         """
@@ -101,14 +101,14 @@ class ByteStoreAdapter:
         return iter(found)
 
     def stats(self) -> StoreStats:
-        """Nothing: a `ByteStore` does not tell its size, and counting its keys means reading all of them."""
+        """Return no sizes: a `ByteStore` does not report them, and counting its keys means reading all of them."""
         return StoreStats(None, None, None)
 
     def close(self) -> None:
-        """The `ByteStore` belongs to whoever made it."""
+        """Do nothing: the caller owns the `ByteStore`."""
 
     def _read(self, keys: Sequence[str]) -> dict[str, Any]:
-        """What the store gives for each key it knows, of any type."""
+        """Return the store's value for each key it knows, of any type."""
         if not keys:
             return {}
         values = list(self._store.mget([self._prefix + key for key in keys]))

@@ -1,4 +1,4 @@
-"""Verifies a cache folder, and removes only what a whole and sound view of it shows to be wrong."""
+"""Verifies a cache folder, and removes only what a complete, consistent view of it shows to be wrong."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SALVAGED_AT_ONCE = 64
 
 @dataclass(slots=True)
 class _Found:
-    """Rows by number, and what they name."""
+    """Row numbers by what was found, and the files they name."""
 
     entries: int = 0
     suspects: list[int] = field(default_factory=list)
@@ -110,7 +110,7 @@ def _check(
 
 
 def _set_right(connection: sqlite3.Connection, rows: list[int]) -> None:
-    """Delete rows, and make the counters those of what is left."""
+    """Delete rows and recompute the counters."""
     database.lift_limits(connection)
     connection.executemany("DELETE FROM Cache WHERE rowid = ?", [(rowid,) for rowid in rows])
     for name, query in _COUNTERS.items():
@@ -118,7 +118,7 @@ def _set_right(connection: sqlite3.Connection, rows: list[int]) -> None:
 
 
 def _fault(disk: StrictDisk, row: Sequence[Any], secret: bytes | None) -> str:
-    """What is wrong with a row: nothing, or that it is `missing` its file or `corrupt`.
+    """Return what is wrong with a row: an empty string, `missing` (its file) or `corrupt`.
 
     Raises:
         OSError: its file is there and cannot be read, which says nothing about its content.
@@ -136,7 +136,7 @@ def _fault(disk: StrictDisk, row: Sequence[Any], secret: bytes | None) -> str:
 
 
 def _judge(connection: sqlite3.Connection, disk: StrictDisk, found: _Found, secret: bytes | None) -> None:
-    """Verify the suspects once more, as they are now."""
+    """Verify the suspects a second time, as they are now."""
     for rowid in found.suspects:
         row = database.row(connection, _COLUMNS, rowid)
         fault = "" if row is None else _fault(disk, row, secret)
@@ -148,7 +148,7 @@ def _judge(connection: sqlite3.Connection, disk: StrictDisk, found: _Found, secr
 
 
 def _orphans(folder: Path, connection: sqlite3.Connection, age: float) -> list[Path]:
-    """Files of ours that no row names and that are old enough."""
+    """Return old enough cache files that no row names."""
     began = time.time()
     candidates = [*folder.glob("??/??/*.val"), *folder.glob(f"{MANIFEST_PART}*")]
     named = {name for _, name in database.rows(connection, "filename") if isinstance(name, str)}
@@ -196,7 +196,7 @@ def _reading(folder: Path) -> Iterator[sqlite3.Connection]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[sqlite3.Connection]:
-    """A transaction during which nobody else writes; what is done in it is done as a whole or not at all."""
+    """Run an exclusive write transaction, committed as a whole or not at all."""
     with contextlib.closing(database.connect(folder)) as connection:
         database.inspect(connection)
         connection.execute("BEGIN IMMEDIATE")
@@ -209,7 +209,7 @@ def _locked(folder: Path) -> Iterator[sqlite3.Connection]:
 
 
 def _roll_back(folder: Path) -> None:
-    """Let SQLite undo what a crash left half done, which a reader may not."""
+    """Let SQLite roll back what a crash left half done; a reader may not do that."""
     try:
         with contextlib.closing(database.connect(folder)) as connection:
             connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
@@ -219,7 +219,7 @@ def _roll_back(folder: Path) -> None:
 
 
 def _damage(folder: Path) -> str:
-    """What SQLite finds wrong with the database, empty if nothing."""
+    """Return what SQLite finds wrong with the database; empty if nothing."""
     try:
         with _reading(folder) as connection:
             return _integrity(connection)
@@ -246,7 +246,7 @@ def _integrity(connection: sqlite3.Connection) -> str:
 
 
 def _miscounted(connection: sqlite3.Connection) -> str:
-    """Whether the counters that tell the size of the cache are those of the rows."""
+    """Return which size counter disagrees with the rows; empty if none."""
     for name, query in _COUNTERS.items():
         kept = connection.execute("SELECT value FROM Settings WHERE key = ?", (name,)).fetchone()
         true = connection.execute(query).fetchone()
@@ -256,7 +256,7 @@ def _miscounted(connection: sqlite3.Connection) -> str:
 
 
 def _mended(folder: Path) -> bool:
-    """Rebuild the indexes from the table; whether that was enough."""
+    """Rebuild the indexes from the table; return whether that was enough."""
     try:
         with _locked(folder) as connection:
             connection.execute("REINDEX")
@@ -291,7 +291,7 @@ def _rebuild(folder: Path, secret: bytes | None, make_store: Callable[[int | Non
 
 
 def _salvage(folder: Path, aside: Path, put: Callable[[dict[str, bytes]], int], secret: bytes | None) -> int:
-    """Keep what can still be read and verifies; returns how many."""
+    """Copy the entries that can still be read and verified; return how many."""
     disk, batch, kept = StrictDisk(str(folder)), dict[str, bytes](), 0
     with (
         contextlib.suppress(sqlite3.Error, StoreError),

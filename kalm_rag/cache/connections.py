@@ -34,7 +34,7 @@ _inherited: list[object] = []
 
 
 class Backoff:
-    """When something that failed may be tried again."""
+    """Decides when something that failed may be tried again."""
 
     def __init__(self) -> None:
         self.again_at = 0.0
@@ -58,7 +58,7 @@ class Backoff:
 
 
 class _Shared:
-    """What both connections do at a fork: a fork waits until nobody uses them, and the child opens its own."""
+    """Base of both connections: a fork waits until neither is in use, and the child opens its own."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
@@ -72,7 +72,7 @@ class _Shared:
         self._lock.acquire()
 
     def after_fork_in_parent(self) -> None:
-        """Let other threads go on."""
+        """Let other threads continue."""
         self._lock.release()
 
     def after_fork_in_child(self) -> None:
@@ -100,7 +100,7 @@ class Reader(_Shared):
 
     @contextlib.contextmanager
     def use(self) -> Iterator[sqlite3.Connection | None]:
-        """The connection, for one thread at a time; None if there is no cache yet.
+        """Lend the connection to one thread at a time; None if no cache exists yet.
 
         Raises:
             StoreError: the folder cannot be opened or read.
@@ -185,7 +185,7 @@ class Writer(_Shared):
 
     @contextlib.contextmanager
     def use(self) -> Iterator[StrictCache | None]:
-        """The cache that writes, for one thread at a time; None in read-only mode.
+        """Lend the writing cache to one thread at a time; None in read-only mode.
 
         Raises:
             StoreError: the folder cannot be opened or written to.

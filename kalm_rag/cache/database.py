@@ -1,4 +1,4 @@
-"""The cache's database as a file that others may have written: how it is opened, and what it may hold."""
+"""Opens the cache's database as an untrusted file, and checks what it may hold."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def connect(folder: Path, options: str = "mode=rw") -> sqlite3.Connection:
 
 
 def restrict(connection: sqlite3.Connection) -> None:
-    """Bound what a hostile or damaged database can do to its reader."""
+    """Limit what a hostile or damaged database can do to its reader."""
     connection.text_factory = lambda data: data.decode("utf-8", "replace")  # a flipped bit may leave invalid UTF-8
     if sys.version_info >= (3, 11):
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST)
@@ -94,7 +94,7 @@ def restrict(connection: sqlite3.Connection) -> None:
 
 
 def refuse_special(path: Path) -> None:
-    """Refuse a link, pipe or device in the place of a file of ours.
+    """Refuse a link, pipe or device in place of a cache file.
 
     Raises:
         StoreError: it is one.
@@ -152,7 +152,7 @@ def log_bytes(folder: Path) -> int:
 
 
 def inspect(connection: sqlite3.Connection) -> None:
-    """Refuse a database that would make diskcache do more than keep rows.
+    """Refuse a database that would make diskcache do more than store rows.
 
     Besides the schema, settings are looked at: diskcache turns those that it does not know into attributes and SQL.
 
@@ -174,7 +174,7 @@ def inspect(connection: sqlite3.Connection) -> None:
 
 
 def inspect_schema(connection: sqlite3.Connection) -> bool:
-    """Refuse a database whose schema is not what diskcache creates, before anything else of it is read.
+    """Refuse a database whose schema diskcache did not create, before reading anything else from it.
 
     Views, triggers and generated columns run what they say. A part of the schema is enough: another process may be
     creating the rest.
@@ -210,18 +210,18 @@ def _installed_schema() -> frozenset[tuple[str, str, str | None]]:
 
 
 def is_being_made(folder: Path) -> bool:
-    """Whether another process is creating the database, or was killed while it did. Later on there is no journal."""
+    """Whether another process is creating the database, or was killed doing so: only then does a journal exist."""
     return (folder / f"{DATABASE}-journal").exists()
 
 
 def is_complete(connection: sqlite3.Connection) -> bool:
-    """Whether the tables are there; if not, another process is creating them, or was killed while it did."""
+    """Whether the tables exist; if not, another process is creating them, or was killed doing so."""
     query = "SELECT COUNT(*) FROM sqlite_master WHERE type = 'table' AND name IN ('Settings', 'Cache')"
     return tuple(connection.execute(query).fetchone()) == (2,)
 
 
 def rows(connection: sqlite3.Connection, columns: str) -> Iterator[tuple[object, ...]]:
-    """Rows of the table in pages, so that no long read holds up a writer; `rowid` comes first.
+    """Yield the table's rows, `rowid` first, in pages, so that no long read blocks a writer.
 
     Of a row that is longer than any of ours, all columns are None.
     """
@@ -244,7 +244,7 @@ def rows(connection: sqlite3.Connection, columns: str) -> Iterator[tuple[object,
 
 
 def row(connection: sqlite3.Connection, columns: str, number: int) -> tuple[object, ...] | None:
-    """The columns of one row; nothing if it is longer than any of ours, None if it is gone."""
+    """Return the columns of one row: an empty tuple if it is longer than any valid one, None if it is gone."""
     try:
         found = connection.execute(f"SELECT {columns} FROM Cache WHERE rowid = ?", (number,)).fetchone()  # noqa: S608
     except sqlite3.DataError:
@@ -253,7 +253,7 @@ def row(connection: sqlite3.Connection, columns: str, number: int) -> tuple[obje
 
 
 def lift_limits(connection: sqlite3.Connection) -> None:
-    """Let a connection delete rows that are longer than any of ours."""
+    """Let a connection delete rows that are longer than any valid one."""
     if sys.version_info >= (3, 11):
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 1_000_000_000)
 
@@ -265,12 +265,12 @@ def is_damaged(error: BaseException) -> bool:
 
 
 def passes(error: BaseException) -> bool:
-    """Whether an error goes away by itself and leaves the connection as it was: a full disk, or a lock."""
+    """Whether an error is temporary and leaves the connection usable: a full disk, or a lock."""
     return "disk is full" in str(error) or "locked" in str(error)
 
 
 def explain(error: BaseException, folder: Path) -> str:
-    """What went wrong with the database of a folder, and what to do about it."""
+    """Explain what went wrong with a folder's database, and what to do about it."""
     import diskcache
 
     if isinstance(error, StoreError):

@@ -1,4 +1,4 @@
-"""The store on disk: `diskcache`, hardened, in a folder that says what it is."""
+"""The store on disk: a hardened `diskcache` in a folder with a manifest."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class DiskStore:
         self._writer = Writer(self.place, limit)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DiskStore:
-        """The store itself: a copy would open the same folder."""
+        """Return the store itself: a copy would open the same folder."""
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -58,7 +58,7 @@ class DiskStore:
         return self._writer.read_only
 
     def get_many(self, keys: Sequence[str]) -> dict[str, bytes]:
-        """What is kept under the keys; a row that cannot be read is left out.
+        """Return the values of the keys; rows that cannot be read are left out.
 
         Raises:
             StoreError: the folder cannot be opened or read.
@@ -100,7 +100,7 @@ class DiskStore:
         return found
 
     def put_many(self, items: Mapping[str, bytes]) -> int:
-        """Keep values, in transactions of bounded size; in read-only mode none.
+        """Store values in transactions of bounded size; read-only stores keep none.
 
         Raises:
             StoreError: some of it was not kept.
@@ -109,7 +109,7 @@ class DiskStore:
             return 0 if cache is None else self._writer.put(cache, items)
 
     def delete(self, keys: Iterable[str]) -> int:
-        """Delete keys; in read-only mode none.
+        """Delete keys; read-only stores delete none.
 
         Raises:
             StoreError: the folder cannot be written to.
@@ -118,7 +118,7 @@ class DiskStore:
             return 0 if cache is None else sum(bool(cache.delete(key, retry=False)) for key in keys)
 
     def keys(self) -> Iterator[str]:
-        """Every key of ours, by a plain read of the database: no key is ever unpickled."""
+        """Yield every valid key by a plain read of the database; no key is ever unpickled."""
         with self._reader.use() as connection:
             if connection is None:
                 return
@@ -132,7 +132,7 @@ class DiskStore:
             raise StoreError(database.explain(error, self.folder)) from error
 
     def stats(self) -> StoreStats:
-        """Its size, from counters that the database keeps: the cost does not grow with the number of entries."""
+        """Return its size from counters in the database: the cost does not grow with the number of entries."""
         limit = DEFAULT_LIMIT if self._limit is None else self._limit
         evicted, refused = self._writer.evicted, self._writer.refused
         with self._reader.use() as connection:
@@ -158,7 +158,7 @@ class DiskStore:
         return self.delete(list(self.keys()))
 
     def check(self, *, fix: bool = False, secret: bytes | None = None, orphan_age: float = 600.0) -> CheckReport:
-        """Read every entry and verify it; find files that a crash left behind, and damage of the database itself.
+        """Verify every entry; find files that a crash left behind, and damage to the database itself.
 
         Args:
             fix: rebuild a damaged database, and remove what is wrong.

@@ -1,4 +1,4 @@
-"""Whether a folder may be a cache: whose it is, of which format, and on which file system."""
+"""Decides whether a folder may be a cache: its owner, its format and its file system."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def is_cut_off(folder: Path) -> bool:
-    """Whether the manifest has its name and no content, as a loss of power may leave it."""
+    """Whether the manifest exists without content, as a power loss may leave it."""
     path = folder / MANIFEST
     refuse_special(path)
     try:

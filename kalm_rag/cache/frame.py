@@ -1,4 +1,4 @@
-"""Frames: one encoded or prefilled passage as bytes that prove what they are.
+"""Frames: one encoded or prefilled passage as bytes that can be verified.
 
 No store detects a flipped bit, a short file or a swapped value by itself, so every value carries what is needed to tell
 and is verified at every read. Layout, little-endian:
@@ -50,7 +50,7 @@ class FrameError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One cached passage: what it is, and its numbers as bytes.
+    """One cached passage: its description, and its numbers as bytes.
 
     Attributes:
         key: its key, 64 hexadecimal digits.
@@ -89,7 +89,7 @@ class Frame:
         truncated: bool,
         prefilled: bool = False,
     ) -> Frame:
-        """The frame of a tensor of vectors, on any device.
+        """Make a frame of a tensor of vectors on any device.
 
         Args:
             key: its key.
@@ -128,7 +128,7 @@ class Frame:
         return tensor, torch.frombuffer(bytearray(self.payload[size:]), dtype=torch.float32)[:, None]
 
     def to_bytes(self, secret: bytes | None = None) -> bytes:
-        """What a store keeps.
+        """Return the bytes for a store.
 
         Args:
             secret: also authenticate the frame with this key.
@@ -143,7 +143,7 @@ class Frame:
 
     @classmethod
     def from_bytes(cls, data: bytes, key: str, secret: bytes | None = None) -> Frame:
-        """Verify what a store returned.
+        """Verify bytes that a store returned.
 
         Args:
             data: the bytes.

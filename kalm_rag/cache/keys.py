@@ -1,4 +1,4 @@
-"""Keys: the same text under the same weights is the same entry in every process, on every machine."""
+"""Keys: the same text under the same weights has the same key in every process, on every machine."""
 
 from __future__ import annotations
 

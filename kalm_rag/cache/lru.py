@@ -1,4 +1,4 @@
-"""Least recently used first out, under a budget of bytes: the one place that decides what leaves memory."""
+"""Evicts the least recently used values under a budget of bytes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class BudgetLRU(Generic[K, V]):
         self._lock = forks.Lock()
 
     def get_many(self, keys: Iterable[K]) -> dict[K, V]:
-        """What is kept under the keys, each becoming the most recently used."""
+        """Return the values of the keys; each becomes the most recently used."""
         found = {}
         with self._lock:
             for key in keys:
@@ -47,7 +47,7 @@ class BudgetLRU(Generic[K, V]):
         return found
 
     def put(self, key: K, value: V) -> bool:
-        """Keep a value, giving up the least recently used ones; one above the limit is not kept, and False."""
+        """Store a value, evicting the least recently used ones; return False for one above the limit."""
         size = self._size(value)
         with self._lock:
             self._drop(key)
@@ -78,7 +78,7 @@ class BudgetLRU(Generic[K, V]):
         return True
 
     def delete(self, keys: Iterable[K]) -> int:
-        """Forget keys."""
+        """Delete keys."""
         with self._lock:
             return sum(self._drop(key) for key in keys)
 
@@ -93,12 +93,12 @@ class BudgetLRU(Generic[K, V]):
             return list(self._items.values())
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Delete everything."""
         with self._lock:
             self._items.clear()
             self._bytes = 0
 
     def stats(self) -> StoreStats:
-        """Its size."""
+        """Return its size."""
         with self._lock:
             return StoreStats(len(self._items), self._bytes, self.limit, self._evicted, self._refused)

@@ -9,7 +9,7 @@ from kalm_rag.cache.store import StoreStats
 
 
 class MemoryStore:
-    """Keeps frames in this process, least recently used first out.
+    """Keeps frames in this process and evicts the least recently used ones.
 
     Copies in the same process are the store itself. A pickle holds the limit and no passages.
 
@@ -21,26 +21,26 @@ class MemoryStore:
         self._items: BudgetLRU[str, bytes] = BudgetLRU(limit, len, "encoded passages")
 
     def __copy__(self) -> MemoryStore:
-        """Itself: it is shared by those that hold it."""
+        """Return the store itself: copies share it."""
         return self
 
     def __deepcopy__(self, memo: dict[int, object]) -> MemoryStore:
-        """Itself, as `__copy__`."""
+        """Return the store itself, as `__copy__` does."""
         return self
 
     def __reduce__(self) -> tuple[type[MemoryStore], tuple[int]]:
         return type(self), (self._items.limit,)
 
     def get_many(self, keys: Sequence[str]) -> dict[str, bytes]:
-        """What is kept under the keys, each becoming the most recently used."""
+        """Return the values of the keys; each becomes the most recently used."""
         return self._items.get_many(keys)
 
     def put_many(self, items: Mapping[str, bytes]) -> int:
-        """Keep values, giving up the least recently used ones; a value above the limit is not kept."""
+        """Store values, evicting the least recently used ones; values above the limit are not stored."""
         return sum(self._items.put(key, value) for key, value in items.items())
 
     def delete(self, keys: Iterable[str]) -> int:
-        """Forget keys."""
+        """Delete keys."""
         return self._items.delete(keys)
 
     def keys(self) -> Iterator[str]:
@@ -48,9 +48,9 @@ class MemoryStore:
         return iter(self._items.keys())
 
     def stats(self) -> StoreStats:
-        """Its size."""
+        """Return its size."""
         return self._items.stats()
 
     def close(self) -> None:
-        """Forget everything."""
+        """Delete everything."""
         self._items.clear()

@@ -1,4 +1,4 @@
-"""The passage cache: memory in front of a store, every byte verified, every fault a miss."""
+"""The passage cache: memory in front of a store. Every byte is verified, and every fault is a miss."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class LevelCounters:
-    """What happened at one level since the cache was made; the unit is the passage.
+    """Counts passages at one level since the cache was made.
 
     Attributes:
         hits: found and verified.
@@ -91,7 +91,7 @@ class _Counts:
 
 
 class PassageCache:
-    """Encoded passages, shared by processes, and never the source of a wrong score.
+    """Caches encoded passages between processes, and never causes a wrong score.
 
     Args:
         where: a folder, a `Store`, or None to keep passages in memory only. `~` and variables in a folder are
@@ -169,11 +169,11 @@ class PassageCache:
             forks.watch(self.store)
 
     def __copy__(self) -> PassageCache:
-        """The cache itself."""
+        """Return the cache itself."""
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PassageCache:
-        """The cache itself: a copy of what holds it shares it."""
+        """Return the cache itself: copies of its owners share it."""
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -183,7 +183,7 @@ class PassageCache:
         PassageCache.__init__(self, **arguments)
 
     def after_fork_in_child(self) -> None:
-        """Go without a store that another thread was in the middle of: what it held there is held forever."""
+        """Drop a store that another thread was using during the fork: its locks are held forever."""
         if forks.is_broken() and self.store is not None:
             self.store = None
             logger.warning("the process was forked during a write to the passage cache: the child goes without it")
@@ -194,7 +194,7 @@ class PassageCache:
         return f"PassageCache({str(place)!r}, base_ratio={self.base_ratio}, keep={keep!r}, storage={self.storage!r})"
 
     def get_many(self, kind: Kind, keys: Sequence[str], decode: Callable[[Frame], T | None]) -> dict[str, T]:
-        """What is cached under the keys, in one batch; a key that is not cached is not in the result.
+        """Return what is cached under the keys, in one batch; missing keys are left out.
 
         Memory is asked first and learns what the store knew. Every fault is a miss, a log line and a counter.
 
@@ -212,19 +212,19 @@ class PassageCache:
         return found | stored
 
     def recall(self, keys: Sequence[str], decode: Callable[[Frame], T | None]) -> dict[str, T]:
-        """The states in memory, without counting: for keys that `get_many` did not find a moment ago."""
+        """Return states in memory without counting, for keys that `get_many` just missed."""
         return self._read(self._memory, LevelCounters(), keys, decode)[0]
 
     def keeps(self, kind: Kind) -> bool:
-        """Whether the store keeps what is of this kind."""
+        """Whether the store keeps values of this kind."""
         return self.store is not None and (kind == "states" or self.keeps_prefilled)
 
     def seal(self, frames: Mapping[str, Frame]) -> dict[str, bytes]:
-        """Frames as bytes, with this cache's secret."""
+        """Turn frames into bytes, with this cache's secret."""
         return {key: frame.to_bytes(self._secret) for key, frame in frames.items()}
 
     def put_in_memory(self, sealed: Mapping[str, bytes], encoded: int) -> None:
-        """Keep states that were just encoded in memory, which waits for nothing.
+        """Keep newly encoded states in memory; this never waits.
 
         Args:
             sealed: what `seal` made.
@@ -235,13 +235,13 @@ class PassageCache:
         self._memory.put_many(sealed)
 
     def put_in_store(self, kind: Kind, sealed: Mapping[str, bytes]) -> None:
-        """Keep in the store, asynchronously, what `seal` made; waits while too much is on its way there."""
+        """Store the result of `seal` asynchronously; waits while too many bytes are pending."""
         if sealed and self.keeps(kind):
             counters = self._counts.store if kind == "states" else self._counts.prefilled
             self._writer.submit(sum(map(len, sealed.values())), partial(self._write, sealed, counters))
 
     def delete(self, keys: list[str]) -> None:
-        """Drop entries that turned out to be unusable, and count them as corrupt."""
+        """Delete entries that turned out to be unusable, and count them as corrupt."""
         self._memory.delete(keys)
         store = self.store
         if store is None:
@@ -251,7 +251,7 @@ class PassageCache:
             self._counts.store.corrupt += dropped
 
     def report(self, kind: str, message: str) -> None:
-        """Log a fault: the first of its kind as a warning, further ones at the level `DEBUG`."""
+        """Log a fault: the first of its kind as a warning, later ones at `DEBUG`."""
         with self._lock:
             level = logging.DEBUG if kind in self._faults else logging.WARNING
             self._faults.add(kind)
@@ -264,7 +264,7 @@ class PassageCache:
         keys: Sequence[str],
         decode: Callable[[Frame], T | None],
     ) -> tuple[dict[str, T], dict[str, bytes]]:
-        """Read, verify and count at one level; returns values, and the bytes that they were made of."""
+        """Read, verify and count at one level; return the values and their bytes."""
         if not keys or store is None:
             return {}, {}
 
@@ -305,11 +305,11 @@ class PassageCache:
                 counters.bytes_written += sum(map(len, sealed.values())) * kept // len(sealed)
 
     def flush(self) -> None:
-        """Wait until everything that was encoded is in the store, or has failed to get there."""
+        """Wait until every pending write has succeeded or failed."""
         self._writer.flush()
 
     def _attempt(self, what: str, action: Callable[[], R]) -> R | None:
-        """Run something on a store. Whatever it raises is a log line and None: a store may be anybody's code."""
+        """Run something on a store, which may be anybody's code: log any exception and return None."""
         try:
             with forks.native():
                 return action()
@@ -318,7 +318,7 @@ class PassageCache:
             return None
 
     def stats(self) -> CacheStats:
-        """Counters and sizes of both levels."""
+        """Return counters and sizes of both levels."""
         store = self.store
         size = _EMPTY if store is None else self._attempt("read", store.stats) or _EMPTY
         memory = self._memory.stats()
@@ -332,7 +332,7 @@ class PassageCache:
             )
 
     def close(self) -> None:
-        """Write what is pending and release the store. A later call opens it again."""
+        """Finish pending writes and release the store. A later call opens it again."""
         self._writer.close()
         self._memory.close()
         if self.store is not None:

@@ -1,4 +1,4 @@
-"""The folder of a cache: what stands there, and whether this process may use it."""
+"""The folder of a cache: its content, and whether this process may use it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class Place:
-    """A folder for a cache, and what was said about it.
+    """A cache's folder, and the warnings already logged about it.
 
     Args:
         folder: an absolute path.
@@ -43,7 +43,7 @@ class Place:
         self._said: set[str] = set()
 
     def file(self) -> tuple[int, int] | None:
-        """What tells the database's file from another one in its place; None if there is none."""
+        """Return device and inode of the database's file; None if there is none."""
         try:
             status = os.stat(self.folder / DATABASE)
         except (FileNotFoundError, NotADirectoryError):
@@ -58,7 +58,7 @@ class Place:
         return self.folder.is_dir() and not os.access(self.folder, os.W_OK | os.X_OK)
 
     def check(self) -> None:
-        """Refuse a place that cannot be a cache, or is somebody else's.
+        """Refuse a folder that cannot be a cache, or belongs to another program.
 
         Raises:
             StoreError: the message says why, and what to do.
@@ -93,7 +93,7 @@ class Place:
             )
 
     def refuse_missing(self) -> None:
-        """Say why there is no database, unless the reason is only that nothing was kept yet.
+        """Explain why there is no database, unless nothing was stored yet.
 
         Raises:
             StoreError: the folder cannot be a cache, or is to be read and holds none.
@@ -104,7 +104,7 @@ class Place:
             raise StoreError(msg)
 
     def prepare(self) -> None:
-        """Make the folder, if need be, and see that what is in it is ours and can be locked."""
+        """Make the folder if necessary, and check that it is a cache and can be locked."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             self.folder.mkdir(mode=0o700)
@@ -125,14 +125,14 @@ class Place:
                 connection.execute("ROLLBACK")
 
     def _heal_manifest(self) -> None:
-        """Write a manifest again that a loss of power left without content, if the database beside it is ours."""
+        """Rewrite a manifest that a power loss left empty, if the database beside it is valid."""
         if self.file() is not None:
             with contextlib.closing(database.connect(self.folder)) as connection:
                 database.inspect(connection)
         write_manifest(self.folder)
 
     def has_limit(self) -> bool:
-        """Whether the folder has a limit already: it belongs to the folder, not to whoever opens it."""
+        """Whether the folder has a limit; the limit belongs to the folder, not to its users."""
         if self.file() is None:
             return False
         with contextlib.closing(database.connect(self.folder)) as connection:

@@ -1,4 +1,4 @@
-"""What can be known about a store before the work whose result it is to keep."""
+"""Checks a store before work whose result it must keep."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ENCODE_LESS = "use a coarser --base-ratio or --storage int8, or encode fewer pas
 
 
 def check_room(store: Store, needed: int, new: int, otherwise: str = ENCODE_LESS) -> None:
-    """Refuse what a store cannot hold.
+    """Refuse a corpus that a store cannot hold.
 
     Args:
         store: where the entries are to be kept.

@@ -1,4 +1,4 @@
-"""What a store of frames must do. The cache in front of it checks every byte, so a store only has to keep them."""
+"""The interface of a store of frames. The cache verifies every byte, so a store only has to keep them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class StoreStats:
 
 @dataclass(frozen=True, slots=True)
 class CheckReport:
-    """What a check of the folder found; with `fix`, all of it was mended or removed.
+    """The result of a check; with `fix`, everything found was repaired or removed.
 
     Attributes:
         entries: rows that were read.
@@ -64,28 +64,31 @@ class CheckReport:
 
 @runtime_checkable
 class Store(Protocol):
-    """Keeps bytes under keys of 64 hexadecimal digits. Any method may raise; nothing is lost by that but time."""
+    """Keeps bytes under keys of 64 hexadecimal digits.
+
+    Any method may raise: the caller treats it as a miss and recomputes.
+    """
 
     def get_many(self, keys: Sequence[str]) -> dict[str, bytes]:
-        """What is kept under the keys; a key that is not kept is not in the result."""
+        """Return the values of the keys; missing keys are left out."""
         ...
 
     def put_many(self, items: Mapping[str, bytes]) -> int:
-        """Keep values, replacing older ones; returns how many are kept."""
+        """Store values, replacing older ones; return how many are kept."""
         ...
 
     def delete(self, keys: Iterable[str]) -> int:
-        """Forget keys; returns how many were kept before."""
+        """Delete keys; return how many existed."""
         ...
 
     def keys(self) -> Iterator[str]:
-        """Every key, while others read and write; what changes meanwhile may be missed or seen."""
+        """Yield every key while others read and write; concurrent changes may or may not be seen."""
         ...
 
     def stats(self) -> StoreStats:
-        """Its size."""
+        """Return its size."""
         ...
 
     def close(self) -> None:
-        """Release what it holds open. A later call may open it again."""
+        """Release open resources. A later call may open them again."""
         ...

@@ -1,4 +1,4 @@
-"""diskcache without pickle, and without trust in what its database says.
+"""diskcache without pickle, and without trust in its database.
 
 `diskcache` 5.6.3 unpickles keys and values and opens or deletes whatever file name stands in a row (CVE-2025-69872), so
 whoever can write to the directory can run code in the reader. This `Disk` stores and reads raw bytes under hexadecimal
@@ -57,7 +57,7 @@ _PRAGMAS = {
 
 
 class StrictCache(diskcache.Cache):  # type: ignore[misc]
-    """A cache with one connection, which its owner guards, and with pragmas that are ours, whatever its database says.
+    """A cache with one connection, guarded by its owner, and with fixed pragmas whatever its database says.
 
     diskcache keeps a connection per thread, which nobody can close from another one or give up before a fork. It reads
     settings from the database for every connection and executes those that begin with `sqlite_`.
@@ -86,7 +86,7 @@ class StrictCache(diskcache.Cache):  # type: ignore[misc]
         return connection
 
     def reset(self, key: str, value: Any = ENOVAL, update: bool = True) -> Any:
-        """As diskcache, with pragmas from our own table; one that is unknown is not executed."""
+        """Like diskcache, with pragmas from a fixed table; unknown ones are not executed."""
         if key.startswith("sqlite_"):
             if key not in DEFAULT_SETTINGS:
                 return None
@@ -100,7 +100,7 @@ class StrictCache(diskcache.Cache):  # type: ignore[misc]
         super()._row_update(rowid, self._in_order(now), columns)
 
     def _in_order(self, now: float) -> float:
-        """A time after all others in the table: eviction follows the order of storing, whatever the clock does."""
+        """Return a time after all others in the table: eviction follows the order of storing, not the clock."""
         # A number that is too large, or no number, can only come from somebody else; both sort behind.
         (newest,) = self._sql("SELECT MAX(store_time) FROM Cache WHERE store_time < 1e300").fetchone()
         return now if newest is None or newest < now else math.nextafter(newest, math.inf)
@@ -179,7 +179,7 @@ class StrictDisk(diskcache.Disk):  # type: ignore[misc]
         return key
 
     def store(self, value: Any, read: bool, key: Any = UNKNOWN) -> tuple[int, int, str | None, Any]:
-        """Put bytes into the database, or into a file of their own when they are many; no half file is left behind."""
+        """Put bytes into the database, or many bytes into a file of their own; no partial file is left behind."""
         if read or not isinstance(value, bytes):
             msg = f"a value is bytes, got {type(value).__name__}"
             raise ValueError(msg)

@@ -1,4 +1,4 @@
-"""Verified encodings as safetensors shards: for a colleague, a container image, or a fleet."""
+"""Exports and imports verified encodings as safetensors shards."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class TransferReport:
 
     @property
     def verified(self) -> int:
-        """Entries of the shards that verified, and so ought to be held (import)."""
+        """Entries of the shards that verified, and so should be held (import)."""
         return self.passages + self.known + self.lost
 
 
@@ -58,7 +58,7 @@ class WrongModelError(ValueError):
 
 
 def verified_frames(store: Store, secret: bytes | None = None) -> Iterator[tuple[Frame | None, bytes]]:
-    """Every entry of a store with its frame, None where it does not verify."""
+    """Yield every entry of a store with its frame, None if it does not verify."""
 
     def batches() -> Iterator[list[str]]:
         batch: list[str] = []
@@ -198,7 +198,7 @@ def import_shards(
 
 
 def _held(store: Store, shard: str, secret: bytes | None) -> set[str]:
-    """The entries of a shard that a store holds."""
+    """Return the entries of a shard that a store holds."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -227,7 +227,7 @@ class _Counts:
     seen: set[bytes] = field(default_factory=set)
 
     def keep(self, store: Store, batch: dict[str, bytes], secret: bytes | None) -> None:
-        """Keep what the store does not hold, and see what it holds then."""
+        """Store what is missing, and check what the store holds then."""
         known = _verified(store, list(batch), secret)
         new = {key: data for key, data in batch.items() if key not in known}
         if new:
@@ -267,7 +267,7 @@ def _verified(store: Store, keys: list[str], secret: bytes | None) -> set[str]:
 
 
 def _bytes_of(file: Any, key: str) -> bytes | None:
-    """The bytes of a tensor, None if it is not a row of bytes."""
+    """Return the bytes of a tensor; None if it is not a row of bytes."""
     part = file.get_slice(key)
     if part.get_dtype() != "U8" or len(part.get_shape()) != 1:
         return None
@@ -275,7 +275,7 @@ def _bytes_of(file: Any, key: str) -> bytes | None:
 
 
 def _sealed(data: bytes | None, key: str, secret: bytes | None) -> bytes | None:
-    """A verified frame as the store should keep it, None if there is none."""
+    """Return a verified frame as the store should keep it; None if it does not verify."""
     if data is None:
         return None
     try:
@@ -298,7 +298,7 @@ def _check_model(shard: Path, frames: Iterable[tuple[str, bytes]], model: bytes)
 
 
 def shards_of(sources: Iterable[str | Path]) -> list[Path]:
-    """The shards of files and folders, all of which must exist.
+    """List the shards of files and folders, all of which must exist.
 
     Raises:
         FileNotFoundError: a source does not exist or holds no shards.

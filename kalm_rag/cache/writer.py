@@ -1,4 +1,4 @@
-"""Writes that the caller does not wait for, on one thread, and no more of them than memory should hold."""
+"""Writes asynchronously on one thread, with a bound on pending bytes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kalm_rag.utils import forks
 
 
 class WriteBehind:
-    """Runs writes in the order in which they were given.
+    """Runs writes in order.
 
     Writes that a parent process had not done at a fork are the parent's.
 
@@ -25,7 +25,7 @@ class WriteBehind:
         forks.watch(self)
 
     def after_fork_in_child(self) -> None:
-        """The thread did not survive, and what it had to do is done in the parent."""
+        """Start without the thread, which did not survive; the parent does its pending writes."""
         self._changed = threading.Condition(threading.Lock())  # of everything below
         self._thread: ThreadPoolExecutor | None = None
         self._pending: dict[Future[None], int] = {}
@@ -34,16 +34,16 @@ class WriteBehind:
 
     @property
     def bytes(self) -> int:
-        """Bytes that wait."""
+        """Pending bytes."""
         return self._bytes
 
     @property
     def blocked(self) -> int:
-        """How many callers wait until theirs fit."""
+        """Number of callers waiting for space."""
         return self._blocked
 
     def submit(self, size: int, action: Callable[[], None]) -> None:
-        """Run a write soon; waits while too many bytes do."""
+        """Queue a write; waits while too many bytes are pending."""
         with self._changed:
             self._blocked += 1
             try:
@@ -70,13 +70,13 @@ class WriteBehind:
             self._changed.notify_all()
 
     def flush(self) -> None:
-        """Wait until everything that was given by now is done."""
+        """Wait until all writes queued so far are done."""
         with self._changed:
             waiting = set(self._pending)
             self._changed.wait_for(lambda: waiting.isdisjoint(self._pending))
 
     def close(self) -> None:
-        """Wait for what was given, and end the thread; a later write starts another."""
+        """Finish queued writes and end the thread; a later write starts another."""
         self.flush()
         with self._changed:
             thread, self._thread = self._thread, None

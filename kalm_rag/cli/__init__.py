@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def _flags() -> dict[str, str]:
-    """The options of all commands by the names of their arguments, which are those of the library."""
+    """Return the options of all commands by the library's argument names."""
     found: dict[str, str] = {}
     groups: list[Any] = [typer.main.get_command(app)]
     while groups:

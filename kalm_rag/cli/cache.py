@@ -1,4 +1,4 @@
-"""`kalm-rag cache`: look after the encoded passages."""
+"""`kalm-rag cache`: maintain the encoded passages."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _disk(cache: str) -> DiskStore:
 
 
 def _digest(model: str | None, revision: str | None) -> bytes | None:
-    """The digest of a model that stands in every entry of it."""
+    """Return the digest that every entry of a model carries."""
     if model is None:
         return None
     from kalm_rag.model.checkpoint import find_checkpoint
@@ -60,7 +60,7 @@ def info(
     models: Annotated[bool, typer.Option("--models", help="Also read everything and count by model.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show where the cache is and how large."""
+    """Show where the cache is and how large it is."""
     from kalm_rag.cache.transfer import verified_frames
 
     store = _disk(cache)
@@ -121,7 +121,7 @@ def clear(
     revision: RevisionOption = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Forget encoded passages, all or those of one model."""
+    """Delete encoded passages: all of them, or those of one model."""
     from kalm_rag.cache.transfer import verified_frames
 
     store = _disk(cache)
@@ -143,7 +143,7 @@ def export(
     revision: RevisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write verified passages to safetensors shards, to be imported elsewhere."""
+    """Write verified passages to safetensors shards for import elsewhere."""
     from kalm_rag.cache.transfer import export_shards
     from kalm_rag.utils.paths import user_path
 

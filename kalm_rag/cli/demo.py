@@ -86,7 +86,7 @@ def demo(
 def _show_query(
     corpus: Corpus, before: dict[str, list[tuple[str, float]]], hits: dict[str, list[RankedPassage]]
 ) -> None:
-    """One question that reranking helped, and how many it helped and hurt."""
+    """Show one question that reranking helped, and how many it helped and hurt."""
     from rich.text import Text
 
     out = console()
@@ -108,7 +108,7 @@ def _show_query(
 
 
 def _places(corpus: Corpus, query: str, before: list[tuple[str, float]], hits: list[RankedPassage]) -> tuple[int, int]:
-    """Where the answer stood and stands; equal if the first stage did not find it."""
+    """Return the answer's old and new place; equal if the first stage did not find it."""
     old = [name for name, _ in before]
     found = [place for place, name in enumerate(old) if name in corpus.qrels[query]]
     if not found:

@@ -136,7 +136,7 @@ def encode(
 
 
 class _Run:
-    """One run of the command: what was encoded, and what the cache really holds."""
+    """Counts what one run encoded, and what the cache holds."""
 
     def __init__(self, reranker: KaLMReranker, total: int | None) -> None:
         self.seen = self.held = 0
@@ -150,7 +150,7 @@ class _Run:
         self._most = ""  # "at most ", where the cache gave up what cannot be counted
 
     def encode(self, window: list[str], progress: Progress) -> None:
-        """Encode some passages, and see that the cache holds them; if it does not, that is the run's failure."""
+        """Encode some passages and check that the cache holds them; otherwise the run has failed."""
         scorer, cache = self._reranker.scorer, self._reranker.cache
         report = scorer.encode(window, progress)
         cache.flush()
@@ -176,7 +176,7 @@ class _Run:
             self.failure = f"the cache did not keep {lost} passages; the log above says why"
 
     def count_again(self, texts: Iterator[str] | None) -> None:
-        """If the cache gave up anything during the run, see what it holds of the corpus; None cannot be read again."""
+        """If the cache evicted anything during the run, count again what it holds; None cannot be read again."""
         if self._reranker.cache.stats().store.size.evicted == self._evicted:
             return
         if texts is None:
@@ -206,7 +206,7 @@ class _Run:
         return f"{self._most}{self.held} of {self.seen if self._total is None else self._total} passages held"
 
     def facts(self) -> dict[str, Any]:
-        """Everything, for machines."""
+        """Return the result as JSON."""
         seconds = time.perf_counter() - self._start
         stats = self._reranker.cache.stats()
         return {
@@ -225,7 +225,7 @@ class _Run:
         }
 
     def show(self, max_length: int) -> None:
-        """The same for people, the last line telling what counts."""
+        """Print the result; the last line says how much is held."""
         facts = self.facts()
         rate = f" ({facts['new_per_second']} passages/s)" if self._new else ""
         show(f"{self._new} encoded{rate}, {self._known} served from the cache, in {facts['seconds']:.1f} s")
@@ -240,7 +240,7 @@ class _Run:
 
 
 def _windows(texts: Iterator[str]) -> Iterator[list[str]]:
-    """Groups that grow: the first ones show soon whether the cache keeps anything, later ones batch better."""
+    """Yield growing groups: small ones show soon whether the cache works, large ones batch better."""
     size = _FIRST_WINDOW
     while window := list(islice(texts, size)):
         yield window
@@ -249,7 +249,7 @@ def _windows(texts: Iterator[str]) -> Iterator[list[str]]:
 
 @dataclass(frozen=True, slots=True)
 class _Estimate:
-    """What encoding a corpus takes; sizes and times are of a sample.
+    """The cost of encoding a corpus, estimated from a sample.
 
     Attributes:
         passages: in the corpus.
@@ -329,7 +329,7 @@ def _show_estimate(found: _Estimate, as_json: bool) -> None:
 
 
 def size_text(count: float) -> str:
-    """Bytes for people, in powers of ten."""
+    """Format bytes in powers of ten."""
     for unit in ("B", "KB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -73,12 +73,12 @@ _JSON = {code: f"\\u{code:04x}" for code in _HIDDEN if code >= 0x7F}
 
 
 def visible(text: str) -> str:
-    """Text that came from a user or a file, for a terminal: what would steer it or reorder the line is written out."""
+    """Make untrusted text safe for a terminal: control and bidirectional characters are written out."""
     return text.translate(_HIDDEN)
 
 
 def with_flags(message: str, flags: Mapping[str, str]) -> str:
-    """A message of the library, whose arguments are named as the command line names them.
+    """Rewrite a library message so that it names command-line options instead of arguments.
 
     Args:
         message: it names an argument at its beginning (`top_k must be`), or with a value (`dtype='bfloat16'`).
@@ -93,26 +93,26 @@ def with_flags(message: str, flags: Mapping[str, str]) -> str:
 
 
 def visible_line(text: str) -> str:
-    """As `visible`, for text that must stay on its line or in its cell: line breaks and tabs are written out too."""
+    """Like `visible`, but line breaks and tabs are written out too."""
     return visible(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def show(text: str, *, wrap: bool = True) -> None:
-    """Print a sentence that may hold text from outside: nothing in it is markup, and nothing steers the terminal."""
+    """Print a sentence that may contain untrusted text, without interpreting markup or control characters."""
     from rich.text import Text
 
     console().print(Text(visible(text)), soft_wrap=not wrap)
 
 
 class _VisibleFormatter(logging.Formatter):
-    """Log lines whose control characters are written out."""
+    """Writes out control characters in log lines."""
 
     def format(self, record: logging.LogRecord) -> str:
         return visible(super().format(record))
 
 
 def make_log_visible() -> None:
-    """Write out control characters of log lines that go to standard error because nobody set up logging."""
+    """Write out control characters in log lines that Python's default handler prints."""
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(_VisibleFormatter())
 
@@ -128,28 +128,28 @@ def limit_bytes(limit_gb: float | None) -> int | None:
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on standard output, valid whatever the stream can hold, and harmless to a terminal."""
+    """Print one JSON document in ASCII, which every stream and terminal can take."""
     # A stream of another encoding would hold JSON that no reader takes, or could not hold it at all.
     is_utf8 = (sys.stdout.encoding or "").lower().replace("_", "-") in ("utf-8", "utf8")
     typer.echo(json.dumps(value, ensure_ascii=not is_utf8, indent=2).translate(_JSON))
 
 
 def replace_what_a_stream_cannot_hold() -> None:
-    """Let standard output and error replace characters that their encoding lacks, instead of ending the program."""
+    """Make standard output and error replace characters that their encoding lacks."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
 
 
 def console() -> Console:
-    """Where tables go: standard output, as wide as the terminal, 80 columns where there is none."""
+    """Return a console on standard output, as wide as the terminal, or 80 columns."""
     from rich.console import Console
 
     return Console(highlight=False, soft_wrap=False)
 
 
 def note_mini(model: str) -> None:
-    """Say so where the demonstration checkpoint runs."""
+    """Tell the user when the demonstration checkpoint runs."""
     from kalm_rag.model.checkpoint import MINI, MINI_NOTE
 
     if model == MINI:
@@ -157,7 +157,7 @@ def note_mini(model: str) -> None:
 
 
 def passage_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A table whose last column is a passage, cut to what is left of the line; the others keep their width.
+    """Make a table whose last column is a passage, cut to the rest of the line.
 
     Args:
         columns: headings; numbers stand right, so a heading that starts with "<" marks a column that stands left.

@@ -1,4 +1,4 @@
-"""What the first stage found for each query, checked against the collection."""
+"""Reads the first stage's candidates and checks them against the collection."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kalm_rag.utils.progress import Progress
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """The first stage's order, and what was odd about the input.
+    """The first stage's candidates in order, and warnings about the input.
 
     Attributes:
         name: what the first stage is called in tables.

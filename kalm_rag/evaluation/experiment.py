@@ -1,4 +1,4 @@
-"""Runs rerankers over a first stage's candidates: each passage encoded once, every query kept when it is done."""
+"""Reranks a first stage's candidates: encodes each passage once, and saves every query when it is done."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class System:
 
 @dataclass(slots=True)
 class SystemResult:
-    """What one system did.
+    """The result of one system.
 
     Attributes:
         system: the system.
@@ -84,7 +84,7 @@ class SystemResult:
 
 @dataclass(slots=True)
 class Encoding:
-    """What encoding the candidates took for one model in one precision.
+    """The cost of encoding the candidates with one model in one precision.
 
     Attributes:
         model: as in `System`.
@@ -200,7 +200,7 @@ def evaluate(
 
 @contextlib.contextmanager
 def _claimed(out: Path, digest: str) -> Iterator[None]:
-    """Hold a folder that belongs to these candidates, or to nobody yet, against other processes."""
+    """Lock a folder that belongs to these candidates, or to none yet."""
     from filelock import FileLock, Timeout
 
     claim(out)
@@ -264,13 +264,13 @@ def _reranker(experiment: Experiment, model: str, dtype: str | None, cache: Pass
 
 
 def _mark(model: str, *, local_files_only: bool) -> str:
-    """What tells a model's content from any other's."""
+    """Return a digest of a model's content."""
     identity = identify(find_checkpoint(model, local_files_only=local_files_only))
     return identity.short + identity.decoder[:12]
 
 
 def _journal(experiment: Experiment, system: System, mark: str) -> Journal:
-    """Where the system's finished queries are kept, checked against what it is about to do."""
+    """Open the journal of a system's finished queries and check that it fits."""
     path = None if experiment.out is None else experiment.out / "systems" / f"{system.slug}.jsonl"
     journal = Journal(
         path,

@@ -1,4 +1,4 @@
-"""Finished queries of one system, kept one a line, so that an interrupted evaluation resumes where it was."""
+"""Keeps finished queries of one system, one per line, so that an interrupted evaluation can resume."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Record:
 
 
 class Journal:
-    """A file of records behind a line that says what they belong to.
+    """A file of records after a header line that identifies them.
 
     Args:
         path: the file; None keeps records only in memory.
@@ -52,7 +52,7 @@ class Journal:
         return self
 
     def check(self) -> None:
-        """Read what the file holds.
+        """Read the file.
 
         Raises:
             ValueError: it holds records of something else, or is damaged.
@@ -88,7 +88,7 @@ class Journal:
         return query in self._records
 
     def add(self, record: Record) -> None:
-        """Keep a record, on disk at once."""
+        """Write a record to disk immediately."""
         self._records[record.query] = record
         if self._file is not None:
             self._file.write(_line(record))

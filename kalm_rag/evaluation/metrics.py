@@ -97,7 +97,7 @@ def means(per_query: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 
 def best_order(rankings: Mapping[str, Ranking], qrels: Qrels) -> dict[str, list[tuple[str, float]]]:
-    """The order no reranker can beat: the same candidates by their judgements."""
+    """Return the ideal order: the same candidates sorted by their judgements."""
     return {
         query: sorted(ranking, key=lambda item: -qrels[query].get(item[0], 0)) for query, ranking in rankings.items()
     }

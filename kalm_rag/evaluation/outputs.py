@@ -1,4 +1,4 @@
-"""The folder of an evaluation: a manifest says which files are its own, and nothing else is written over or deleted."""
+"""Manages an evaluation's folder: only files listed in its manifest are overwritten or deleted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _OLDER_MARK = "candidates.sha256"
 
 
 def claim(out: Path, inputs: Iterable[str | Path | None] = ()) -> None:
-    """Make a folder an evaluation's, unless it is somebody else's.
+    """Claim a folder for an evaluation; folders with other files are refused.
 
     Args:
         out: the folder; made if need be.
@@ -83,7 +83,7 @@ def replace_files(out: Path, kind: str, files: Mapping[str, bytes]) -> list[Path
 
 
 def _is_inside(out: Path, name: str) -> bool:
-    """Whether a name is of a file in the folder: a list may have been edited, and a folder in it may be a link."""
+    """Whether a name stays inside the folder: the list may have been edited, and a folder may be a link."""
     path = out / name
     return not Path(name).is_absolute() and out.resolve() in path.resolve().parents and not path.is_dir()
 

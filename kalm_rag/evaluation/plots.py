@@ -51,7 +51,7 @@ def draw_all(summary: Summary, theme: Theme) -> dict[str, bytes]:
 
 
 def _series(summary: Summary) -> dict[str, list[SystemResult]]:
-    """Results that differ only in the ratio, by what they share."""
+    """Group results that differ only in the ratio."""
     found: dict[str, list[SystemResult]] = {}
     for result in summary.results:
         found.setdefault(summary.label(result), []).append(result)
@@ -59,7 +59,7 @@ def _series(summary: Summary) -> dict[str, list[SystemResult]]:
 
 
 def _plain(text: str, most: int = 80) -> str:
-    """Text from outside as a label: a dollar sign would start mathematics, an underscore hide it from the legend."""
+    """Escape a label: a dollar sign would start mathematics, an underscore would hide it from the legend."""
     text = " ".join(text.split()).replace("$", r"\$")
     text = text if len(text) <= most else text[: most - 1] + "…"
     return f" {text}" if text.startswith("_") else text
@@ -167,7 +167,7 @@ def _latency(encodings: Sequence[Encoding], theme: Theme) -> bytes:
 
 
 def _moved(summary: Summary, result: SystemResult, query: str, theme: Theme) -> bytes:
-    """Where each candidate of one query stood before and after; relevant ones in colour."""
+    """Plot each candidate's place before and after reranking, relevant ones in colour."""
     before = {name: place for place, (name, _) in enumerate(summary.rankings[query], start=1)}
     after = {name: place for place, (name, _) in enumerate(result.rankings[query], start=1)}
     judged = summary.qrels[query]

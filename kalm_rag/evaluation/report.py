@@ -1,4 +1,4 @@
-"""Writes what an evaluation found: JSON, TREC runs, PNG plots and one self-contained HTML page."""
+"""Writes an evaluation's results: JSON, TREC runs, PNG plots and one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CAPTIONS = {
 
 
 def check_extras() -> None:
-    """See that a report can be made before the work for it is done.
+    """Check that the packages for a report are installed, before any work.
 
     Raises:
         MissingExtraError: matplotlib, Jinja2 or SciPy is not installed.

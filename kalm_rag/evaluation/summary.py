@@ -1,4 +1,4 @@
-"""The outcome of an evaluation as plain numbers: what the table, the JSON file, the plots and the report show."""
+"""The results of an evaluation as plain numbers, for the table, the JSON file, the plots and the report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kalm_rag.evaluation.metrics import best_order, means
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Results beside what they are compared with.
+    """Results together with their baselines.
 
     Attributes:
         metrics: names of the metrics, the main one first.
@@ -46,7 +46,7 @@ class Summary:
     conditions: Mapping[str, Any]
 
     def labels(self) -> dict[tuple[str, str | None, str | None], str]:
-        """A name for each model, precision and instruction, told apart no further than needed."""
+        """Return a short distinct name for each model, precision and instruction."""
         systems = [result.system for result in self.results]
         dtypes = {system.dtype for system in systems}
         instructions = {system.instruction for system in systems}
@@ -107,7 +107,7 @@ class Summary:
         return chosen | ({"moved-down": least} if gains[least] < 0 else {})
 
     def as_json(self) -> dict[str, Any]:
-        """Everything but texts, for machines."""
+        """Return everything except texts, for JSON."""
         return {
             "kalm_rag": metadata.version("kalm-rag"),
             "queries": len(self.rankings),

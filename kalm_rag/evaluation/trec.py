@@ -58,7 +58,7 @@ def _number(text: str) -> float | None:
 
 
 def quoted(identifier: str) -> str:
-    """An id as run files name it: a space inside it becomes `%20`, because tools split lines at spaces."""
+    """Quote an id for a run file: spaces become `%20`, because tools split lines at spaces."""
     return identifier.replace("%", "%25").replace(" ", "%20") if " " in identifier else identifier
 
 

@@ -1,4 +1,4 @@
-"""Finds the files of a checkpoint and says what they are, without loading them."""
+"""Finds and identifies the files of a checkpoint without loading them."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Checkpoint:
 
 
 def _file_mark(path: Path) -> str:
-    """What tells this version of a file from any other on this machine; a link counts as the file it leads to.
+    """Return what identifies this version of a file on this machine; links are followed.
 
     Raises:
         OSError: there is no such file.
@@ -101,7 +101,7 @@ def _file_mark(path: Path) -> str:
 
 
 class MappedFiles:
-    """Files that the weights of a loaded model are mapped from: overwritten in place, they change the model.
+    """The files that a model's weights are mapped from; overwriting them in place changes the model.
 
     A file that is replaced by another one, as a download or a rename does, is not the one that is mapped.
     """
@@ -118,7 +118,7 @@ class MappedFiles:
         return (stat.st_dev, stat.st_ino), (stat.st_size, stat.st_mtime_ns)
 
     def check(self) -> None:
-        """Refuse what was computed from files that have changed; to be called after computing.
+        """Raise if the files have changed; call this after computing with them.
 
         Raises:
             CheckpointError: a file was overwritten since the model was loaded.
@@ -146,7 +146,7 @@ def _marks(folder: Path, shards: tuple[Path, ...]) -> tuple[str, ...]:
 
 
 def check_tensor(shard: Path, key: str, dtype: str) -> None:
-    """Refuse a weight that is not kept in floating-point numbers: transformers would read it as they are.
+    """Refuse a weight that is not stored in floating point: transformers would read its raw integers.
 
     Args:
         shard: the file.
@@ -219,7 +219,7 @@ def find_checkpoint(
 
 
 def _local(model: str | Path) -> Path | None:
-    """The path that `model` may be; None if it is not a path, or one that no file system can hold."""
+    """Return `model` as a path; None if it cannot be one."""
     try:
         path = user_path(model, "model")
         path.exists()
@@ -229,7 +229,7 @@ def _local(model: str | Path) -> Path | None:
 
 
 def clean_token(token: object) -> str | bool | None:
-    """The hub token without the blanks around it that files and variables leave; None if nothing else is in it.
+    """Strip the hub token of surrounding blanks; None if it is empty.
 
     Raises:
         TypeError: it is not a string, a truth value or None. No message shows the token.
@@ -311,7 +311,7 @@ def read_checkpoint(folder: Path, name: str) -> Checkpoint:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    """The object in a file of the checkpoint.
+    """Read a JSON object from a file of the checkpoint.
 
     Raises:
         CheckpointError: it is not readable, not JSON, not an object, or too large or nested too deeply to be one.

@@ -1,4 +1,4 @@
-"""The same arithmetic in fewer and faster steps, on a CPU.
+"""Runs the same arithmetic in fewer and faster steps on a CPU.
 
 torch multiplies float32 matrices through MKL, which leaves AVX-512 unused on AMD processors. oneDNN, which torch
 includes for bfloat16, uses it, and takes an activation or a gate into the same pass; its operators are the ones that
@@ -59,7 +59,7 @@ def has_exact_int8() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What was measured on this machine, and what is used.
+    """One measurement on this machine, and the resulting choice.
 
     Attributes:
         what: the products.
@@ -85,7 +85,7 @@ _choosing = threading.RLock()
 
 
 def choices() -> list[Choice]:
-    """What this process has measured so far, in that order."""
+    """Return this process's measurements so far, in order."""
     with _choosing:
         return list(_choices.values())
 
@@ -117,14 +117,14 @@ def _is_settled(times: list[float]) -> bool:
 
 
 def _layer(weight: torch.Tensor) -> nn.Linear:
-    """A layer of this weight, made without random numbers."""
+    """Make a layer of this weight without drawing random numbers."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     return linear
 
 
 def _random(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """Random input, the same each time, whose making leaves the random numbers of others as they are."""
+    """Return the same random input each time, without touching the global generator."""
     generator = torch.Generator(device="cpu").manual_seed(0)
     return torch.randn(rows, width, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
 
@@ -157,7 +157,7 @@ def _is_fast(dtype: str) -> bool:
 
 
 def _clear_times(actions: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """The shortest times of the first action and of another one that ought to be faster.
+    """Return the shortest times of two actions, measured again while the answer is doubtful.
 
     A CPU without its instructions is many times slower. A little slower is what a busy machine makes of a fast one, so
     that is measured again.
@@ -187,7 +187,7 @@ def _product(dtype: torch.dtype) -> Callable[[], object]:
 
 
 def int8_weights() -> PackedWeights:
-    """8 bits where they move scores no further than bfloat16 does (`benchmarks/precision.py` on `mini`).
+    """Choose 8 bits where they move scores no further than bfloat16 does (`benchmarks/precision.py` on `mini`).
 
     In queries, keys and values they would by themselves: attention turns their rounding into other weights.
     """
@@ -295,7 +295,7 @@ def optimize_for_cpu(model: Any, *, int8: bool = False) -> torch.dtype:
 
 
 def _widen_embeddings(*parts: Any) -> None:
-    """Look tokens up, and scale them, in bfloat16, as everywhere else; what follows is float32."""
+    """Look up and scale tokens in bfloat16, as other devices do; what follows is float32."""
     for part in parts:
         for module in part.modules():
             if isinstance(module, nn.Embedding):
@@ -361,7 +361,7 @@ class _Replacer:
         return stay
 
     def _counterpart(self, name: str, module: Any, matrices: PackedWeights) -> tuple[Callable[[], Any] | None, int]:
-        """How to make what may replace a module, and the width of its input."""
+        """Return how to make a module's replacement, and the width of its input."""
         if isinstance(module, nn.Linear) and self._wide:
             return lambda: FastLinear(module, WidenedWeight), module.in_features
         if self._onednn and isinstance(module, nn.Linear) and module.bias is None:
@@ -374,7 +374,7 @@ class _Replacer:
         return None, 0
 
     def _key(self, module: Any, part: str) -> tuple[Any, ...] | None:
-        """What decides which product is faster, or None where nothing is chosen."""
+        """Return what determines which product is faster, or None if there is no choice."""
         if self._wide or not (isinstance(module, nn.Linear) or _is_mlp(module)):
             return None
         first = module if isinstance(module, nn.Linear) else module.gate_proj
@@ -410,7 +410,7 @@ def _is_faster(key: tuple[Any, ...], module: Any, fast: Any, width: int) -> bool
 
 
 def _checked(make: Callable[[], Any], module: Any, width: int, *, wide: bool) -> nn.Module | None:
-    """The replacement of a module, if it gives the same numbers on random input."""
+    """Return a module's replacement if it gives the same numbers on random input."""
     original = copy.deepcopy(module).float() if wide else module
     data = _random(3, width, next(original.parameters()).dtype)
     try:

@@ -38,7 +38,7 @@ class PackedWeight:
         return found
 
     def input(self, data: torch.Tensor) -> Any:
-        """What products of this input with one or more matrices take."""
+        """Prepare an input for products with one or more matrices."""
         return data
 
     def product(self, data: Any) -> torch.Tensor:
@@ -177,7 +177,7 @@ class RowInt8Weight(Int8Weight):
 
 @dataclass(frozen=True, slots=True)
 class PackedWeights:
-    """Which kind of matrix takes which place in a layer.
+    """The kind of matrix for each place in a layer.
 
     Attributes:
         projection: to queries, keys and values.

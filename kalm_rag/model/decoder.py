@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """What is scored together: a prompt and an encoded passage."""
+    """A prompt and an encoded passage to score."""
 
     prompt: Prompt
     passage: PassageStates

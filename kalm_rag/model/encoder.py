@@ -29,7 +29,7 @@ class Encoder:
         )
 
     def encode(self, passages: Sequence[PassageTokens], ratio: int) -> list[PassageStates]:
-        """Encode one batch, which needs the model's turn; returns its states at `ratio`, in host memory."""
+        """Encode one batch and return its states at `ratio` in host memory; the caller holds the model's turn."""
         return run_halving(lambda rows: self._forward(rows, ratio), passages)
 
     def _forward(self, passages: Sequence[PassageTokens], ratio: int) -> list[PassageStates]:

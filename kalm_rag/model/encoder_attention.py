@@ -37,7 +37,7 @@ def encoder_attention(
     sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The stock attention's result in another order of work.
+    """Compute the stock attention's result block by block.
 
     Args:
         module: the attention layer.
@@ -79,7 +79,7 @@ def encoder_attention(
 
 
 def _columns(rows: slice, tokens: int, mask: torch.Tensor | None, window: int | None) -> slice:
-    """The tokens that some row of a block sees; the mask has the last word on it."""
+    """Return the range of tokens that any row of a block may see; the mask decides within it."""
     if mask is None or window is None:
         return slice(0, tokens)
     reach = window // 2 + 1

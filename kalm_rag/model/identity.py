@@ -1,4 +1,4 @@
-"""What makes two encodings of one text interchangeable: a digest of content, never of names, paths or dates."""
+"""Identifies a model by a digest of its content, never of names, paths or dates."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ class ModelIdentity:
 
     @property
     def short(self) -> str:
-        """Twelve digits that stand for what shapes states, for people."""
+        """The first twelve digits of `digest`, for people."""
         return self.digest.hex()[:12]
 
     @property
     def digest(self) -> bytes:
-        """32 bytes that stand in every cache entry of this model, so that entries can be told apart without texts."""
+        """32 bytes that every cache entry of this model carries."""
         return tagged_digest(self.encoder, self.tokenizer, self.template).digest()
 
 

@@ -1,4 +1,4 @@
-"""From the files of a checkpoint to a model in memory: text part only.
+"""Loads the text part of a checkpoint into memory.
 
 transformers' `from_pretrained` replaces functions and defaults of the whole process while it runs, and puts back what
 it found: two loads at once can leave the process with the replacements. So the module is built here, without weights,
@@ -50,7 +50,7 @@ class LoadedModel:
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
-        """Without gradients, in the model's own precision and on its device, whatever the caller's defaults are."""
+        """Compute without gradients, in the model's precision and on its device, whatever the caller's defaults are."""
         import torch
 
         with contextlib.ExitStack() as stack:
@@ -61,7 +61,7 @@ class LoadedModel:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """What activations are in.
+        """The dtype of activations.
 
         Where it is wider than `dtype`, states are computed in float32 from the same bfloat16 weights and then rounded.
         They differ from states that were computed in bfloat16 by less than those differ from one batch size or CPU to
@@ -71,7 +71,7 @@ class LoadedModel:
 
     @property
     def attention_dtype(self) -> torch.dtype:
-        """What a query's attention multiplies prefilled keys and values in."""
+        """The dtype in which a query's attention multiplies prefilled keys and values."""
         import torch
 
         if self.device.type != "cpu" or self.prefill_dtype != torch.bfloat16:
@@ -82,14 +82,14 @@ class LoadedModel:
 
     @property
     def prefill_dtype(self) -> torch.dtype:
-        """What prefilled keys and values are kept in: with int8, in bfloat16, as nothing there is exact."""
+        """The dtype in which prefilled keys and values are kept; bfloat16 with int8 weights."""
         import torch
 
         return torch.bfloat16 if self.int8 else self.dtype
 
 
 def _own_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """A default device for what transformers makes without naming one, where the caller has set another default.
+    """Set the default device for what transformers creates without naming one.
 
     Without need it is not set: it makes every call of torch a little slower.
     """
@@ -101,7 +101,7 @@ def _own_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for, or CUDA if there is one, else the CPU.
+    """Return the requested device, or CUDA if available, else the CPU.
 
     Raises:
         ValueError: no such device, or it is not on this machine; the message lists what is.
@@ -125,7 +125,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The dtype asked for, or bfloat16 on CUDA and float32 elsewhere (the defaults of the model cards).
+    """Return the requested dtype, or bfloat16 on CUDA and float32 elsewhere (the defaults of the model cards).
 
     Raises:
         ValueError: not one of `DTYPES`.
@@ -206,7 +206,7 @@ def _load(
 
 
 def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    """The text part of the model, its weights without content, in evaluation mode."""
+    """Build the text part of the model without weights, in evaluation mode."""
     import torch
     import transformers
 
@@ -228,7 +228,7 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
 
 
 def _fill(model: Any, tensors: dict[str, Any], device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Put weights and computed constants in their places; returns which weights are missing or do not fit."""
+    """Set weights and computed constants; return the weights that are missing or do not fit."""
     import torch
 
     expected = {name: weight.shape for name, weight in model.named_parameters(remove_duplicate=False)}
@@ -258,7 +258,7 @@ def _fill(model: Any, tensors: dict[str, Any], device: torch.device, dtype: torc
 
 
 def _name(key: str, expected: Collection[str]) -> str | None:
-    """The name of a tensor in the model: releases differ in whether the encoder's text part has a level of its own."""
+    """Return a tensor's name in the model; releases differ in the encoder's nesting."""
     whole = key if key.startswith(("model.", "lm_head.")) else f"model.{key}"
     names = (whole, whole.replace("model.encoder.", "model.encoder.text_model.", 1))
     return next((name for name in names if name in expected), None)
@@ -286,7 +286,7 @@ def _equal(left: Any, right: Any) -> bool:
 
 
 def _fill_constants(model: Any, device: torch.device, dtype: torch.dtype) -> None:
-    """What no file holds: scales of the embeddings, frequencies of the rotary positions."""
+    """Fill in what no file holds: embedding scales and rotary frequencies."""
     import torch
 
     for module in model.modules():
@@ -323,7 +323,7 @@ def _warn_of_float16() -> None:
 
 
 def _instead_of_int8() -> str:
-    """What helps on a machine that cannot run int8 matrices."""
+    """Return advice for a machine that cannot run int8 matrices."""
     from kalm_rag.model.cpu_kernels import has_fast_bfloat16
 
     if has_fast_bfloat16():
@@ -335,7 +335,7 @@ def _instead_of_int8() -> str:
 
 
 def _text_tensors(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Every tensor of the text part, still mapped from the file: nothing else is paged in."""
+    """Return every tensor of the text part, memory-mapped: nothing is read yet."""
     from safetensors import SafetensorError, safe_open
 
     tensors: dict[str, Any] = {}

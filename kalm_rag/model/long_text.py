@@ -1,4 +1,4 @@
-"""The first tokens of a long text without reading all of it: exactly those that the whole text begins with.
+"""Tokenises the start of a long text without reading all of it, with exactly the tokens of the whole text.
 
 What a tokenizer makes of the beginning of a text can depend on what follows, so a beginning is not simply cut off. It
 is read where the structure of the tokenizer proves that the tokens are the same; else the whole text is read.
@@ -44,7 +44,7 @@ class LongTextReader:
         self._fast = fast
 
     def first(self, text: str, limit: int) -> list[int] | None:
-        """More than `limit` token ids that the text begins with, or None if only the whole text can tell.
+        """Return more than `limit` token ids that the text starts with, or None if only the whole text can tell.
 
         The work is bounded by `limit` for byte-pair tokenizers as Gemma's. For one of words, as that of `mini`, it is
         bounded where the text has spaces, punctuation or ideographs.
@@ -61,7 +61,7 @@ class LongTextReader:
         return None
 
     def _read(self, text: str, size: int, limit: int) -> list[int] | None:
-        """The tokens that are certain from the first `size` characters; None if none ever are."""
+        """Return the tokens that the first `size` characters determine; None if none ever are."""
         if self._kind == "merges":
             return self._read_merges(text, size, limit)
         return self._read_words(text, size) if self._kind == "words" else None
@@ -123,7 +123,7 @@ class LongTextReader:
 
 
 def encode(fast: Any, texts: Sequence[str], *, offsets: bool = False) -> Any:
-    """What a fast tokenizer makes of whole texts, without special tokens around them; its owner holds the lock."""
+    """Tokenise whole texts without special tokens around them; the caller holds the lock."""
     return fast(
         list(texts),
         add_special_tokens=False,
@@ -137,7 +137,7 @@ def encode(fast: Any, texts: Sequence[str], *, offsets: bool = False) -> Any:
 
 
 def _state(part: Any) -> dict[str, Any]:
-    """What a normalizer or pre-tokenizer is, as tokenizer.json says it; empty if there is none."""
+    """Return a normalizer's or pre-tokenizer's description from tokenizer.json; empty if there is none."""
     return {} if part is None else dict(json.loads(part.__getstate__()))
 
 

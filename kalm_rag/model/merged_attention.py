@@ -57,7 +57,7 @@ class KeyValues:
     used: set[int] = field(default_factory=set)
 
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Put a layer's new keys and values, each `(batch, kv_heads, query_length, head_dim)`, in their place."""
+        """Write a layer's new keys and values, each `(batch, kv_heads, query_length, head_dim)`."""
         self.keys[layer, ..., -self.query_length :, :] = key
         self.values[layer, ..., -self.query_length :, :] = value
         self.written.add(layer)
@@ -80,7 +80,7 @@ class KeyValues:
                 raise PrefillUnsupportedError(msg)
 
     def attend(self, layer: int, query: torch.Tensor, scaling: float | None) -> torch.Tensor:
-        """One layer's attention over what has been written.
+        """Compute one layer's attention over what has been written.
 
         Args:
             layer: which.
@@ -151,7 +151,7 @@ def merged_attention(
     key_values: KeyValues | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The stock attention, or, for a query on prefilled passages, the one over `key_values`."""
+    """Compute the stock attention, or for a query on prefilled passages the one over `key_values`."""
     if key_values is None:
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -197,12 +197,12 @@ def last_token_only(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def cache_argument(decoder: Any) -> str:
-    """What this version of transformers calls the cache in a decoder's forward: 5.24 renamed it."""
+    """Return the name of the cache argument of a decoder's forward: transformers 5.24 renamed it."""
     return "cache" if "cache" in inspect.signature(type(decoder).forward).parameters else "past_key_values"
 
 
 def install(decoder: Any) -> None:
-    """Let a decoder use `merged_attention`; its other forwards stay what they were."""
+    """Make a decoder use `merged_attention`; its other forwards are unchanged."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 

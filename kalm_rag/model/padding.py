@@ -27,7 +27,7 @@ def right_pad_states(rows: Sequence[torch.Tensor], loaded: LoadedModel) -> tuple
 
 
 def _mask(rows: Sequence[Sequence[int] | torch.Tensor], longest: int) -> torch.Tensor:
-    """Which places hold something, int64 of shape `(batch, longest)`, in host memory."""
+    """Return the padding mask, int64 of shape `(batch, longest)`, in host memory."""
     import torch
 
     lengths = host_integers([len(row) for row in rows])

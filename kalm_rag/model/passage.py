@@ -32,16 +32,16 @@ class PassageKV:
 
     @property
     def positions(self) -> int:
-        """Positions that a query attends to besides its own."""
+        """Number of positions that a query attends to besides its own."""
         return int(self.key_values.shape[3])
 
     @property
     def nbytes(self) -> int:
-        """Bytes it takes."""
+        """Size in bytes."""
         parts = [self.key_values] if self.scales is None else [self.key_values, self.scales]
         return sum(int(part.numel() * part.element_size()) for part in parts)
 
     def quantized(self) -> PassageKV:
-        """The same in 8 bits: the largest number of each vector becomes 127."""
+        """Return the same in 8 bits: the largest number of each vector becomes 127."""
         small, scales = quantize(self.key_values)
         return replace(self, key_values=small, scales=scales)

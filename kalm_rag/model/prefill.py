@@ -45,7 +45,7 @@ class PromptPrefix:
 
 
 def find_prompt_prefix(prompts: Prompts, instruction: str) -> PromptPrefix:
-    """The longest prefix that the prompts of very different queries share.
+    """Return the longest prefix that the prompts of very different queries share.
 
     Where a tokenizer joins characters across the border between template and query, the border moves; it is found
     here once per instruction, and verified for each query (`PromptPrefix.starts`).
@@ -62,7 +62,7 @@ def find_prompt_prefix(prompts: Prompts, instruction: str) -> PromptPrefix:
 
 @dataclass(frozen=True, slots=True)
 class PrefilledPair:
-    """What is scored together: a prompt that starts with the prefix, and a prefilled passage."""
+    """A prompt that starts with the prefix, and a prefilled passage to score."""
 
     prompt: Prompt
     passage: PassageKV
@@ -99,7 +99,7 @@ class PrefilledDecoder:
 
     @property
     def name(self) -> str:
-        """What tells keys and values apart that were computed or are kept in another precision: part of their key."""
+        """The precision of keys and values, as part of their cache key."""
         kept = "int8" if self._int8 else str(self._loaded.prefill_dtype).removeprefix("torch.")
         if not self._loaded.int8:
             return kept
@@ -118,7 +118,7 @@ class PrefilledDecoder:
         return self._plan([len(prefix) + len(passage.states) for passage in passages])
 
     def prefill(self, prefix: PromptPrefix, passages: Sequence[PassageStates]) -> list[PassageKV]:
-        """Run the prompt's prefix on the passages of one batch, which needs the model's turn.
+        """Run the prompt's prefix on one batch of passages; the caller holds the model's turn.
 
         Args:
             prefix: tokens of the prompt's prefix.
@@ -230,7 +230,7 @@ class PrefilledDecoder:
             return margins
 
     def _no_passage(self, batch: int) -> Any:
-        """A cache that says every layer has its passage already, and holds none: `KeyValues` has it."""
+        """Return an empty cache that claims to hold every layer's passage: `KeyValues` has it."""
         import torch
         from transformers import DynamicCache, EncoderDecoderCache
 

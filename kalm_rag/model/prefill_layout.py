@@ -15,7 +15,7 @@ from kalm_rag.model.passage import PassageKV
 
 
 class PrefillLayout:
-    """Lays batches out in memory that is kept from one to the next; used by one thread at a time.
+    """Lays out batches in reused memory; for one thread at a time.
 
     Args:
         loaded: the model.
@@ -37,7 +37,7 @@ class PrefillLayout:
         *,
         verify: bool,
     ) -> KeyValues:
-        """What the decoder's attention reads in one pass.
+        """Lay out what the decoder's attention reads in one pass.
 
         Args:
             prefix_length: tokens of the prompt's prefix.
@@ -69,7 +69,7 @@ class PrefillLayout:
         return self._loaded.device.type == "cpu" and self._attention_dtype.itemsize < 4
 
     def _scratch(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Room for a batch, kept from one to the next: touching fresh memory costs more than filling it."""
+        """Return reused memory for a batch: touching fresh memory costs more than filling it."""
         numbers = math.prod(shape)
         if dtype not in self._rooms or self._rooms[dtype].numel() < numbers:
             self._rooms.pop(dtype, None)

@@ -1,4 +1,4 @@
-"""Text to token ids: one lock around the tokenizer, and control tokens in user text made harmless."""
+"""Turns text into token ids, and makes control tokens in user text harmless."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Tokenizer:
 
     @property
     def pad_id(self) -> int:
-        """The id that fills the right of short rows; it is masked, so any known id will do."""
+        """The id that pads short rows; it is masked, so any known id will do."""
         pad = self._fast.pad_token_id
         return 0 if pad is None else int(pad)
 
@@ -75,7 +75,7 @@ class Tokenizer:
         return ids
 
     def encode_truncated(self, texts: Sequence[str], limit: int) -> list[tuple[list[int], bool]]:
-        """At most `limit` ids of each text, cut on the tokenizer's own side, and whether something was cut.
+        """Return at most `limit` ids of each text, truncated on the tokenizer's own side, and whether it was truncated.
 
         The ids are those of `encode`, but of a long text no more is read than it takes to know them (see
         `kalm_rag.model.long_text`). A tokenizer that keeps the end of a text reads all of it.

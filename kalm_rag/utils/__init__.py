@@ -1,1 +1,1 @@
-"""What every room of the package may use: paths, progress bars, turns and forks."""
+"""Utilities for every part of the package: paths, progress bars, turns, forks, checks and digests."""

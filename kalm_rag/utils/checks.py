@@ -1,4 +1,4 @@
-"""Checks of arguments: each returns what it was given, as Python's own type, or names the argument and the rule."""
+"""Checks arguments: each function returns the value as Python's own type, or raises with the name and the rule."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Digests of several parts that no other parts share."""
+"""Digests of several parts without collisions between different splits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 
 
 def tagged_digest(*parts: str | bytes) -> hashlib._Hash:
-    """A SHA-256 over length-prefixed parts, so that no two different lists give the same bytes."""
+    """Return a SHA-256 over length-prefixed parts: different lists never give the same bytes."""
     digest = hashlib.sha256()
     for part in parts:
         data = part.encode("utf-8") if isinstance(part, str) else part
@@ -16,7 +16,7 @@ def tagged_digest(*parts: str | bytes) -> hashlib._Hash:
 
 
 def extended(digest: hashlib._Hash, *parts: str) -> hashlib._Hash:
-    """A copy of a digest with more length-prefixed parts; the original stays as it is."""
+    """Return a copy of a digest with more length-prefixed parts; the original is unchanged."""
     copy = digest.copy()
     for part in parts:
         data = part.encode("utf-8")

@@ -1,4 +1,4 @@
-"""What a fork must not break.
+"""Keeps this process's threads and locks safe across `os.fork`.
 
 Only the thread that forks lives on in the child. Whatever another thread holds at that moment, a lock of ours or one
 inside of SQLite, torch or the tokenizer, is held there forever. So before a fork every thread of ours comes to a place
@@ -46,7 +46,7 @@ class Lock:
 
 
 class _Forks:
-    """The state of this module: one object for the process.
+    """The state of this module, one object per process.
 
     `changed` guards `inside` (how often each thread is) and `closed_by`, and is notified when a thread leaves;
     `registry` guards `locks` and `watched`; who holds `forking` is between the first and the last hook of a fork, and
@@ -166,7 +166,7 @@ def watch(thing: Any) -> None:
 
 @contextlib.contextmanager
 def native() -> Iterator[None]:
-    """Around work in libraries that must not be forked: a fork waits until it ends, and it waits until a fork ends."""
+    """Run library code that must not be forked: forks wait until it ends, and it waits until a fork ends."""
     _forks.enter()
     try:
         yield
@@ -175,22 +175,22 @@ def native() -> Iterator[None]:
 
 
 def enter_native() -> None:
-    """The first half of `native`, for what is a context manager itself."""
+    """Enter `native`, for classes that are context managers themselves."""
     _forks.enter()
 
 
 def leave_native() -> None:
-    """The second half of `native`; without the first, nothing."""
+    """Leave `native`; does nothing if it was not entered."""
     _forks.leave()
 
 
 def is_broken() -> bool:
-    """Whether this process was forked while another thread was inside of `native`: what it held is held forever."""
+    """Whether this process was forked while another thread was inside `native`, whose locks are held forever."""
     return _forks.broken
 
 
 def ready_to_compute() -> None:
-    """Make torch usable in a forked child; to be called before each use of it.
+    """Make torch usable in a forked child; call this before each use.
 
     Threads do not survive a fork, and OpenMP waits for those of the parent forever. One thread needs none of them.
 

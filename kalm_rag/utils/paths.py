@@ -1,4 +1,4 @@
-"""Where things are kept on this machine, and how a path from a user is read."""
+"""Finds the package's folders, and reads paths from users."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)
 
 
 def user_path(value: str | Path, name: str) -> Path:
-    """The absolute path that a user means: `~` and variables are expanded, once.
+    """Return the absolute path that a user means; `~` and variables are expanded once.
 
     An absolute `Path` is taken as it is, so that a path that went through this function is not expanded again.
 
@@ -66,7 +66,7 @@ def user_path(value: str | Path, name: str) -> Path:
 
 
 def passages_dir() -> Path | None:
-    """The default folder of encoded passages: the one that `KALM_RAG_CACHE` names, else one in the user's cache folder.
+    """Return the default folder of encoded passages: `KALM_RAG_CACHE`, else one in the user's cache folder.
 
     None, with a line in the log, if this user has no home folder.
     """
@@ -82,7 +82,7 @@ def passages_dir() -> Path | None:
 
 
 def digests_file() -> Path | None:
-    """Where the digests of checkpoints are remembered, or None if this user has no home folder."""
+    """Return the file that remembers checkpoint digests, or None if this user has no home folder."""
     folder = _named_dir() or _own_dir()
     return None if folder is None else folder / DIGESTS
 
@@ -93,7 +93,7 @@ def _named_dir() -> Path | None:
 
 
 def _own_dir() -> Path | None:
-    """The cache folder of this user and platform; None where there is no home folder."""
+    """Return this user's cache folder; None without a home folder."""
     import platformdirs
 
     try:

@@ -1,4 +1,4 @@
-"""Progress bars on long work, where a terminal is there to show them."""
+"""Progress bars for long work on a terminal."""
 
 from __future__ import annotations
 

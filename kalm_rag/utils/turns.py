@@ -1,4 +1,4 @@
-"""Who may use the model next: one batch at a time, in the order of asking."""
+"""Decides who may use the model next: one batch at a time, in order of arrival."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _stop: contextvars.ContextVar[threading.Event | None] = contextvars.ContextVar("
 
 
 class StoppedError(Exception):
-    """The call was cancelled; nobody waits for its result."""
+    """The call was cancelled."""
 
 
 def stop_with(event: threading.Event) -> None:
-    """End what runs in this context at its next batch, once the event is set."""
+    """Make calls in this context stop at their next batch once the event is set."""
     _stop.set(event)
 
 
 def check_stopped() -> None:
-    """Raise where the call of this context was cancelled.
+    """Raise if this context's call was cancelled.
 
     Raises:
         StoppedError: it was.
@@ -36,7 +36,7 @@ def check_stopped() -> None:
 
 
 class Turns:
-    """A lock that serves waiting threads in the order of asking, so that a long call gives way after each batch.
+    """A first-come, first-served lock, so that a long call gives way after each batch.
 
     Entering raises `StoppedError` in a cancelled call, and a fork waits until the turn ends. Not reentrant.
     """
@@ -46,7 +46,7 @@ class Turns:
         forks.watch(self)
 
     def after_fork_in_child(self) -> None:
-        """Nobody else is here."""
+        """Reset: no other thread survived the fork."""
         self._guard = threading.Lock()  # of the two below
         self._owner: int | None = None
         self._queue: deque[_Ticket] = deque()
@@ -54,7 +54,7 @@ class Turns:
 
     @property
     def waiting(self) -> int:
-        """How many threads wait for their turn."""
+        """Number of threads waiting for their turn."""
         return len(self._queue)
 
     def __enter__(self) -> None:
@@ -108,7 +108,7 @@ class Turns:
 
 
 class Room:
-    """Bytes that calls take for a while, in the order of asking; one that asks for more than there is waits for all.
+    """A byte budget that calls borrow from in order of arrival; a request above the budget takes all of it.
 
     Args:
         size: bytes.
@@ -120,14 +120,14 @@ class Room:
         forks.watch(self)
 
     def after_fork_in_child(self) -> None:
-        """Nobody else is here."""
+        """Reset: no other thread survived the fork."""
         self._changed = threading.Condition(threading.Lock())  # of the two below
         self._taken = 0
         self._queue: deque[object] = deque()
 
     @contextlib.contextmanager
     def of(self, size: int) -> Iterator[None]:
-        """Take bytes, waiting for others to give back theirs."""
+        """Borrow bytes, waiting for others to return theirs."""
         size = min(size, self._size)
         place = object()
         with self._changed:
