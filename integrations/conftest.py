@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["KALM_RAG_CACHE"] = tempfile.mkdtemp(prefix="kalm-rag-tests-")
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from kalm_rag.testing import build_checkpoint
 
     return build_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def options(checkpoint: Path, tmp_path: Path) -> dict[str, Any]:
+    """Arguments of an adapter that runs the small checkpoint; Haystack's tests have their own for its device."""
+    return {"model": checkpoint, "cache": tmp_path / "cache", "device": "cpu"}
 
 
 @pytest.fixture

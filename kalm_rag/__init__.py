@@ -3,8 +3,9 @@
 ```python
 from kalm_rag import KaLMReranker
 
+passages = ["The capital of China is Beijing.", "Gravity attracts bodies toward one another."]
 reranker = KaLMReranker("nano")
-for hit in reranker.rank("What is the capital of China?", passages, top_k=3):
+for hit in reranker.rank("What is the capital of China?", passages, top_k=1):
     print(hit.score, hit.document)
 ```
 

@@ -125,8 +125,8 @@ def serialisable_cache(cache: CacheLike) -> str | None:
     if cache is None:
         return None
     msg = (
-        "a component is serialised with the folder of its cache; a ready-made one belongs to its process: got "
-        f"cache={cache!r:.80}; give the component a folder, and keep for what it keeps"
+        "only the folder of a cache can be serialised with a component, got "
+        f"cache={cache!r:.80}; give a folder, and keep= for what it keeps"
     )
     raise ValueError(msg)
 

@@ -122,7 +122,7 @@ class PassageKVCache(ValueCache[BehindPrefix, PassageKV]):
         layers, heads, width = self._shape
         positions = prefix_length - (-frame.tokens // frame.ratio)
         if not frame.prefilled or (frame.rows, frame.width) != (2 * layers * heads * positions, width):
-            msg = f"{frame.rows} x {frame.width} numbers are no prefilled passage of {positions} positions"
+            msg = f"{frame.rows} x {frame.width} numbers are not a prefilled passage of {positions} positions"
             raise FrameError(msg)
         tensor, scales = frame.tensors()
         shape = (2, layers, heads, positions)

@@ -160,7 +160,7 @@ def test_adapter_arguments_are_checked_by_name() -> None:
 
 @pytest.mark.parametrize("kind", READY_MADE)
 def test_a_ready_made_cache_is_not_serialised(tmp_path: Path, kind: str) -> None:
-    with pytest.raises(ValueError, match=r"belongs to its process: got cache=.*give the component a folder, and keep"):
+    with pytest.raises(ValueError, match=r"serialised with a component, got cache=.*give a folder, and keep="):
         serialisable_cache(READY_MADE[kind](tmp_path))
     assert serialisable_cache(tmp_path) == str(tmp_path)
     assert serialisable_cache("default") == "default"

@@ -143,7 +143,7 @@ def test_out_of_memory_halves_the_batch(
     assert [hit.index for hit in found] == [hit.index for hit in expected]
     assert max(abs(a.score - b.score) for a, b in zip(found, expected, strict=True)) <= 1e-5
     assert sizes == [9, 4, 2, 2, 5, 2, 3]
-    assert "going on with 4" in caplog.text
+    assert "continuing with 4" in caplog.text
 
 
 def test_out_of_memory_on_one_row_is_raised(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,7 +94,7 @@ class ByteStoreAdapter:
                 found[key] = None
         if others and not found:
             self._warn_once(
-                "%s lists keys, and none of them is one of ours: if it stores keys in another form (as a hash, say), "
+                "%s lists keys, but none of a passage: if it stores keys in another form (such as a hash), "
                 "passages are found but cannot be listed or exported",
                 type(self._store).__name__,
             )

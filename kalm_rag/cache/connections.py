@@ -252,7 +252,7 @@ class Writer(_Shared):
                 return
             self.place.say(
                 "evict",
-                "the cache in %s reached its limit of %d bytes: the oldest passages leave, about ten at a time",
+                "the cache in %s reached its limit of %d bytes: evicting the oldest passages, about ten at a time",
                 self.place.folder,
                 limit,
             )

@@ -65,7 +65,11 @@ class BudgetLRU(Generic[K, V]):
                 self._drop(next(iter(self._items)))
                 self._evicted += 1
                 if self._evicted == 1:
-                    logger.info("the %s in memory reached %d bytes; the oldest ones leave", self._what, self.limit)
+                    logger.info(
+                        "the %s in memory reached %d bytes; the least recently used ones are evicted",
+                        self._what,
+                        self.limit,
+                    )
             self._items[key] = value
             self._bytes += size
             return True

@@ -186,7 +186,7 @@ class PassageCache:
         """Drop a store that another thread was using during the fork: its locks are held forever."""
         if forks.is_broken() and self.store is not None:
             self.store = None
-            logger.warning("the process was forked during a write to the passage cache: the child goes without it")
+            logger.warning("the process was forked during a write to the passage cache: the child continues without it")
 
     def __repr__(self) -> str:
         place = self.store.folder if isinstance(self.store, DiskStore) else self.store

@@ -205,7 +205,7 @@ class StrictDisk(diskcache.Disk):  # type: ignore[misc]
             return value
         if mode == MODE_BINARY:
             return self._read(self._inside(filename))
-        msg = f"a row of mode {mode!r} is not ours"
+        msg = f"a row of mode {mode!r} is not one that kalm-rag writes"
         raise ValueError(msg)
 
     def remove(self, file_path: Any) -> None:

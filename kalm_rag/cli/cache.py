@@ -23,7 +23,9 @@ from kalm_rag.cli.options import (
 if TYPE_CHECKING:
     from kalm_rag.cache import DiskStore
 
-app = typer.Typer(name="cache", help="Look after the encoded passages.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    name="cache", help="Maintain the cache of encoded passages.", no_args_is_help=True, rich_markup_mode=None
+)
 
 ModelFilter = Annotated[
     str | None, typer.Option("--model", "-m", help="Only passages of this model.", metavar="MODEL", show_default=False)
@@ -119,7 +121,7 @@ def clear(
     cache: CacheOption = "default",
     model: ModelFilter = None,
     revision: RevisionOption = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Delete without asking.")] = False,
 ) -> None:
     """Delete encoded passages: all of them, or those of one model."""
     from kalm_rag.cache.transfer import verified_frames
@@ -132,7 +134,7 @@ def clear(
         doomed = [frame.key for frame, _ in verified_frames(store) if frame is not None and frame.model == digest]
     if doomed and not yes:
         typer.confirm(f"Forget {len(doomed)} passages in {visible_line(str(store.folder))}?", abort=True)
-    show(f"{store.delete(doomed)} passages forgotten")
+    show(f"{store.delete(doomed)} passages deleted")
 
 
 @app.command("export")
@@ -195,7 +197,7 @@ def import_(
         shards = f"from {len(report.shards)} shards"
         show(f"{report.passages} new passages, {size_text(report.bytes)}, {report.known} known already, {shards}")
         if report.corrupt:
-            show(f"left out: {report.corrupt} that are damaged or no encoded passages")
+            show(f"left out: {report.corrupt} that are damaged or not encoded passages")
         for name in report.bad_shards:
             show(f"skipped, cannot be read: {name}", wrap=False)
         show(f"{report.held} of {report.verified} passages held")

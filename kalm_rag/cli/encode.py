@@ -45,7 +45,7 @@ def encode(
     model: ModelOption = "nano",
     cache: CacheOption = "default",
     base_ratio: Annotated[
-        int, typer.Option("--base-ratio", help="Ratio at which states are kept; its multiples come for free.")
+        int, typer.Option("--base-ratio", help="Ratio at which states are kept; its multiples are derived.")
     ] = 4,
     storage: Annotated[str, typer.Option("--storage", help="native, or int8 for a fraction of the bytes.")] = "native",
     keep: Annotated[

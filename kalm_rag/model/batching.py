@@ -66,5 +66,5 @@ def run_halving(forward: Callable[[Sequence[T]], list[R]], rows: Sequence[T]) ->
     # Outside of the handler: the exception's traceback keeps the failed batch's tensors alive.
     torch.cuda.empty_cache()
     half = len(rows) // 2
-    logger.warning("CUDA is out of memory with %d rows in a batch; going on with %d", len(rows), half)
+    logger.warning("CUDA is out of memory with %d rows in a batch; continuing with %d", len(rows), half)
     return run_halving(forward, rows[:half]) + run_halving(forward, rows[half:])

@@ -20,9 +20,9 @@ ALIASES = {
 """Short names of the R2 releases."""
 
 MINI = "mini"
-"""Short name of the demonstration checkpoint inside this package: trained by this project, no KaLM release."""
+"""Short name of the demonstration checkpoint inside this package: trained by this project, not a KaLM release."""
 
-MINI_NOTE = "mini is a demonstration checkpoint, no KaLM release; for real use: nano"
+MINI_NOTE = "mini is a demonstration checkpoint, not a KaLM release; use nano for real work"
 """What commands say when they run it."""
 
 NAMES = (MINI, *ALIASES)
@@ -243,7 +243,7 @@ def clean_token(token: object) -> str | bool | None:
     text = token.strip()
     if not text.isascii() or any(not "!" <= character <= "~" for character in text):
         msg = (
-            f"token must be printable ASCII without blanks, got {len(text)} characters with another one among them; "
+            f"token must be printable ASCII without blanks, got {len(text)} characters, and some are not; "
             "copy the token again from the hub's settings"
         )
         raise ValueError(msg)

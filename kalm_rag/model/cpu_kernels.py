@@ -279,7 +279,7 @@ def optimize_for_cpu(model: Any, *, int8: bool = False) -> torch.dtype:
     stay = replacer.run(encoder, PackedWeights(), "encoder")
     stay += replacer.run(decoder, int8_weights() if int8 else PackedWeights(), "decoder", measured=not int8)
     if int8 and any(isinstance(module, nn.Linear) and module.bias is None for module in decoder.modules()):
-        msg = "8-bit products cannot be had, or are not near the float ones"
+        msg = "8-bit products are unavailable, or not near the float ones"
         raise RuntimeError(msg)
     if stay:
         logger.info("%d modules differ under oneDNN, or it does not run them: they keep their implementation", stay)

@@ -76,7 +76,7 @@ class KeyValues:
             exact = kept.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
             tolerance = 1e-4 if exact else 2e-2
             if (written - own[:, :, 0].float()).abs().max() > tolerance * written.abs().max():
-                msg = "this version of transformers computes keys and values in another way than kalm-rag expects"
+                msg = "this version of transformers computes keys and values differently than kalm-rag expects"
                 raise PrefillUnsupportedError(msg)
 
     def attend(self, layer: int, query: torch.Tensor, scaling: float | None) -> torch.Tensor:
@@ -169,8 +169,8 @@ def merged_attention(
 def last_token_only(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward hook of the last decoder layer: write the keys and values of all new tokens, then run only the last one.
 
-    Where a version of transformers has built or calls the layer in another way, it runs on all tokens; what it would
-    compute in another way, `KeyValues.compare` notices.
+    If a version of transformers builds or calls the layer differently, it runs on all tokens; `KeyValues.compare`
+    notices if it computes differently.
     """
     import torch
 

@@ -221,7 +221,7 @@ class PrefilledDecoder:
                 **{self._cache_argument: self._no_passage(len(pairs))},
             ).last_hidden_state
             if len(key_values.used) != self._config.num_hidden_layers:
-                msg = "this version of transformers does not hand arguments on to the attention function"
+                msg = "this version of transformers does not pass arguments on to the attention function"
                 raise PrefillUnsupportedError(msg)
             self._verified = True
             # The last layer ran on the last token only, or on all of them.

@@ -163,7 +163,7 @@ def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
             )
             raise ValueError(msg) from None
         if found.setdefault(query, {}).setdefault(passage, value) != value:
-            msg = f"{path}, line {number}: {query!r} and {passage!r} are judged before, and differently"
+            msg = f"{path}, line {number}: {query!r} and {passage!r} were judged before, with another score"
             raise ValueError(msg)
     if not found:
         msg = f"{path} holds no judgement; there is nothing to evaluate"

@@ -49,7 +49,7 @@ def test_demo_says_which_model_runs_what_it_gains_and_fits_80_columns() -> None:
     done = run("demo")
     assert done.returncode == 0, done.stderr
     assert "Model: mini" in done.stdout
-    assert "no KaLM release" in done.stderr
+    assert "not a KaLM release" in done.stderr
     before, after = map(float, re.search(r"BM25 (0\.\d+), reranked (0\.\d+)", done.stdout).groups())  # type: ignore[union-attr]
     assert after > before > 0.5
     assert "rerank, all passages known" in done.stdout
@@ -161,7 +161,7 @@ def test_cache_commands(checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
     assert "give --model MODEL" in refused.stderr
     assert "30 passages" in run("cache", "import", str(tmp_path / "shards"), "--model", str(checkpoint), *other).stdout
     assert run("cache", "clear", *at, stdin="n\n").returncode == 1
-    assert "30 passages forgotten" in run("cache", "clear", "--yes", "--model", str(checkpoint), *at).stdout
+    assert "30 passages deleted" in run("cache", "clear", "--yes", "--model", str(checkpoint), *at).stdout
     assert json.loads(run("cache", "info", "--json", *at).stdout)["entries"] == 0
     assert "no cache exists in" in run("cache", "info", "--cache", str(tmp_path / "none")).stderr
 

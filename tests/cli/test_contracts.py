@@ -389,7 +389,7 @@ class TestImport:
         assert import_shards(MemoryStore(1 << 20), [tmp_path]).corrupt == 1
         done = kalm("cache", "import", tmp_path, "--any-model", "--cache", tmp_path / "cache")
         assert done.returncode == 1
-        assert b"left out: 1 that are damaged or no encoded passages" in done.stdout
+        assert b"left out: 1 that are damaged or not encoded passages" in done.stdout
 
     def test_an_entry_in_two_shards_counts_once(self, tmp_path: Path) -> None:
         items = frames(5)

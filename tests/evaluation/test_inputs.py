@@ -160,7 +160,7 @@ def test_ids_with_spaces_come_back_from_a_run(tmp_path: Path) -> None:
         (lambda c, q, r: (c, "\n", r), "holds no query"),
         (lambda c, q, r: (c, q * 2, r), "the id 'q' of query 2 occurs before"),
         (lambda c, q, r: ('{"text": "a"}\n', q, r), "passage 1 has no id; each needs one under _id"),
-        (lambda c, q, r: (c, q, r + "q\t1\t0\n"), "'q' and '1' are judged before, and differently"),
+        (lambda c, q, r: (c, q, r + "q\t1\t0\n"), "'q' and '1' were judged before, with another score"),
         (lambda c, q, r: (c, q, "q\t1\t4294967296\n"), "integer score within 1000 of 0"),
         (lambda c, q, r: (c, q, "\n"), "qrels.tsv holds no judgement"),
         (lambda c, q, r: (c.replace('"1"', '"1\\t2"'), q, r), "begins or ends with a space or holds a tab"),

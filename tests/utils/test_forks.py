@@ -231,7 +231,7 @@ assert in_child(lambda: len(reranker.rank("in the next child", passages[:4])) ==
         checkpoint,
         tmp_path,
     )
-    assert "the child goes without it" in log
+    assert "the child continues without it" in log
     assert "fork between calls" in log
 
 

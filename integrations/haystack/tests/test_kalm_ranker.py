@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from adapterkit import ANSWERS, CACHES, MODES, QUERY, TEXTS, WRONG_CACHES, WRONG_MODEL_ARGUMENTS, wrong_types
 from haystack import Document, Pipeline
 from haystack.components.joiners import DocumentJoiner
 from haystack.components.retrievers.in_memory import InMemoryBM25Retriever, InMemoryEmbeddingRetriever
@@ -19,17 +20,7 @@ from haystack.utils import ComponentDevice, Secret
 from haystack_integrations.components.rankers.kalm import KalmPassageEncoder, KalmRanker
 
 from kalm_rag import KaLMReranker, PassageCache
-from kalm_rag.cache import DiskStore
 
-QUERY = "How do I sort a list?"
-TEXTS = [
-    "list.sort() sorts in place and returns None.",
-    "sorted() returns a new list.",
-    "A tuple cannot be changed.",
-    "Dictionaries keep their insertion order.",
-    "Use key= to sort by something else.",
-]
-MODES = pytest.mark.parametrize("mode", ["sync", "async"])
 TYPE = "haystack_integrations.components.rankers.kalm.ranker.KalmRanker"
 
 
@@ -84,21 +75,8 @@ def test_invalid_top_k(options: dict[str, Any], top_k: int) -> None:
         KalmRanker(**options).run(query=QUERY, documents=documents(), top_k=top_k)
 
 
-WRONG_TYPES: list[dict[str, Any]] = [
-    {"top_k": True},
-    {"top_k": 2.0},
-    {"top_k": "2"},
-    {"score_threshold": "0.5"},
-    {"score_threshold": float("nan")},
-    {"score_threshold": 50},
-    {"score_threshold": True},
-    {"instruction": 7},
-    {"ratio": 2.0},
-]
-
-
 @MODES
-@pytest.mark.parametrize("wrong", WRONG_TYPES)
+@pytest.mark.parametrize("wrong", wrong_types("top_k"))
 def test_wrong_types_are_refused_at_construction_and_at_run(
     options: dict[str, Any], wrong: dict[str, Any], mode: str
 ) -> None:
@@ -118,13 +96,7 @@ def test_wrong_types_are_refused_at_construction_and_at_run(
         {"embedding_separator": None},
         {"device": "cpu"},
         {"token": "hf_secret"},
-        {"model": None},
-        {"model": ""},
-        {"revision": 7},
-        {"dtype": 7},
-        {"max_length": True},
-        {"max_length": 2.0},
-        {"ratio": "4"},
+        *WRONG_MODEL_ARGUMENTS,
     ],
 )
 def test_wrong_model_arguments_are_refused(kind: Any, wrong: dict[str, Any]) -> None:
@@ -199,7 +171,6 @@ def test_dict_round_trip(options: dict[str, Any], kind: Any) -> None:
 
 
 KINDS = pytest.mark.parametrize("kind", [KalmRanker, KalmPassageEncoder])
-CACHES = pytest.mark.parametrize("make", [PassageCache, DiskStore])
 
 
 @KINDS
@@ -213,7 +184,7 @@ def test_keep_sets_apart_and_may_be_missing_in_what_was_saved(options: dict[str,
 
 
 @KINDS
-@pytest.mark.parametrize("wrong", [{"keep": "all"}, {"keep": None}, {"cache": 7}])
+@pytest.mark.parametrize("wrong", WRONG_CACHES)
 def test_wrong_caches_are_refused(kind: Any, wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
         kind(**wrong)
@@ -245,7 +216,7 @@ def test_a_ready_made_cache_is_used_as_it_is_and_not_serialised(options: dict[st
     made = Pipeline()
     made.add_component("kalm", first)
     for serialise in (first.to_dict, made.dumps):
-        with pytest.raises(SerializationError, match="belongs to its process: got cache=.*give the component a folder"):
+        with pytest.raises(SerializationError, match="serialised with a component, got cache=.*give a folder"):
             serialise()
 
 
@@ -434,13 +405,6 @@ def test_warm_up_leaves_the_event_loop_free(options: dict[str, Any]) -> None:
     ranker = KalmRanker(**options)
     asyncio.run(ranker.warm_up_async())
     assert "not loaded" not in repr(ranker.reranker)
-
-
-ANSWERS = {
-    "What is the capital of China?": "The capital of China is Beijing.",
-    "Why do things fall to the ground?": "Gravity attracts bodies toward one another.",
-    "How do I sort a list in Python?": "list.sort() sorts a list in place and returns None.",
-}
 
 
 @pytest.mark.weights

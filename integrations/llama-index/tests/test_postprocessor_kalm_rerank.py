@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from adapterkit import ANSWERS, CACHES, MODES, QUERY, TEXTS, WRONG_CACHES, WRONG_MODEL_ARGUMENTS
 from llama_index.core import MockEmbedding, VectorStoreIndex
 from llama_index.core.callbacks import CallbackManager, CBEventType, LlamaDebugHandler
 from llama_index.core.ingestion import IngestionPipeline
@@ -22,17 +23,6 @@ from llama_index.postprocessor.kalm_rerank import KalmPassageEncoder, KalmRerank
 from llama_index.retrievers.bm25 import BM25Retriever
 
 from kalm_rag import KaLMReranker, PassageCache
-from kalm_rag.cache import DiskStore
-
-QUERY = "How do I sort a list?"
-TEXTS = [
-    "list.sort() sorts in place and returns None.",
-    "sorted() returns a new list.",
-    "A tuple cannot be changed.",
-    "Dictionaries keep their insertion order.",
-    "Use key= to sort by something else.",
-]
-MODES = pytest.mark.parametrize("mode", ["sync", "async"])
 
 
 def nodes() -> list[NodeWithScore]:
@@ -50,11 +40,6 @@ def rerank(reranker: KalmRerank, given: list[NodeWithScore], query: str | None, 
     if mode == "sync":
         return reranker.postprocess_nodes(given, query_str=query)
     return asyncio.run(reranker.apostprocess_nodes(given, query_str=query))
-
-
-@pytest.fixture
-def options(checkpoint: Path, tmp_path: Path) -> dict[str, Any]:
-    return {"model": checkpoint, "cache": tmp_path / "cache", "device": "cpu"}
 
 
 @pytest.fixture
@@ -169,26 +154,16 @@ def test_numbers_of_numpy_are_numbers(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"top_n": 0},
-        {"ratio": 0},
         {"unknown": 1},
         {"instruction": 7},
+        {"top_n": 0},
         {"top_n": True},
         {"top_n": 2.0},
         {"top_n": "2"},
-        {"ratio": True},
-        {"max_length": 0},
-        {"max_length": "5"},
-        {"revision": 7},
-        {"device": 7},
-        {"dtype": 7},
-        {"model": ""},
-        {"model": None},
         {"keep_retrieval_score": "yes"},
         {"metadata_mode": "x"},
-        {"keep": "all"},
-        {"keep": None},
-        {"cache": 7},
+        *WRONG_MODEL_ARGUMENTS,
+        *WRONG_CACHES,
     ],
 )
 def test_wrong_arguments_are_refused(wrong: dict[str, Any]) -> None:
@@ -213,7 +188,6 @@ def test_dict_json_and_pickle_round_trips(options: dict[str, Any]) -> None:
 
 
 KINDS = pytest.mark.parametrize("kind", [KalmRerank, KalmPassageEncoder])
-CACHES = pytest.mark.parametrize("make", [PassageCache, DiskStore])
 
 
 @KINDS
@@ -264,7 +238,7 @@ def test_a_ready_made_cache_is_used_as_it_is_and_not_serialised(options: dict[st
     assert first.reranker is KalmRerank(**options, cache=cache).reranker
     assert kind.from_dict(first.to_dict()).reranker is first.reranker
     for serialise in (pickle.dumps, kind.to_json, kind.model_dump_json, lambda made: made.model_dump(mode="json")):
-        with pytest.raises(ValueError, match="belongs to its process: got cache=.*give the component a folder, and ke"):
+        with pytest.raises(ValueError, match="serialised with a component, got cache=.*give a folder, and ke"):
             serialise(first)
 
 
@@ -282,7 +256,7 @@ def test_a_ready_made_cache_serves_ingestion_and_queries(options: dict[str, Any]
 def test_workers_do_not_go_on_without_a_ready_made_cache(options: dict[str, Any]) -> None:
     cache = PassageCache(options.pop("cache"))
     pipeline = IngestionPipeline(transformations=[KalmPassageEncoder(**options, cache=cache)])
-    with pytest.raises(ValueError, match="give the component a folder"):
+    with pytest.raises(ValueError, match="only the folder of a cache can be serialised"):
         pipeline.run(nodes=[node.node for node in nodes()], num_workers=2)
 
 
@@ -385,13 +359,6 @@ def test_warm_encodes_what_is_indexed_already(options: dict[str, Any]) -> None:
 def test_a_kept_score_that_would_become_text_is_refused() -> None:
     with pytest.raises(ValueError, match="keep_retrieval_score needs a metadata_mode other than ALL"):
         KalmRerank(keep_retrieval_score=True, metadata_mode=MetadataMode.ALL)
-
-
-ANSWERS = {
-    "What is the capital of China?": "The capital of China is Beijing.",
-    "Why do things fall to the ground?": "Gravity attracts bodies toward one another.",
-    "How do I sort a list in Python?": "list.sort() sorts a list in place and returns None.",
-}
 
 
 @pytest.mark.weights

@@ -5,14 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from adapterkit import ANSWERS
 from langchain_core.documents import Document
 from langchain_kalm import KalmReranker
-
-ANSWERS = {
-    "What is the capital of China?": "The capital of China is Beijing.",
-    "Why do things fall to the ground?": "Gravity attracts bodies toward one another.",
-    "How do I sort a list in Python?": "list.sort() sorts a list in place and returns None.",
-}
 
 
 @pytest.mark.weights
