@@ -140,12 +140,12 @@ def shared_reranker(
 ) -> KaLMReranker:
     """Return this process's reranker for these arguments; the first call makes it.
 
-    It lives as long as somebody holds it; the model loads at first use, as always.
+    It lives as long as somebody holds it; the model loads at first use.
 
     Args:
         model: as in `KaLMReranker`.
         cache: as in `KaLMReranker`; two equal folders are one cache, two cache objects are two.
-        keep: as in `PassageCache`, for a folder. Two that differ in it share no reranker; they share the folder.
+        keep: as in `PassageCache`, for a folder. Different values share the folder but not the reranker.
         options: further arguments of `KaLMReranker`.
 
     Raises:
@@ -164,7 +164,7 @@ def _made(model: str | Path, cache: CacheLike, keep: Keep, options: dict[str, An
     reranker = KaLMReranker(model, cache=cache, **options)
     if keep == DEFAULT_KEEP or not (cache is None or isinstance(cache, (str, Path))):
         return reranker
-    # Its own cache has the right ratio, and is closed with it; nothing has opened the one that it made for itself.
+    # Replace the cache that the reranker made for itself, which nothing has opened, by one with this `keep`.
     own = PassageCache(cache, base_ratio=reranker.cache.base_ratio, keep=keep)
     reranker = KaLMReranker(model, cache=own, **options)
     reranker.owns_cache = True

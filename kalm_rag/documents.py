@@ -69,7 +69,7 @@ def document_text(document: object, where: str) -> str:
 
     Args:
         document: the passage.
-        where: what it is called in messages.
+        where: its name in messages.
 
     Raises:
         TypeError: it is neither a string nor a mapping with a string under `"text"`.
@@ -92,8 +92,8 @@ def iter_documents(documents: object) -> Iterator[Passage]:
     """Yield the passages of any iterable, generators included.
 
     Raises:
-        TypeError: `documents` is one passage instead of a list of them, no iterable at all, or one whose elements are
-            not what was meant, such as the column names of a data frame.
+        TypeError: `documents` is one passage instead of a list of them, no iterable at all, or one that iterates over
+            something else, such as the column names of a data frame.
     """
     if isinstance(documents, (str, bytes, bytearray)) or (isinstance(documents, Mapping) and "text" in documents):
         msg = (

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _ASYNC_CALLS = 16
-"""Asynchronous calls of a kind that run side by side; more of them wait for one to end."""
+"""Asynchronous calls of a kind that run side by side; further ones wait."""
 
 _WINDOW = 2048
 """Distinct passages held at once: bounds memory on long inputs, and is enough to batch by length."""
@@ -281,8 +281,8 @@ class KaLMReranker:
             show_progress: for this call, instead of the instance's.
 
         Returns:
-            Passages by falling margin; equal ones keep the order in which they were given. Empty in, empty out,
-            and the model is not loaded for that.
+            Passages by falling margin; equal ones keep their order. An empty list returns an empty list
+            without loading the model.
 
         Raises:
             TypeError, ValueError: an argument is wrong; the message names it and its value.

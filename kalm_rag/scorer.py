@@ -223,7 +223,8 @@ class Scorer:
     def _rescore_nonfinite(self, scores: Sequence[Score], instruction: str, ratio: int) -> None:
         """Score pairs without a finite margin again from their text.
 
-        A checksum holds for numbers that somebody wrote on purpose, NaN included: a cache must not make that an error.
+        A cached entry may hold NaN with a valid checksum, if somebody wrote it on purpose: the cache must not cause an
+        error.
         """
         bad = [score for score in scores if not math.isfinite(score.margin)]
         if not bad:

@@ -1,7 +1,7 @@
 """Gets one value for each passage: look up, verify, count, promote, make what is missing, keep.
 
-`StatesSource` and `PassageKVSource` are the two sources that exist. What they share is here: `CachedSource` has values
-made and says when, `ValueCache` says how they become frames of the cache and how frames become values again.
+`StatesSource` and `PassageKVSource` are the two sources. They share the code here: `CachedSource` decides when the
+model makes values, and `ValueCache` converts between values and frames of the cache.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ class ByteStoreAdapter:
         """What is kept under the keys.
 
         Raises:
-            StoreError: the `ByteStore` gives more or fewer values than keys, so none can be told from another.
+            StoreError: the `ByteStore` returns more or fewer values than keys, so they cannot be matched.
         """
         found = {key: value for key, value in self._read(keys).items() if isinstance(value, _BYTES)}
         return {key: bytes(value) for key, value in found.items()}
@@ -89,7 +89,7 @@ class ByteStoreAdapter:
             if not KEY_PATTERN.fullmatch(key) or not text.endswith(self._prefix + key):
                 others = True
                 continue
-            # A wrapper may list its keys as it encodes them: then the key is ours if the store answers to it.
+            # A wrapper may list encoded keys: a key is a passage's if the store has a value for it.
             if len(text) == len(self._prefix) + len(key) or self._read([key]):
                 found[key] = None
         if others and not found:

@@ -45,14 +45,15 @@ def check_folder(
     """Read and verify every entry, the database itself, and the files beside it.
 
     Nothing is removed unless everything could be read, and each row is verified once more under the write lock just
-    before it is removed, so that a value that was written meanwhile stays.
+    before it is removed, so that a value that was written in the meantime stays.
 
     Args:
         folder: the cache's folder.
         fix: rebuild a damaged database, and remove what is wrong.
         secret: also demand valid tags.
         orphan_age: seconds; a younger file may belong to a write that is under way.
-        make_store: makes a store in this folder with a limit (None: the default), for what is saved of a damaged one.
+        make_store: makes a store in this folder with a limit (None: the default), for the entries saved from a damaged
+            one.
 
     Raises:
         StoreError: the folder is not ours, or something in it cannot be read or written; nothing was removed then.
@@ -82,7 +83,7 @@ def _check(
     if damage and not fix:
         return CheckReport(0, 0, 0, 0, 0, damage)
     quarantine, salvaged = None, 0
-    # What a faulty disk reads once may be sound: a database is moved only if it is found damaged each time.
+    # A faulty disk may misread a sound database once: it is moved only if it is found damaged each time.
     if damage and not _mended(folder) and _damage(folder):
         quarantine, salvaged = _rebuild(folder, secret, make_store)
     disk = StrictDisk(str(folder))
@@ -93,7 +94,7 @@ def _check(
             if _fault(disk, row, secret):
                 found.suspects.append(_number(rowid))
     with _locked(folder) if fix else _reading(folder) as connection:
-        # The rows may have been written again since, and a file that was gone may be there by now.
+        # The rows may have been rewritten since, and missing files may exist by now.
         _judge(connection, disk, found, secret)
         orphans = _orphans(folder, connection, orphan_age)
         size = sum(path.stat().st_size for path in orphans if path.exists())
@@ -121,9 +122,9 @@ def _fault(disk: StrictDisk, row: Sequence[Any], secret: bytes | None) -> str:
     """Return what is wrong with a row: an empty string, `missing` (its file) or `corrupt`.
 
     Raises:
-        OSError: its file is there and cannot be read, which says nothing about its content.
+        OSError: its file exists but cannot be read, which says nothing about its content.
     """
-    if not row:  # longer than any of ours
+    if not row:  # longer than any valid row
         return "corrupt"
     key, raw, mode, filename, value = row
     try:
@@ -237,7 +238,7 @@ def _has_tables(folder: Path) -> bool:
 def _integrity(connection: sqlite3.Connection) -> str:
     try:
         (first,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
-    except sqlite3.DataError:  # a row longer than any of ours, which is found among the rows
+    except sqlite3.DataError:  # a row longer than any valid one; reading the rows finds it
         return ""
     # SQLite also lists pages that it could not read; that is a fault of the disk, unless its code is that of damage.
     if "unable to get the page" in str(first) and "error code=11" not in str(first):
@@ -270,7 +271,7 @@ def _mended(folder: Path) -> bool:
 def _rebuild(folder: Path, secret: bytes | None, make_store: Callable[[int | None], Store]) -> tuple[Path, int]:
     """Move a damaged database aside and copy what still verifies into a new one.
 
-    Processes that have the old one open see that it was moved and open the new one.
+    Processes that have the old one open notice the move and open the new one.
     """
     aside = folder / time.strftime("quarantine-%Y%m%d-%H%M%S")
     limit = _limit_of(folder)

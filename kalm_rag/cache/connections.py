@@ -146,7 +146,7 @@ class Reader(_Shared):
             self._drop()
             return None
         self._file = file
-        # Without locks nothing is seen of what others write: look again in a while.
+        # Without locks, other processes' writes are invisible: reopen after a while.
         self._until = float("inf") if live else time.monotonic() + LAST_RETRY
         return self.connection
 
@@ -165,7 +165,7 @@ class Writer(_Shared):
 
     Args:
         place: the folder.
-        limit: bytes it may take, or None for what stands in the folder.
+        limit: bytes it may take, or None for the limit stored in the folder.
 
     Attributes:
         cache: the open cache, or None.

@@ -154,7 +154,7 @@ def log_bytes(folder: Path) -> int:
 def inspect(connection: sqlite3.Connection) -> None:
     """Refuse a database that would make diskcache do more than store rows.
 
-    Besides the schema, settings are looked at: diskcache turns those that it does not know into attributes and SQL.
+    Settings are checked besides the schema: diskcache turns unknown ones into attributes and SQL.
 
     Raises:
         StoreError: the database holds something else; the message names it.
@@ -176,8 +176,8 @@ def inspect(connection: sqlite3.Connection) -> None:
 def inspect_schema(connection: sqlite3.Connection) -> bool:
     """Refuse a database whose schema diskcache did not create, before reading anything else from it.
 
-    Views, triggers and generated columns run what they say. A part of the schema is enough: another process may be
-    creating the rest.
+    Views, triggers and generated columns run code. An incomplete schema is accepted: another process may be creating
+    the rest.
 
     Returns:
         Whether there is a table of settings.
@@ -223,7 +223,7 @@ def is_complete(connection: sqlite3.Connection) -> bool:
 def rows(connection: sqlite3.Connection, columns: str) -> Iterator[tuple[object, ...]]:
     """Yield the table's rows, `rowid` first, in pages, so that no long read blocks a writer.
 
-    Of a row that is longer than any of ours, all columns are None.
+    All columns of a row that is longer than any valid one are None.
     """
     last = -(1 << 63)
     after = "FROM Cache WHERE rowid > ? ORDER BY rowid LIMIT 64"

@@ -27,10 +27,10 @@ class DiskStore:
 
     Args:
         folder: where; made with mode 0700 by the first write, if need be.
-        limit: bytes it may take before the least recently stored passages are evicted. It is kept in the folder: None
-            is what stands there, or `DEFAULT_LIMIT` for a new one.
-        read_only: only read; used for a folder that an image ships. A folder that cannot be written to, or is on a full
-            disk, is used in this way by itself.
+        limit: bytes it may take before the least recently stored passages are evicted. The folder stores it: None
+            uses the stored limit, or `DEFAULT_LIMIT` for a new folder.
+        read_only: only read; used for a folder that an image ships. Folders that cannot be written
+            to, or are on a full disk, are used read-only automatically.
 
     Attributes:
         folder: where the entries are.

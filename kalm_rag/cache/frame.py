@@ -15,7 +15,7 @@ and is verified at every read. Layout, little-endian:
 | ... | payload: rows x width numbers; with int8, then one float32 scale per row |
 | 32 | if flagged, keyed BLAKE2b of everything before |
 
-The checksum finds accidents. It does not protect against somebody who can write to the store; the tag is.
+The checksum finds accidents. It does not protect against somebody who can write to the store; the tag does.
 """
 
 from __future__ import annotations

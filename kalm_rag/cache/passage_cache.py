@@ -40,12 +40,12 @@ class LevelCounters:
 
     Attributes:
         hits: found and verified.
-        misses: not there.
-        corrupt: there, and not what was asked for: a flipped bit, a swapped value, a wrong tag, another format.
+        misses: not found.
+        corrupt: present, but not what was asked for: a flipped bit, a swapped value, a wrong tag, another format.
         read_failed: the store failed.
         write_failed: not kept: the store failed, is read-only, or refused them.
         bytes_read: of hits.
-        bytes_written: of what was kept; an estimate where a store kept a part of a batch.
+        bytes_written: of what was kept; estimated when a store accepted only part of a batch.
     """
 
     hits: int = 0
@@ -110,10 +110,10 @@ class PassageCache:
         read_only: write nothing to a folder.
 
     One instance may be used from any number of threads, and in a forked process. `_lock` guards the counters and
-    `_faults`; the memory level, the writes that wait and the store have locks of their own.
+    `_faults`; the memory level, the pending writes and the store have their own locks.
 
-    What is encoded is written asynchronously: `flush()` waits for it, and so does leaving a `with` block, `close()`, or
-    the end of the process. A fork waits for the write that is running; later ones are the parent's.
+    Encoded passages are written asynchronously: `flush()` waits for it, and so does leaving a `with` block, `close()`,
+    or the end of the process. A fork waits for the running write; the parent does the pending ones.
 
     A pickle holds the arguments, so that another process opens the same folder: no passages, but the secret, if there
     is one. Copies in the same process are the cache itself.
@@ -196,13 +196,14 @@ class PassageCache:
     def get_many(self, kind: Kind, keys: Sequence[str], decode: Callable[[Frame], T | None]) -> dict[str, T]:
         """Return what is cached under the keys, in one batch; missing keys are left out.
 
-        Memory is asked first and learns what the store knew. Every fault is a miss, a log line and a counter.
+        Memory is asked first, and hits in the store are copied into it. Every fault is a miss, a log line and a
+        counter.
 
         Args:
             kind: what the keys are of.
             keys: of `KeySpace`.
-            decode: makes a value of a verified frame. It gives None for one that cannot serve this call, a miss, and
-                raises `FrameError` for one that is not what it should be, which counts as corrupt.
+            decode: turns a verified frame into a value. It returns None for a frame that cannot serve this call (a
+                miss) and raises `FrameError` for an unexpected one (counted as corrupt).
         """
         if kind == "passage_kv":
             return self._read(self.store, self._counts.prefilled, keys, decode)[0] if self.keeps(kind) else {}

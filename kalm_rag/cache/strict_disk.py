@@ -30,8 +30,8 @@ FILE_PATTERN = re.compile(r"[0-9a-f]{2}/[0-9a-f]{2}/[0-9a-f]{28}\.val")
 """File names as diskcache makes them, relative to the directory."""
 
 LARGEST_VALUE = 1 << 27
-"""Bytes of a value. Nothing larger is kept, and no larger file is read. A prefilled passage of Large in float32 with
-1,024 tokens at ratio 4 takes 86 MB."""
+"""Bytes of a value. Larger values are not kept, and larger files are not read. A prefilled passage of Large in float32
+with 1,024 tokens at ratio 4 takes 86 MB."""
 
 
 _NO_FILE = {errno.ELOOP, errno.ENXIO, errno.ENOTDIR, errno.EISDIR}
@@ -39,7 +39,7 @@ _NO_FILE = {errno.ELOOP, errno.ENXIO, errno.ENOTDIR, errno.EISDIR}
 
 SETTINGS: dict[str, Any] = {
     "eviction_policy": "least-recently-stored",  # other policies turn every read into a write
-    "cull_limit": 0,  # nothing is evicted behind our back: see `DiskStore._evict`
+    "cull_limit": 0,  # nothing is evicted behind our back: see `Writer`
     "disk_min_file_size": 256 * 1024,  # smaller values are faster, and safer in a crash, inside of the database
     "sqlite_mmap_size": 0,  # a mapped file that is cut short kills the process
     "statistics": 0,

@@ -32,9 +32,9 @@ class TransferReport:
         other_models: entries of other models that were left out (export).
         bad_shards: files that could not be read and were skipped (import).
         shards: files that were written or read.
-        known: entries that the store had already and that verify there; they were left as they are (import).
+        known: entries that the store already had and that verify; they were left unchanged (import).
         lost: entries that verified and that the store did not keep (import).
-        held: entries of the shards that the store holds at the end; those that it gave up meanwhile are not (import).
+        held: entries of the shards that the store holds at the end, without those evicted meanwhile (import).
     """
 
     passages: int
@@ -141,7 +141,7 @@ def import_shards(
 ) -> TransferReport:
     """Read shards into a store; every entry is verified before it is kept.
 
-    An entry of the store that verifies is not replaced, so that tagged entries stay what they are.
+    Entries of the store that verify are not replaced, so tagged entries keep their tags.
 
     Args:
         store: where they go.
@@ -152,7 +152,7 @@ def import_shards(
     Raises:
         WrongModelError: a shard holds entries of another model; nothing of that shard is kept.
         FileNotFoundError: a source does not exist or holds no shards.
-        StoreError: the store cannot be written to, or reached its limit and gave up entries of this import; the import
+        StoreError: the store cannot be written to, or reached its limit and evicted entries of this import; the import
             stops there.
     """
     from safetensors import SafetensorError, safe_open

@@ -13,10 +13,10 @@ from kalm_rag.utils import forks
 class WriteBehind:
     """Runs writes in order.
 
-    Writes that a parent process had not done at a fork are the parent's.
+    After a fork, the parent does its pending writes.
 
     Args:
-        limit: bytes that may wait; who gives more waits until they fit.
+        limit: pending bytes at most; further callers wait until theirs fit.
     """
 
     def __init__(self, limit: int) -> None:
@@ -47,14 +47,14 @@ class WriteBehind:
         with self._changed:
             self._blocked += 1
             try:
-                # The store is slower than the encoder: wait, rather than grow or drop.
+                # The store may be slower than the encoder: wait instead of using more memory or dropping writes.
                 self._changed.wait_for(lambda: not self._pending or self._bytes + size <= self._limit)
             finally:
                 self._blocked -= 1
             if self._thread is None:
                 self._thread = ThreadPoolExecutor(1, thread_name_prefix="kalm-rag-cache")
             future: Future[None] | None = None
-            # The interpreter takes no more work when it ends.
+            # An interpreter that is shutting down takes no more work.
             with contextlib.suppress(RuntimeError):
                 future = self._thread.submit(action)
                 self._pending[future] = size

@@ -54,7 +54,7 @@ def main() -> None:
     make_log_visible()
     try:
         app()
-    except BrokenPipeError:  # the reader of our output has seen enough
+    except BrokenPipeError:  # the reader of the output closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (KaLMError, ValueError, TypeError, OSError, OverflowError) as error:

@@ -59,7 +59,7 @@ def demo(
             hits[query_id] = _timed(times[steps[1]], reranker.rank, query, texts)
         for query_id, query in corpus.queries.items():
             texts = [corpus.passages[name] for name, _ in before[query_id]]
-            # A new query on known passages; the same one again would be no fair test.
+            # A new query on known passages: repeating the same query would not be a fair test.
             _timed(times[steps[2]], reranker.rank, f"{query} Please explain.", texts)
         stats, prefilled = reranker.cache.stats(), reranker.prefill_stats()
     after = {query: [(before[query][hit.index][0], hit.margin) for hit in found] for query, found in hits.items()}

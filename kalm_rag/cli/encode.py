@@ -94,7 +94,7 @@ def encode(
             yield text
 
     if corpus != "-":
-        next(texts(), None)  # a file that is missing or cannot be read is told before a model loads
+        next(texts(), None)  # report a missing or unreadable file before loading a model
     if dry_run:
         _show_estimate(_estimate(reranker, texts(), everything=True), as_json)
         return
@@ -157,7 +157,7 @@ class _Run:
         self._new, self._known = self._new + report.new, self._known + report.known
         self._truncated += report.truncated
         missing = self._reranker.unknown(window)
-        if missing:  # once more: a lock or a full disk may have passed
+        if missing:  # try again: a lock or a full disk may be temporary
             scorer.encode(missing)
             cache.flush()
             missing = self._reranker.unknown(missing)
@@ -167,8 +167,8 @@ class _Run:
         stats = cache.stats()
         if report.new and not self._first:
             self._first = window
-        # A full cache makes room by giving up what it stored first, which may be another corpus's. If this run's own
-        # first passages are gone, the rest will follow them.
+        # A full cache evicts its oldest passages, which may be another corpus's. If this run's own first passages are
+        # gone, the rest will follow.
         if stats.store.size.evicted > self._evicted and self._reranker.unknown(self._first):
             self.failure = f"{self._limit_text()} and gave up passages of this corpus: raise the limit with --limit-gb"
         elif missing or stats.prefilled.write_failed:

@@ -129,7 +129,7 @@ def limit_bytes(limit_gb: float | None) -> int | None:
 
 def print_json(value: Any) -> None:
     """Print one JSON document in ASCII, which every stream and terminal can take."""
-    # A stream of another encoding would hold JSON that no reader takes, or could not hold it at all.
+    # ASCII is valid JSON in every encoding.
     is_utf8 = (sys.stdout.encoding or "").lower().replace("_", "-") in ("utf-8", "utf8")
     typer.echo(json.dumps(value, ensure_ascii=not is_utf8, indent=2).translate(_JSON))
 

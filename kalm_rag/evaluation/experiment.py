@@ -183,7 +183,7 @@ def evaluate(
 
     Args:
         experiment: what to do.
-        finished: called with each result as soon as it is there.
+        finished: called with each result as soon as it is ready.
 
     Returns:
         A result per system in the order of `experiment.systems`, and what encoding took per model and precision.
@@ -228,7 +228,7 @@ def _evaluate(
     base = experiment.metrics.per_query(experiment.candidates.rankings, experiment.candidates.qrels)
     ordered = sorted(experiment.systems, key=lambda system: (system.model, system.dtype or ""))
     groups = [(key, list(group)) for key, group in groupby(ordered, key=lambda system: (system.model, system.dtype))]
-    # What can be refused is refused before anything is loaded or encoded.
+    # Refuse whatever can be refused before loading or encoding anything.
     models = {system.model for system in ordered}
     marks = {model: _mark(model, local_files_only=experiment.local_files_only) for model in models}
     journals = {system: _journal(experiment, system, marks[system.model]) for system in ordered}
@@ -365,8 +365,8 @@ def time_lengths(
 ) -> list[LengthTiming]:
     """Time encoding and reranking of candidates by length: batches of 16 at evenly spaced ranks of length.
 
-    Encoding counts the faster of two runs. Reranking counts the fastest of three, each with a query of its own, after
-    one that prefills the passages.
+    Encoding reports the faster of two runs; reranking reports the fastest of three, each with its own query, after a
+    run that prefills the passages.
     """
     if not texts:
         return []

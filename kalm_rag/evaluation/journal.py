@@ -70,7 +70,7 @@ class Journal:
         try:
             lines = path.read_text(encoding="utf-8").split("\n")
             found = json.loads(lines[0])
-            # What follows the last line feed was being written when the process ended.
+            # The process ended while it wrote what follows the last line feed.
             records = [_record(json.loads(line)) for line in lines[1:-1]]
         except (KeyError, TypeError, ValueError) as error:
             msg = f"cannot read {path} ({type(error).__name__}: {error}); delete it to start this system again"

@@ -19,7 +19,7 @@ class Metrics:
 
     Args:
         names: as `ir_measures` spells them, for example `nDCG@10`, `MRR@10`, `R@100`, `MAP`; case does not matter.
-            The first is the one that plots and tests are about.
+            Plots and tests use the first one.
 
     Raises:
         MissingExtraError: `ir_measures` is not installed.

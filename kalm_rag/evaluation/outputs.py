@@ -70,7 +70,7 @@ def replace_files(out: Path, kind: str, files: Mapping[str, bytes]) -> list[Path
         if name not in before and (out / name).exists() and (out / MANIFEST).is_file():
             msg = f"{out / name} was not written by this evaluation; move it, or give another folder (--out)"
             raise FileExistsError(msg)
-    # Listed before they are written, so that whatever a crash leaves behind is known to be ours.
+    # List files before writing them, so that files left by a crash are known.
     _write(out, {**known, kind: sorted({*before, *files})})
     for name, content in files.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)

@@ -178,7 +178,7 @@ def _moved(summary: Summary, result: SystemResult, query: str, theme: Theme) -> 
     below = any(max(before[name], after[name]) > deepest for name in shown)
     for name in sorted(shown, key=lambda name: judged.get(name, 0)):
         relevant = judged.get(name, 0) > 0
-        # What stood below the plot starts at its lower edge, with its true rank beside it.
+        # Candidates below the plot start at its lower edge, labelled with their rank.
         places = [min(place, deepest + 1) for place in (before[name], after[name])]
         axes.plot(
             [0, 1],

@@ -188,7 +188,7 @@ def find_checkpoint(
         raise CheckpointError(msg)
     path = _local(model)
     named = str(model) in NAMES and not isinstance(model, Path)
-    # A folder that happens to be called like an alias is not meant, unless a checkpoint is in it.
+    # A folder with the name of an alias is used only if it holds a checkpoint.
     if path is not None and path.is_dir() and (not named or (path / "config.json").is_file()):
         if revision is not None:
             msg = f"revision={revision!r} was given for the folder {str(model)!r}; revisions belong to hub ids"

@@ -93,9 +93,9 @@ def choices() -> list[Choice]:
 def _shortest(actions: Mapping[str, Callable[[], object]]) -> dict[str, float]:
     """The shortest time of each action.
 
-    Actions take turns, so that other load on the machine meets all of them. A time counts once it is reached twice: on
-    a busy machine a short time is that of the action, a long one that of the others. What is not settled by
-    `_MOST_SECONDS` is compared as it is.
+    Actions take turns, so that other load on the machine meets all of them. A time counts once it is reached twice,
+    since on a busy machine only short times measure the action itself. Times that are not settled by `_MOST_SECONDS`
+    are compared as they are.
     """
     times: dict[str, list[float]] = {name: [] for name in actions}
     for action in actions.values():
@@ -132,9 +132,9 @@ def _random(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
 def has_fast_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 at least as fast as float32; measured once per process.
 
-    A CPU with the instructions is at least 1.5 times as fast in bfloat16, one without is up to 200 times slower. What
-    the CPU says about itself is not asked: oneDNN can be limited to older instructions, and a virtual machine can hide
-    them.
+    A CPU with the instructions is at least 1.5 times as fast in bfloat16, one without is up to 200 times slower. The
+    CPU's own feature flags are not used: oneDNN can be limited to older instructions, and a virtual machine can hide
+    flags.
     """
     return _is_fast("bfloat16")
 
@@ -159,8 +159,8 @@ def _is_fast(dtype: str) -> bool:
 def _clear_times(actions: Mapping[str, Callable[[], object]]) -> dict[str, float]:
     """Return the shortest times of two actions, measured again while the answer is doubtful.
 
-    A CPU without its instructions is many times slower. A little slower is what a busy machine makes of a fast one, so
-    that is measured again.
+    A CPU without the instructions is many times slower. A busy machine can make a fast CPU look a little slower, so
+    such a result is measured again.
     """
     first, other = actions
     seconds: dict[str, float] = {}
@@ -189,7 +189,7 @@ def _product(dtype: torch.dtype) -> Callable[[], object]:
 def int8_weights() -> PackedWeights:
     """Choose 8 bits where they move scores no further than bfloat16 does (`benchmarks/precision.py` on `mini`).
 
-    In queries, keys and values they would by themselves: attention turns their rounding into other weights.
+    Queries, keys and values stay wider: attention turns their rounding into different weights.
     """
     return PackedWeights(
         BFloat16Weight if has_fast_bfloat16() else PackedWeight, RowInt8Weight, Int8Weight, RowInt8Weight

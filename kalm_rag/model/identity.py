@@ -58,8 +58,8 @@ class ModelIdentity:
 def identify(checkpoint: Checkpoint, memo: Path | None = None) -> ModelIdentity:
     """The identity of a checkpoint.
 
-    Hashing the weights takes about a second per gigabyte, so the result is remembered for files of this size, inode and
-    times of change. The names of the hub's blobs are not relied on: a blob can be overwritten.
+    Hashing the weights takes about a second per gigabyte, so the result is remembered by size, inode and times of
+    change. The names of the hub's blobs are not used: a blob can be overwritten.
 
     Args:
         checkpoint: where the files are.

@@ -91,7 +91,7 @@ class LoadedModel:
 def _own_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Set the default device for what transformers creates without naming one.
 
-    Without need it is not set: it makes every call of torch a little slower.
+    It is set only when necessary, because it makes every torch call a little slower.
     """
     import torch
 

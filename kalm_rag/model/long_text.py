@@ -1,7 +1,7 @@
 """Tokenises the start of a long text without reading all of it, with exactly the tokens of the whole text.
 
-What a tokenizer makes of the beginning of a text can depend on what follows, so a beginning is not simply cut off. It
-is read where the structure of the tokenizer proves that the tokens are the same; else the whole text is read.
+The first tokens of a text can depend on what follows, so the text is not simply cut. Where the structure of the
+tokenizer proves that the tokens are the same, only the start is read; otherwise the whole text is.
 
 Byte-pair merges are made in an order of their own, wherever they apply, and two neighbours in a result are neighbours
 because no merge joined them; what stands further left or right has no say in that. Hence:

@@ -1,8 +1,8 @@
 """Keeps this process's threads and locks safe across `os.fork`.
 
-Only the thread that forks lives on in the child. Whatever another thread holds at that moment, a lock of ours or one
-inside of SQLite, torch or the tokenizer, is held there forever. So before a fork every thread of ours comes to a place
-where it holds nothing (`native`, `Lock`), and the child gets new locks and gives up what belongs to the parent.
+Only the thread that forks survives in the child. A lock that another thread holds at that moment, here or inside
+SQLite, torch or the tokenizer, stays locked there forever. So before a fork, every thread of this package reaches a
+point where it holds nothing (`native`, `Lock`), and the child gets new locks and drops the parent's connections.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ def is_broken() -> bool:
 def ready_to_compute() -> None:
     """Make torch usable in a forked child; call this before each use.
 
-    Threads do not survive a fork, and OpenMP waits for those of the parent forever. One thread needs none of them.
+    Threads do not survive a fork, and OpenMP would wait for the parent's forever; a single thread needs none of them.
 
     Raises:
         ForkError: the fork came in the middle of a computation.

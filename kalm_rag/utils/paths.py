@@ -28,7 +28,7 @@ _VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)
 def user_path(value: str | Path, name: str) -> Path:
     """Return the absolute path that a user means; `~` and variables are expanded once.
 
-    An absolute `Path` is taken as it is, so that a path that went through this function is not expanded again.
+    An absolute `Path` is returned unchanged, so that paths are not expanded twice.
 
     Args:
         value: what the user gave.
@@ -72,7 +72,7 @@ def passages_dir() -> Path | None:
     """
     named = _named_dir()
     if named is not None:
-        # What the variable meant before: a cache that was made then is still found.
+        # An earlier meaning of the variable: caches made then are still found.
         below = named / "passages"
         return below if _holds(below, MANIFEST) and not _holds(named, MANIFEST) else named
     own = _own_dir()
