@@ -381,7 +381,7 @@ def test_a_reranker_is_copied_by_its_arguments(reranker_on_disk: KaLMReranker, h
     assert type(found) is KaLMReranker
     assert "not loaded" in repr(found)
     assert found.settings == reranker_on_disk.settings
-    assert (found._token, found._device, found._owns_cache) == ("hf_secret", "cpu", True)
+    assert (found._token, found._device, found.owns_cache) == ("hf_secret", "cpu", True)
     assert found.cache.store.folder == reranker_on_disk.cache.store.folder
     reranker_on_disk.cache.flush()
     assert found.rank("query", ["one", "two " * 100]) == expected
@@ -392,7 +392,7 @@ def test_a_reranker_is_copied_by_its_arguments(reranker_on_disk: KaLMReranker, h
 @pytest.mark.parametrize("how", COPIES)
 def test_a_shared_reranker_keeps_what_its_folder_keeps(checkpoint: Path, tmp_path: Path, how: str) -> None:
     found = COPIES[how](shared_reranker(checkpoint, cache=tmp_path, keep="prefilled", ratio=2))
-    assert (found.cache.keeps_prefilled, found.cache.base_ratio, found._owns_cache) == (True, 2, True)
+    assert (found.cache.keeps_prefilled, found.cache.base_ratio, found.owns_cache) == (True, 2, True)
 
 
 def test_a_cache_is_pickled_by_its_arguments_and_shared_by_copies(tmp_path: Path) -> None:
@@ -415,7 +415,7 @@ def test_copies_share_a_cache_that_was_handed_in(checkpoint: Path) -> None:
         for how in (copy.copy, copy.deepcopy):
             found = how(reranker)
             assert (found.cache if isinstance(cache, PassageCache) else found.cache.store) is cache
-            assert not found._owns_cache
+            assert not found.owns_cache
 
 
 def _rank(reranker: KaLMReranker) -> dict[int, float]:

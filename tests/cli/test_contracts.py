@@ -640,7 +640,7 @@ def test_cache_commands_without_a_home_folder_name_the_way_out(
     monkeypatch.setattr(sys, "argv", ["kalm-rag", "cache", "info"])
     with pytest.raises(SystemExit):
         cli.main()
-    assert "no home folder; name one with --cache" in capsys.readouterr().err
+    assert "no home folder, so there is no default cache; name a folder with --cache" in capsys.readouterr().err
 
 
 def test_eval_without_its_first_stage_names_its_extra(
