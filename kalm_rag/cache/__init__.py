@@ -1,4 +1,4 @@
-"""The passage cache: content keys, verified frames, stores, and the tiers in front of them."""
+"""The passage cache: content keys, verified frames, stores, and a level in memory in front of them."""
 
 from kalm_rag.cache.bytestore import ByteStoreAdapter
 from kalm_rag.cache.disk import DiskStore
