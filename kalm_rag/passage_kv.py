@@ -152,6 +152,8 @@ class PassageKVSource(CachedSource[BehindPrefix, PassageStates, PassageKV]):
         is_used: whether keys and values are kept anywhere; otherwise full prompts are as fast.
     """
 
+    cached: PassageKVCache
+
     def __init__(
         self,
         loaded: LoadedModel,
@@ -163,8 +165,8 @@ class PassageKVSource(CachedSource[BehindPrefix, PassageStates, PassageKV]):
         turns: Turns,
     ) -> None:
         self.decoder = PrefilledDecoder(loaded, settings, turns, int8=settings.prefill_storage == "int8")
-        self.cached = PassageKVCache(settings.prefill_memory, cache, keys, self.decoder.shape, loaded.device)
-        super().__init__(loaded, self.cached, turns)
+        cached = PassageKVCache(settings.prefill_memory, cache, keys, self.decoder.shape, loaded.device)
+        super().__init__(loaded, cached, turns)
         self.is_used = settings.prefill_memory > 0 or cache.keeps_prefilled
         self._settings = settings
         self._cache = cache

@@ -82,15 +82,15 @@ class CachedSource(ABC, Generic[R, W, T]):
 
     Args:
         loaded: the model.
-        values: what keeps the values.
+        cached: what keeps the values.
         turns: taken for each batch.
 
     Attributes:
-        values: as given.
+        cached: as given.
     """
 
-    def __init__(self, loaded: LoadedModel, values: ValueCache[R, T], turns: Turns) -> None:
-        self.values = values
+    def __init__(self, loaded: LoadedModel, cached: ValueCache[R, T], turns: Turns) -> None:
+        self.cached = cached
         self._loaded = loaded
         self._turns = turns
 
@@ -107,7 +107,7 @@ class CachedSource(ABC, Generic[R, W, T]):
     def find(self, texts: Sequence[str], request: R) -> dict[str, T]:
         """Return the cached values; missing ones are left out."""
         keys = dict(zip(self.keys(texts, request), texts, strict=True))
-        return {keys[key]: value for key, value in self.values.get_many(list(keys), request).items()}
+        return {keys[key]: value for key, value in self.cached.get_many(list(keys), request).items()}
 
     def make_all(self, texts: Sequence[str], request: R) -> dict[str, T]:
         """Make and keep the values of all these passages without looking them up."""
@@ -136,13 +136,13 @@ class CachedSource(ABC, Generic[R, W, T]):
         inputs = self._inputs(texts, request) if inputs is None else inputs
         for batch in self._batches(inputs, request):
             with self._turns:
-                known = self.values.recall([keys[place] for place in batch], request)
+                known = self.cached.recall([keys[place] for place in batch], request)
                 rest = [place for place in batch if keys[place] not in known]
                 new = self._run([inputs[place] for place in rest], request) if rest else []
                 self._loaded.files.check()
                 made = dict(zip([keys[place] for place in rest], new, strict=True))
-                made, sealed = self.values.put_in_memory(made, request)
-            self.values.put_in_store(made, sealed)
+                made, sealed = self.cached.put_in_memory(made, request)
+            self.cached.put_in_store(made, sealed)
             both = known | made
             yield {texts[place]: both[keys[place]] for place in batch}, len(rest)
 

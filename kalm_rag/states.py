@@ -103,6 +103,8 @@ class StatesSource(CachedSource[int, PassageTokens, PassageStates]):
         encoder: runs the encoder.
     """
 
+    cached: StatesCache
+
     def __init__(
         self,
         loaded: LoadedModel,
@@ -113,8 +115,7 @@ class StatesSource(CachedSource[int, PassageTokens, PassageStates]):
         turns: Turns,
     ) -> None:
         self._width = int(loaded.model.config.decoder.hidden_size)
-        self._cached = StatesCache(cache, keys, loaded.dtype, self._width)
-        super().__init__(loaded, self._cached, turns)
+        super().__init__(loaded, StatesCache(cache, keys, loaded.dtype, self._width), turns)
         self.encoder = Encoder(loaded, settings)
         self._cache = cache
         self._key_space = keys
@@ -165,7 +166,7 @@ class StatesSource(CachedSource[int, PassageTokens, PassageStates]):
 
     def _inputs(self, texts: Sequence[str], request: int) -> list[PassageTokens]:
         """Tokenise in parts, so that other calls can come in between."""
-        if not self._cached.keeps(request):
+        if not self.cached.keeps(request):
             self._warn_ratio(request)
         found: list[PassageTokens] = []
         for start in range(0, len(texts), _TOKENISED_AT_ONCE):
@@ -177,7 +178,7 @@ class StatesSource(CachedSource[int, PassageTokens, PassageStates]):
         return self.encoder.batches(inputs)
 
     def _run(self, inputs: Sequence[PassageTokens], request: int) -> list[PassageStates]:
-        return self.encoder.encode(inputs, self._cache.base_ratio if self._cached.keeps(request) else request)
+        return self.encoder.encode(inputs, self._cache.base_ratio if self.cached.keeps(request) else request)
 
     def _warn_ratio(self, ratio: int) -> None:
         with self._lock:
