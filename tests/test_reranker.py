@@ -30,8 +30,8 @@ def test_scores_are_the_sigmoid_of_margins_and_equal_predict(reranker: KaLMReran
     query = "How do I sort a list?"
     ranking = {hit.index: hit for hit in reranker.rank(query, passages[:6])}
     for index, score in enumerate(reranker.predict([(query, text) for text in passages[:6]])):
-        assert ranking[index].score == pytest.approx(score, abs=1e-6)
-        assert torch.sigmoid(torch.tensor(ranking[index].margin)).item() == pytest.approx(score, abs=1e-6)
+        assert ranking[index].score == pytest.approx(score, abs=1e-5)
+        assert torch.sigmoid(torch.tensor(ranking[index].margin)).item() == pytest.approx(score, abs=1e-5)
 
 
 def test_top_k_and_threshold(reranker: KaLMReranker, passages: list[str]) -> None:

@@ -207,7 +207,7 @@ def test_full_disk(small_disk: Path, tally: Tally, size: int, checkpoint: Path, 
     reranker = KaLMReranker(checkpoint, cache=cache)
     answers = [reranker.predict([("q", text) for text in passages[:3]]) for _ in range(2)]
     cache.flush()
-    tally("full disk: queries that failed", sum(answer != pytest.approx(expected, abs=1e-6) for answer in answers), 2)
+    tally("full disk: queries that failed", sum(answer != pytest.approx(expected, abs=1e-5) for answer in answers), 2)
     subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
     key = key_of(7777)
     assert store.put_many({key: value_of(key, size)}) == 1, "it recovers when there is room again"

@@ -35,7 +35,7 @@ def scores(reranker: KaLMReranker, passages: list[str], **options: Any) -> list[
     return reranker.predict([(QUERY, text) for text in passages], **options)
 
 
-def near(left: list[float], right: list[float], tolerance: float = 1e-6) -> bool:
+def near(left: list[float], right: list[float], tolerance: float = 1e-5) -> bool:
     return max(abs(a - b) for a, b in zip(left, right, strict=True)) <= tolerance
 
 

@@ -247,8 +247,8 @@ def test_a_file_overwritten_while_its_weights_are_mapped_spoils_no_cache(tmp_pat
             reranker.predict(pairs)
     file.write_bytes(original)
     reranker.close()
-    assert reranker.predict(pairs) == pytest.approx(right, abs=1e-6)
-    assert KaLMReranker(folder, **options).predict(pairs) == pytest.approx(right, abs=1e-6)
+    assert reranker.predict(pairs) == pytest.approx(right, abs=1e-5)
+    assert KaLMReranker(folder, **options).predict(pairs) == pytest.approx(right, abs=1e-5)
 
 
 def test_a_file_replaced_by_renaming_does_not_disturb_a_loaded_model(tmp_path: Path) -> None:

@@ -229,4 +229,4 @@ def test_long_passages_and_queries_score_as_cut_ones(checkpoint: Path, passages:
     hit = reranker.rank(text, [text])[0]
     assert (hit.passage_truncated, hit.query_truncated) == (True, True)
     short = reranker.rank(text[:2000], [text[:2000]])[0]
-    assert hit.margin == pytest.approx(short.margin, abs=1e-6)
+    assert hit.margin == pytest.approx(short.margin, abs=1e-5)

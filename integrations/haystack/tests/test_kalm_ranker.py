@@ -240,7 +240,7 @@ def test_order_scores_and_untouched_input(
         warnings.simplefilter("error")
         found = run(KalmRanker(**options), mode, query=QUERY, documents=given)["documents"]
     assert numbers(found) == [number for number, _ in expected]
-    assert [document.score for document in found] == pytest.approx([score for _, score in expected], abs=1e-6)
+    assert [document.score for document in found] == pytest.approx([score for _, score in expected], abs=1e-5)
     assert all(type(document.score) is float for document in found)
     assert given == before
     assert {document.id for document in found} == {document.id for document in given}
@@ -253,7 +253,7 @@ def test_options_at_init_and_at_run(
     ranker = KalmRanker(**options, top_k=3)
     assert len(run(ranker, mode, query=QUERY, documents=documents())["documents"]) == 3
     assert len(run(ranker, mode, query=QUERY, documents=documents(), top_k=1)["documents"]) == 1
-    cut = expected[1][1] - 1e-7
+    cut = expected[1][1] - 1e-5
     assert len(run(ranker, mode, query=QUERY, documents=documents(), score_threshold=cut)["documents"]) == 2
     wanted = KaLMReranker(checkpoint, cache=None, device="cpu").rank(QUERY, TEXTS, instruction="Find code.", ratio=8)
     for found in (
@@ -261,7 +261,7 @@ def test_options_at_init_and_at_run(
         run(KalmRanker(**options), mode, query=QUERY, documents=documents(), instruction="Find code.", ratio=8),
     ):
         assert [document.score for document in found["documents"]] == pytest.approx(
-            [hit.score for hit in wanted], abs=1e-6
+            [hit.score for hit in wanted], abs=1e-5
         )
 
 
@@ -270,7 +270,7 @@ def test_meta_fields(options: dict[str, Any], checkpoint: Path) -> None:
     found = ranker.run(query=QUERY, documents=documents())["documents"]
     texts = [f"T{number} / 0 / {text}" for number, text in enumerate(TEXTS)]
     wanted = KaLMReranker(checkpoint, cache=None, device="cpu").rank(QUERY, texts)
-    assert [document.score for document in found] == pytest.approx([hit.score for hit in wanted], abs=1e-6)
+    assert [document.score for document in found] == pytest.approx([hit.score for hit in wanted], abs=1e-5)
 
 
 @MODES

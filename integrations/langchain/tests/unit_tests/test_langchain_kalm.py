@@ -65,7 +65,7 @@ def test_order_scores_and_copies(options: dict[str, Any], expected: list[tuple[i
         assert [document.metadata["number"] for document in found] == [number for number, _ in expected]
         for document, (number, score) in zip(found, expected, strict=True):
             assert type(document.metadata["relevance_score"]) is float
-            assert document.metadata["relevance_score"] == pytest.approx(score, abs=1e-6)
+            assert document.metadata["relevance_score"] == pytest.approx(score, abs=1e-5)
             assert document.id == f"id-{number}"
             assert {**document.metadata, "relevance_score": None} == {**given[number].metadata, "relevance_score": None}
             assert document is not given[number]
@@ -76,7 +76,7 @@ def test_order_scores_and_copies(options: dict[str, Any], expected: list[tuple[i
 def test_top_n_and_threshold(options: dict[str, Any], expected: list[tuple[int, float]], mode: str) -> None:
     assert len(rerank(KalmReranker(**options), documents(), QUERY, mode)) == 3
     assert len(rerank(KalmReranker(**options, top_n=99), documents(), QUERY, mode)) == 5
-    cut = expected[1][1] - 1e-7
+    cut = expected[1][1] - 1e-5
     assert len(rerank(KalmReranker(**options, top_n=None, score_threshold=cut), documents(), QUERY, mode)) == 2
 
 
@@ -87,13 +87,13 @@ def test_instruction_and_ratio_are_used(options: dict[str, Any], checkpoint: Pat
     wanted = core.rank(QUERY, TEXTS, instruction="Find code.", ratio=8)
     assert [document.metadata["number"] for document in found] == [hit.index for hit in wanted]
     scores = [document.metadata["relevance_score"] for document in found]
-    assert scores == pytest.approx([hit.score for hit in wanted], abs=1e-6)
+    assert scores == pytest.approx([hit.score for hit in wanted], abs=1e-5)
     per_call = (
         KalmReranker(**options, top_n=None)
         .as_runnable()
         .invoke({"query": QUERY, "documents": documents(), "instruction": "Find code.", "ratio": 8})
     )
-    assert [document.metadata["relevance_score"] for document in per_call] == pytest.approx(scores, abs=1e-6)
+    assert [document.metadata["relevance_score"] for document in per_call] == pytest.approx(scores, abs=1e-5)
 
 
 @MODES
@@ -329,7 +329,7 @@ def test_lcel_chain(options: dict[str, Any], expected: list[tuple[int, float]]) 
 def test_cross_encoder(options: dict[str, Any], expected: list[tuple[int, float]]) -> None:
     encoder = KalmCrossEncoder(**options)
     scores = encoder.score([(QUERY, text) for text in TEXTS])
-    assert scores == pytest.approx([score for _, score in sorted(expected)], abs=1e-6)
+    assert scores == pytest.approx([score for _, score in sorted(expected)], abs=1e-5)
     assert encoder.score([]) == []
     found = CrossEncoderReranker(model=encoder, top_n=2).compress_documents(documents(), QUERY)
     assert [document.metadata["number"] for document in found] == [number for number, _ in expected[:2]]
