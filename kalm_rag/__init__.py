@@ -21,15 +21,16 @@ from kalm_rag._version import __version__
 if TYPE_CHECKING:
     from kalm_rag.cache import PassageCache
     from kalm_rag.reranker import KaLMReranker
-    from kalm_rag.results import EncodeReport, RankedPassage
+    from kalm_rag.results import EncodeReport, RankedPassage, Ranking
 
-__all__ = ["EncodeReport", "KaLMReranker", "PassageCache", "RankedPassage", "__version__"]
+__all__ = ["EncodeReport", "KaLMReranker", "PassageCache", "RankedPassage", "Ranking", "__version__"]
 
 _HOMES = {
     "EncodeReport": "kalm_rag.results",
     "KaLMReranker": "kalm_rag.reranker",
     "PassageCache": "kalm_rag.cache",
     "RankedPassage": "kalm_rag.results",
+    "Ranking": "kalm_rag.results",
 }
 
 

@@ -4,18 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, SupportsIndex, overload
+
+from kalm_rag.utils.display import Shown, html_table, short_repr, text_of
 
 if TYPE_CHECKING:
+    from typing_extensions import TypeVar  # every type checker brings it; `typing` has no default before 3.13
+
     from kalm_rag.cache.store import StoreStats
 
 Document = str | Mapping[str, Any]
 """A passage: its text, or a mapping with the text under `"text"` (other keys are carried along untouched)."""
 
+if TYPE_CHECKING:
+    D = TypeVar("D", default=Document)
+    """The type of the documents that were given."""
+    D_co = TypeVar("D_co", default=Document, covariant=True)
+    """The same, of a record that only gives its document out."""
+else:
+    from typing import TypeVar
 
-@dataclass(frozen=True, slots=True)
-class RankedPassage:
+    D = TypeVar("D")
+    D_co = TypeVar("D_co", covariant=True)
+
+_ROWS = 10
+"""Passages of a ranking that a terminal shows."""
+_HTML_ROWS = 20
+"""Passages of a ranking that a notebook shows."""
+
+
+# No slots: until Python 3.12, `RankedPassage[str](...)` raises for a frozen data class that has them.
+@dataclass(frozen=True, repr=False)
+class RankedPassage(Shown, Generic[D_co]):
     """One passage of a ranking.
+
+    Its `repr` cuts a long document and leaves out the flags that are False.
 
     Attributes:
         index: position of the passage in the list that was given.
@@ -31,15 +54,69 @@ class RankedPassage:
     index: int
     score: float
     margin: float
-    document: Document
+    document: D_co
     passage_truncated: bool = False
     query_truncated: bool = False
     passage_repaired: bool = False
     query_repaired: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class EncodeReport:
+class Ranking(list[RankedPassage[D]]):
+    """The passages that `rank` returns, best first: a list that shows itself as a table.
+
+    It equals a plain list of the same passages. A slice is a ranking too.
+    """
+
+    @overload
+    def __getitem__(self, place: SupportsIndex, /) -> RankedPassage[D]: ...
+
+    @overload
+    def __getitem__(self, place: slice, /) -> Ranking[D]: ...
+
+    def __getitem__(self, place: SupportsIndex | slice, /) -> RankedPassage[D] | Ranking[D]:
+        if isinstance(place, slice):
+            return Ranking(super().__getitem__(place))
+        return super().__getitem__(place)
+
+    def __repr__(self) -> str:
+        lines = [f"{type(self).__name__} of {_passages(len(self))}{':' if self else ''}"]
+        if self:
+            lines.append("rank   score  margin  index  document")
+        for place, hit in enumerate(self[:_ROWS], start=1):
+            line = f"{place:>4}  {hit.score:.4f}  {hit.margin:>6.2f}  {hit.index:>5}  "
+            lines.append(line + short_repr(hit.document, 78 - len(line)))
+        if len(self) > _ROWS:
+            lines.append(f"… and {len(self) - _ROWS} more")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        flags = [name for name in _FLAGS if any(getattr(hit, name) for hit in self)]
+        rows = [
+            (
+                str(place),
+                text_of(hit.document),
+                f"{hit.score:.4f}",
+                f"{hit.margin:.2f}",
+                str(hit.index),
+                *("yes" if getattr(hit, flag) else "" for flag in flags),
+            )
+            for place, hit in enumerate(self[:_HTML_ROWS], start=1)
+        ]
+        if len(self) > _HTML_ROWS:
+            rows.append(("…", f"and {len(self) - _HTML_ROWS} more"))
+        heading = ["rank", "document", "score", "margin", "index", *(flag.replace("_", " ") for flag in flags)]
+        return html_table(heading, rows, f"{type(self).__name__} of {_passages(len(self))}")
+
+
+_FLAGS = ("passage_truncated", "query_truncated", "passage_repaired", "query_repaired")
+
+
+def _passages(count: int) -> str:
+    return f"{count} passage" if count == 1 else f"{count} passages"
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class EncodeReport(Shown):
     """Counts the passages of an `encode` call.
 
     Attributes:
@@ -60,9 +137,11 @@ class EncodeReport:
         return self.new + self.known
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
+@dataclass(frozen=True, slots=True, repr=False)
+class Estimate(Shown):
     """What encoding passages takes.
+
+    Its `repr` shows how many passages there are and the sum of their tokens.
 
     Attributes:
         tokens: of each passage, as many as the encoder reads.
@@ -74,9 +153,13 @@ class Estimate:
     states_bytes: int
     prefilled_bytes: int
 
+    def _facts(self, *, defaults: bool) -> list[tuple[str, str]]:
+        counts = [("passages", str(len(self.tokens))), ("tokens", str(sum(self.tokens)))]
+        return [*counts, *super(Estimate, self)._facts(defaults=defaults)[1:]]
 
-@dataclass(slots=True)
-class PrefillCounters:
+
+@dataclass(slots=True, repr=False)
+class PrefillCounters(Shown):
     """Counts prefilled passages since the model was loaded.
 
     Attributes:
@@ -92,9 +175,12 @@ class PrefillCounters:
     full_prompts: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class PrefillStats:
+@dataclass(frozen=True, slots=True, repr=False)
+class PrefillStats(Shown):
     """Counters of the prefilled level and its size in memory."""
 
     counters: PrefillCounters
     size: StoreStats
+
+    def _facts(self, *, defaults: bool) -> list[tuple[str, str]]:
+        return [*self.counters._facts(defaults=defaults), *self.size._facts(defaults=defaults)]

@@ -16,6 +16,7 @@ from kalm_rag.cache.store import Store, StoreStats
 from kalm_rag.cache.writer import WriteBehind
 from kalm_rag.utils import forks
 from kalm_rag.utils.checks import check_bytes, check_choice, check_positive, check_ratio
+from kalm_rag.utils.display import Shown, html_table
 from kalm_rag.utils.paths import DEFAULT, passages_dir, user_path
 
 logger = logging.getLogger(__name__)
@@ -34,8 +35,8 @@ R = TypeVar("R")
 T = TypeVar("T")
 
 
-@dataclass(slots=True)
-class LevelCounters:
+@dataclass(slots=True, repr=False)
+class LevelCounters(Shown):
     """Counts passages at one level since the cache was made.
 
     Attributes:
@@ -57,16 +58,19 @@ class LevelCounters:
     bytes_written: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class LevelStats:
+@dataclass(frozen=True, slots=True, repr=False)
+class LevelStats(Shown):
     """Counters of a level and the size of its store."""
 
     counters: LevelCounters
     size: StoreStats
 
+    def _facts(self, *, defaults: bool) -> list[tuple[str, str]]:
+        return [*self.counters._facts(defaults=defaults), *self.size._facts(defaults=defaults)]
 
-@dataclass(frozen=True, slots=True)
-class CacheStats:
+
+@dataclass(frozen=True, slots=True, repr=False)
+class CacheStats(Shown):
     """Both levels.
 
     Attributes:
@@ -80,6 +84,22 @@ class CacheStats:
     store: LevelStats
     prefilled: LevelCounters
     encoded: int
+
+    def _levels(self, *, defaults: bool) -> dict[str, dict[str, str]]:
+        levels = {"memory": self.memory, "store": self.store, "prefilled": self.prefilled}
+        return {name: dict(level._facts(defaults=defaults)) for name, level in levels.items()}
+
+    def __repr__(self) -> str:
+        lines = [f"CacheStats(encoded={self.encoded}"]
+        for name, facts in self._levels(defaults=False).items():
+            lines.append(f"  {name}: {', '.join(f'{fact}={text}' for fact, text in facts.items()) or 'nothing yet'}")
+        return ",\n".join(lines) + ")"
+
+    def _repr_html_(self) -> str:
+        levels = self._levels(defaults=True)
+        names = list(levels["memory"])
+        rows = [(name.replace("_", " "), *(level.get(name, "") for level in levels.values())) for name in names]
+        return html_table(("", *levels), rows, f"CacheStats: {self.encoded} passages encoded", left=0)
 
 
 @dataclass(slots=True)

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from kalm_rag.errors import KaLMError
+from kalm_rag.utils.display import Shown
 
 
 class StoreError(KaLMError, RuntimeError):
     """A store cannot do what was asked; the cache turns it into a miss, a log line and a counter."""
 
 
-@dataclass(frozen=True, slots=True)
-class StoreStats:
+@dataclass(frozen=True, slots=True, repr=False)
+class StoreStats(Shown):
     """Size of a store; None where a store cannot tell.
 
     Attributes:
@@ -32,8 +33,8 @@ class StoreStats:
     refused: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class CheckReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class CheckReport(Shown):
     """The result of a check; with `fix`, everything found was repaired or removed.
 
     Attributes:

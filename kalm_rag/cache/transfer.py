@@ -13,6 +13,7 @@ from typing import Any
 from kalm_rag.cache.frame import Frame, FrameError
 from kalm_rag.cache.keys import FORMAT, KEY_PATTERN
 from kalm_rag.cache.store import Store, StoreError
+from kalm_rag.utils.display import Shown
 
 logger = logging.getLogger(__name__)
 
@@ -21,8 +22,8 @@ SHARD_BYTES = 1 << 30
 """A new shard begins when this is reached."""
 
 
-@dataclass(frozen=True, slots=True)
-class TransferReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class TransferReport(Shown):
     """What an export or an import did.
 
     Attributes:

@@ -10,8 +10,9 @@ import typer
 
 from kalm_rag._version import __version__
 from kalm_rag.cli import cache, demo, encode, evaluate, info, rank
-from kalm_rag.cli.options import make_log_visible, replace_what_a_stream_cannot_hold, visible_line, with_flags
+from kalm_rag.cli.options import make_log_visible, replace_what_a_stream_cannot_hold, with_flags
 from kalm_rag.errors import KaLMError
+from kalm_rag.utils.display import visible_line
 
 app = typer.Typer(
     name="kalm-rag",

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kalm_rag.cli.encode import size_text
 from kalm_rag.cli.options import (
     CacheOption,
     JsonOption,
@@ -17,8 +16,8 @@ from kalm_rag.cli.options import (
     limit_bytes,
     print_json,
     show,
-    visible_line,
 )
+from kalm_rag.utils.display import size_text, visible_line
 
 if TYPE_CHECKING:
     from kalm_rag.cache import DiskStore

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from kalm_rag.cli.options import console, note_mini, passage_table, visible
+from kalm_rag.cli.options import console, note_mini, passage_table
 from kalm_rag.model.checkpoint import MINI
+from kalm_rag.utils.display import visible
 
 if TYPE_CHECKING:
     from kalm_rag.results import RankedPassage

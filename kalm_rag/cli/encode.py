@@ -27,8 +27,8 @@ from kalm_rag.cli.options import (
     note_mini,
     print_json,
     show,
-    visible_line,
 )
+from kalm_rag.utils.display import size_text, visible_line
 
 if TYPE_CHECKING:
     from kalm_rag.cache.passage_cache import Keep, Storage
@@ -326,15 +326,6 @@ def _show_estimate(found: _Estimate, as_json: bool) -> None:
     )
     show(f"With --keep prefilled: {size_text(found.prefilled * new)} more, and more time.")
     show(f"Sizes from {found.sampled} of them, time from {found.timed}.")
-
-
-def size_text(count: float) -> str:
-    """Format bytes in powers of ten."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def _time(seconds: float) -> str:

@@ -17,10 +17,9 @@ from kalm_rag.cli.options import (
     console,
     note_mini,
     print_json,
-    visible,
-    visible_line,
 )
 from kalm_rag.model.checkpoint import MINI
+from kalm_rag.utils.display import visible, visible_line
 
 if TYPE_CHECKING:
     from kalm_rag.evaluation.candidates import Candidates

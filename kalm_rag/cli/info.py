@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from kalm_rag.cli.options import JsonOption, RevisionOption, console, note_mini, print_json, visible
+from kalm_rag.cli.options import JsonOption, RevisionOption, console, note_mini, print_json
+from kalm_rag.utils.display import visible
 
 _PACKAGES = ("kalm-rag", "torch", "transformers", "tokenizers", "safetensors", "diskcache", "huggingface-hub")
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kalm_rag.utils.display import HIDDEN, visible, visible_line
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -65,16 +67,7 @@ LimitOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
-_BIDI = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-_HIDDEN = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
-_HIDDEN |= {ord(letter): f"\\u{ord(letter):04x}" for letter in f"{_BIDI}\u2028\u2029\ufeff"}
-_HIDDEN |= {code: f"\\u{code:04x}" for code in range(0xD800, 0xE000)}  # half characters, which no encoding holds
-_JSON = {code: f"\\u{code:04x}" for code in _HIDDEN if code >= 0x7F}
-
-
-def visible(text: str) -> str:
-    """Make untrusted text safe for a terminal: control and bidirectional characters are written out."""
-    return text.translate(_HIDDEN)
+_JSON = {code: f"\\u{code:04x}" for code in HIDDEN if code >= 0x7F}
 
 
 def with_flags(message: str, flags: Mapping[str, str]) -> str:
@@ -90,11 +83,6 @@ def with_flags(message: str, flags: Mapping[str, str]) -> str:
         lambda match: f"{flags[match[1]]} {match[2]}" if match[1] in flags else match[0],
         message,
     )
-
-
-def visible_line(text: str) -> str:
-    """Like `visible`, but line breaks and tabs are written out too."""
-    return visible(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def show(text: str, *, wrap: bool = True) -> None:
