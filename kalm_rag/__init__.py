@@ -19,15 +19,17 @@ from typing import TYPE_CHECKING, Any
 from kalm_rag._version import __version__
 
 if TYPE_CHECKING:
+    from kalm_rag.adapters import Options
     from kalm_rag.cache import PassageCache
     from kalm_rag.reranker import KaLMReranker
     from kalm_rag.results import EncodeReport, RankedPassage, Ranking
 
-__all__ = ["EncodeReport", "KaLMReranker", "PassageCache", "RankedPassage", "Ranking", "__version__"]
+__all__ = ["EncodeReport", "KaLMReranker", "Options", "PassageCache", "RankedPassage", "Ranking", "__version__"]
 
 _HOMES = {
     "EncodeReport": "kalm_rag.results",
     "KaLMReranker": "kalm_rag.reranker",
+    "Options": "kalm_rag.adapters",
     "PassageCache": "kalm_rag.cache",
     "RankedPassage": "kalm_rag.results",
     "Ranking": "kalm_rag.results",

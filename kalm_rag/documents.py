@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Collection, ItemsView, Iterable, Iterator, KeysView, Mapping, Set
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, ItemsView, Iterable, Iterator, KeysView, Mapping, Set
+from typing import Any, NamedTuple, TypeAlias
 
-from kalm_rag.results import Document
+from kalm_rag.results import D
 from kalm_rag.utils import forks
 from kalm_rag.utils.checks import check_string
 
@@ -23,7 +23,7 @@ class Passage(NamedTuple):
         repaired: whether that happened, see `repair_text`.
     """
 
-    document: Document
+    document: Any
     text: str
     repaired: bool
 
@@ -43,11 +43,16 @@ def repair_text(text: str) -> tuple[str, bool]:
     return text, False
 
 
-class RepairCounter:
-    """Counts the texts that `repair_text` changed. The first call logs a warning, later ones a debug line."""
+class TextCounter:
+    """Counts texts that are not read as they are. The first call logs a warning, later ones a debug line.
 
-    def __init__(self) -> None:
+    Args:
+        message: the log line, with `%d` for how many.
+    """
+
+    def __init__(self, message: str) -> None:
         self.count = 0
+        self._message = message
         self._lock = forks.Lock()
 
     def add(self, number: int) -> None:
@@ -57,45 +62,84 @@ class RepairCounter:
         with self._lock:
             level = logging.DEBUG if self.count else logging.WARNING
             self.count += number
-        logger.log(
-            level,
-            "%d texts hold half a surrogate pair, which has no UTF-8 form; it is read as U+FFFD. The results say which",
-            number,
-        )
+        logger.log(level, self._message, number)
 
 
-def document_text(document: object, where: str) -> str:
-    """Return the text of one passage: the string itself, or the value under `"text"` of a mapping.
+REPAIRED = "%d texts hold half a surrogate pair, which has no UTF-8 form; it is read as U+FFFD. The results say which"
+TRUNCATED = (
+    "%d texts are longer than the reranker reads (max_length tokens of a passage, query_max_length of a query); the "
+    "rest of them is not read. The results say which"
+)
+
+
+TextOf: TypeAlias = str | Callable[[D], str]
+"""Where the text of a document is: a key of a mapping, an attribute of another object, or a function."""
+
+_FRAMEWORK_TEXTS: tuple[tuple[str, Callable[[Any], Any]], ...] = (
+    ("page_content", lambda document: document.page_content),  # LangChain
+    ("get_content", lambda node: node.get_content(metadata_mode="embed")),  # LlamaIndex, nodes with a score as well
+    ("content", lambda document: "" if document.content is None else document.content),  # Haystack
+)
+"""The texts of the frameworks' documents, which are recognised by a name: the core imports no framework.
+
+They are the texts that the adapters rank by default, so that both find each other's encoded passages.
+"""
+
+
+def document_text(document: Any, where: str, text: TextOf[Any] | None = None) -> str:
+    """Return the text of one passage.
 
     Args:
-        document: the passage.
+        document: the passage: a string, a mapping, a document of LangChain, LlamaIndex or Haystack, or anything else
+            that `text` finds a text in.
         where: its name in messages.
+        text: where the text is. Default: a string itself, `"text"` of a mapping, and of a framework's document the
+            text that its adapter ranks.
 
     Raises:
-        TypeError: it is neither a string nor a mapping with a string under `"text"`.
+        TypeError: there is no text.
     """
+    if callable(text):
+        return check_string(f"text({where})", text(document))
+    if isinstance(document, str):
+        return document
     if isinstance(document, Mapping):
-        if "text" not in document:
-            msg = f"{where} is a mapping without the key 'text'; its keys are {sorted(map(str, document))[:10]}"
+        key = "text" if text is None else text
+        if key not in document:
+            keys = sorted(map(str, document))[:10]
+            msg = f"{where} is a mapping without the key {key!r}; its keys are {keys}; name another one with text="
             raise TypeError(msg)
-        return check_string(f"{where}['text']", document["text"])
-    if not isinstance(document, str):
-        msg = (
-            f"{where} must be a string or a mapping with the key 'text', "
-            f"got {type(document).__name__}: {document!r:.80}"
-        )
-        raise TypeError(msg)
-    return document
+        return check_string(f"{where}[{key!r}]", document[key])
+    if text is not None:
+        if not hasattr(document, text):
+            msg = f"{where} has no attribute {text!r}, it is of type {type(document).__name__}: {document!r:.80}"
+            raise TypeError(msg)
+        return check_string(f"{where}.{text}", getattr(document, text))
+    # A class has these names too, but no text.
+    for name, read in () if isinstance(document, type) else _FRAMEWORK_TEXTS:
+        if hasattr(document, name):
+            return check_string(f"{where}.{name}", read(document))
+    msg = (
+        f"{where} must be a string, a mapping with the key 'text' or a document of LangChain, LlamaIndex or Haystack, "
+        f"got {type(document).__name__}: {document!r:.80}; for others give text=, a key or a function"
+    )
+    raise TypeError(msg)
 
 
-def iter_documents(documents: object) -> Iterator[Passage]:
+def iter_documents(documents: object, text: TextOf[Any] | None = None) -> Iterator[Passage]:
     """Yield the passages of any iterable, generators included.
+
+    Args:
+        documents: the passages.
+        text: where the text of each is, see `document_text`.
 
     Raises:
         TypeError: `documents` is one passage instead of a list of them, no iterable at all, or one that iterates over
-            something else, such as the column names of a data frame.
+            something else, such as the column names of a data frame; or `text` is neither a key nor a function.
     """
-    if isinstance(documents, (str, bytes, bytearray)) or (isinstance(documents, Mapping) and "text" in documents):
+    if text is not None and not callable(text):
+        check_string("text", text)
+    if isinstance(documents, (str, bytes, bytearray)) or _is_one_document(documents, text):
         msg = (
             f"documents must be a list of passages, got one {type(documents).__name__}; put it into a list: [document]"
         )
@@ -108,8 +152,15 @@ def iter_documents(documents: object) -> Iterator[Passage]:
         dimensions=1,
     )
     for position, document in enumerate(values):
-        text, repaired = repair_text(document_text(document, f"documents[{position}]"))
-        yield Passage(document, text, repaired)
+        found, repaired = repair_text(document_text(document, f"documents[{position}]", text))
+        yield Passage(document, found, repaired)
+
+
+def _is_one_document(documents: Any, text: TextOf[Any] | None) -> bool:
+    """Whether it is a passage itself; a document of a framework iterates too, over its fields."""
+    if isinstance(documents, Mapping):
+        return (text if isinstance(text, str) else "text") in documents
+    return any(hasattr(documents, name) for name, _ in _FRAMEWORK_TEXTS)
 
 
 def iter_pairs(pairs: object) -> Iterator[tuple[str, str]]:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextvars
 import gc
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from kalm_rag.cache import PassageCache, Store
-from kalm_rag.documents import RepairCounter, iter_documents, iter_pairs, repair_text
+from kalm_rag.documents import REPAIRED, TRUNCATED, TextCounter, TextOf, iter_documents, iter_pairs, repair_text
 from kalm_rag.model.checkpoint import Checkpoint, find_checkpoint
-from kalm_rag.results import Document, EncodeReport, Estimate, PrefillStats, RankedPassage
+from kalm_rag.results import D, EncodeReport, Estimate, PrefillStats, RankedPassage, Ranking
 from kalm_rag.settings import (
     DEFAULT_INSTRUCTION,
     DEFAULT_PREFILL_MEMORY,
@@ -25,22 +22,18 @@ from kalm_rag.settings import (
     ControlTokens,
     PrefillStorage,
     Settings,
+    base_ratio,
 )
 from kalm_rag.utils import forks
+from kalm_rag.utils.async_calls import AsyncCalls
 from kalm_rag.utils.checks import check_dtype, check_positive, check_ratio, check_share, check_string, warn_untrained
 from kalm_rag.utils.paths import DEFAULT
 from kalm_rag.utils.progress import Progress
-from kalm_rag.utils.turns import stop_with
 
 if TYPE_CHECKING:
     import torch
 
     from kalm_rag.scorer import Score, Scorer
-
-T = TypeVar("T")
-
-_ASYNC_CALLS = 16
-"""Asynchronous calls of a kind that run side by side; further ones wait."""
 
 _WINDOW = 2048
 """Distinct passages held at once: bounds memory on long inputs, and is enough to batch by length."""
@@ -94,6 +87,8 @@ class KaLMReranker:
         owns_cache: whether `close` closes the cache: True for one that was made here.
         repairs: its `count` is how many texts held half a surrogate pair, as broken extraction leaves it. It is
             read as U+FFFD instead of failing the call, and the result says so.
+        truncations: its `count` is how many passages and queries were longer than `max_length` and `query_max_length`.
+            The first logs a warning, and the result says so.
 
     Raises:
         ValueError, TypeError: a setting is wrong; the message names it, its value and the rule.
@@ -156,7 +151,9 @@ class KaLMReranker:
         }
         self.owns_cache = cache is None or isinstance(cache, (str, Path))
         self.cache = (
-            cache if isinstance(cache, PassageCache) else PassageCache(cache, base_ratio=_base_ratio(self.settings))
+            cache
+            if isinstance(cache, PassageCache)
+            else PassageCache(cache, base_ratio=base_ratio(self.settings.ratio))
         )
         self._revision = revision
         self._token = token
@@ -166,7 +163,8 @@ class KaLMReranker:
             check_dtype(dtype)
         self.dtype = dtype
         self._show_progress = show_progress
-        self.repairs = RepairCounter()
+        self.repairs = TextCounter(REPAIRED)
+        self.truncations = TextCounter(TRUNCATED)
         self._scorer: Scorer | None = None
         self.after_fork_in_child()
         forks.watch(self)
@@ -174,8 +172,7 @@ class KaLMReranker:
     def after_fork_in_child(self) -> None:
         """Replace locks and threads, which did not survive; the model did."""
         self._lock = threading.RLock()  # held while the model loads
-        self._threads: dict[str, ThreadPoolExecutor] = {}
-        self._threads_lock = threading.Lock()  # of the line above, and of nothing that takes time
+        self._calls = AsyncCalls()
 
     def __copy__(self) -> KaLMReranker:
         """Return a reranker with the same arguments and a model of its own."""
@@ -262,26 +259,30 @@ class KaLMReranker:
     def rank(
         self,
         query: str,
-        documents: Iterable[Document],
+        documents: Iterable[D],
         top_k: int | None = None,
         instruction: str | None = None,
         ratio: int | None = None,
         threshold: float | None = None,
         show_progress: bool | None = None,
-    ) -> list[RankedPassage]:
+        *,
+        text: TextOf[D] | None = None,
+    ) -> Ranking[D]:
         """Order passages by how well they answer a query.
 
         Args:
             query: the query.
-            documents: passages: strings, or mappings with the text under `"text"`. Any iterable.
+            documents: passages in any iterable: strings, mappings with the text under `"text"`, or documents of
+                LangChain (`page_content`), LlamaIndex (a node's text for embedding) or Haystack (`content`).
             top_k: how many to return, default all.
             instruction: for this call, instead of the instance's.
             ratio: for this call, instead of the instance's.
             threshold: passages with a lower score (`P(yes)`) are left out.
             show_progress: for this call, instead of the instance's.
+            text: where the text of a document is, if it is elsewhere: a key of a mapping, an attribute, or a function.
 
         Returns:
-            Passages by falling margin; equal ones keep their order. An empty list returns an empty list
+            Passages by falling margin; equal ones keep their order. An empty list returns an empty one
             without loading the model.
 
         Raises:
@@ -292,11 +293,11 @@ class KaLMReranker:
         query, query_repaired = repair_text(check_string("query", query))
         top_k = None if top_k is None else check_positive("top_k", top_k)
         threshold = None if threshold is None else check_share("threshold", threshold)
-        given = list(iter_documents(documents))
+        given = list(iter_documents(documents, text))
         self.repairs.add(query_repaired + sum(passage.repaired for passage in given))
         pairs = [(query, passage.text) for passage in given]
         scored = self._score(pairs, instruction, ratio, show_progress)
-        ranking = [
+        ranking = Ranking(
             RankedPassage(
                 index,
                 score.probability,
@@ -309,7 +310,7 @@ class KaLMReranker:
             )
             for index, score in sorted(enumerate(scored), key=lambda item: -item[1].margin)
             if threshold is None or score.probability >= threshold
-        ]
+        )
         return ranking[:top_k]
 
     def predict(
@@ -340,12 +341,15 @@ class KaLMReranker:
         checked = [(query, passage) for (query, _), (passage, _) in repaired]
         return [score.probability for score in self._score(checked, instruction, ratio, show_progress)]
 
-    def encode(self, documents: Iterable[Document], show_progress: bool | None = None) -> EncodeReport:
+    def encode(
+        self, documents: Iterable[D], show_progress: bool | None = None, *, text: TextOf[D] | None = None
+    ) -> EncodeReport:
         """Encode passages ahead of the queries that will need them.
 
         Args:
             documents: as in `rank`; a generator is consumed in windows, so a corpus need not fit into memory.
             show_progress: for this call, instead of the instance's.
+            text: as in `rank`.
 
         Returns:
             How many passages were new, known already, and truncated. What is reported as new has been handed to the
@@ -356,7 +360,7 @@ class KaLMReranker:
             CheckpointError: the model cannot be found or used.
         """
         total = len(documents) if isinstance(documents, Sequence) else None
-        given = iter_documents(documents)
+        given = iter_documents(documents, text)
         new = known = truncated = repaired = 0
         with self._progress(total, "encoding", show_progress) as progress:
             while window := list(islice(given, _WINDOW)):
@@ -366,9 +370,10 @@ class KaLMReranker:
                 self.cache.flush()
                 new, known, truncated = new + report.new, known + report.known, truncated + report.truncated
                 repaired += changed
+                self.truncations.add(report.truncated)
         return EncodeReport(new, known, truncated, repaired)
 
-    def unknown(self, documents: Iterable[Document]) -> list[str]:
+    def unknown(self, documents: Iterable[D], *, text: TextOf[D] | None = None) -> list[str]:
         """Return the distinct texts among these passages that the cache does not hold.
 
         Raises:
@@ -376,9 +381,9 @@ class KaLMReranker:
             CheckpointError: the model cannot be found or used.
         """
         scorer = self.scorer
-        return scorer.states.unknown(scorer.clean([passage.text for passage in iter_documents(documents)]))
+        return scorer.states.unknown(scorer.clean([passage.text for passage in iter_documents(documents, text)]))
 
-    def estimate(self, documents: Iterable[Document]) -> Estimate:
+    def estimate(self, documents: Iterable[D], *, text: TextOf[D] | None = None) -> Estimate:
         """Return how many tokens and bytes these passages take, without encoding them.
 
         Raises:
@@ -386,27 +391,30 @@ class KaLMReranker:
             CheckpointError: the model cannot be found or used.
         """
         scorer = self.scorer
-        texts = scorer.clean([passage.text for passage in iter_documents(documents)])
+        texts = scorer.clean([passage.text for passage in iter_documents(documents, text)])
         tokens = tuple(len(passage.ids) for passage in scorer.prompts.passages(texts))
         return Estimate(tokens, sum(map(scorer.states.bytes_of, tokens)), sum(map(scorer.passage_kv.bytes_of, tokens)))
 
     async def arank(
         self,
         query: str,
-        documents: Iterable[Document],
+        documents: Iterable[D],
         top_k: int | None = None,
         instruction: str | None = None,
         ratio: int | None = None,
         threshold: float | None = None,
         show_progress: bool | None = None,
-    ) -> list[RankedPassage]:
+        *,
+        text: TextOf[D] | None = None,
+    ) -> Ranking[D]:
         """`rank` for asynchronous programs: the event loop stays free while the model runs.
 
         Calls wait in threads of this instance's own, so that they do not fill the pool that other work shares, and take
         turns batch by batch. A call that is cancelled ends at its next batch. Nothing is bound to an event loop.
         """
-        return await self._in_thread(
-            "rank", self.rank, query, documents, top_k, instruction, ratio, threshold, show_progress
+        rank = partial(self.rank, text=text)
+        return await self._calls.run(
+            "rank", rank, query, documents, top_k, instruction, ratio, threshold, show_progress
         )
 
     async def apredict(
@@ -417,28 +425,13 @@ class KaLMReranker:
         show_progress: bool | None = None,
     ) -> list[float]:
         """`predict` for asynchronous programs; see `arank`."""
-        return await self._in_thread("rank", self.predict, pairs, instruction, ratio, show_progress)
+        return await self._calls.run("rank", self.predict, pairs, instruction, ratio, show_progress)
 
-    async def aencode(self, documents: Iterable[Document], show_progress: bool | None = None) -> EncodeReport:
+    async def aencode(
+        self, documents: Iterable[D], show_progress: bool | None = None, *, text: TextOf[D] | None = None
+    ) -> EncodeReport:
         """`encode` for asynchronous programs; see `arank`."""
-        return await self._in_thread("encode", self.encode, documents, show_progress)
-
-    async def _in_thread(self, kind: str, action: Callable[..., T], *arguments: Any) -> T:
-        # A lock of its own: the other one is held while the model loads, and this runs on the event loop.
-        with self._threads_lock:
-            # Queries and encoding have threads each, so that many corpora being encoded do not hold up the queries.
-            threads = self._threads.get(kind)
-            if threads is None:
-                threads = ThreadPoolExecutor(_ASYNC_CALLS, thread_name_prefix=f"kalm-rag-{kind}")
-                self._threads[kind] = threads
-        context, stop = contextvars.copy_context(), threading.Event()
-        context.run(stop_with, stop)
-        call = partial(context.run, action, *arguments)
-        try:
-            return await asyncio.get_running_loop().run_in_executor(threads, call)
-        except asyncio.CancelledError:
-            stop.set()
-            raise
+        return await self._calls.run("encode", partial(self.encode, text=text), documents, show_progress)
 
     def prefill_stats(self) -> PrefillStats | None:
         """Hits, misses and size of the prefilled passages in memory; None while the model is not loaded."""
@@ -467,12 +460,9 @@ class KaLMReranker:
                 window = unique[start : start + _WINDOW]
                 scores = scorer.score(window, instruction, ratio, progress)
                 found.update(zip(window, scores, strict=True))
+        cut = {score.passage for score in found.values() if score.passage_truncated}
+        self.truncations.add(len(cut) + len({query for (query, _), score in found.items() if score.prompt.truncated}))
         return [found[pair] for pair in pairs]
 
     def _progress(self, total: int | None, label: str, show: bool | None) -> Progress:
         return Progress(total, label, show=self._show_progress if show is None else show)
-
-
-def _base_ratio(settings: Settings) -> int:
-    """Return the ratio at which states are kept: 4, which serves its multiples, or the requested one if 4 cannot."""
-    return 4 if settings.ratio % 4 == 0 else settings.ratio

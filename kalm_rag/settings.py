@@ -56,3 +56,8 @@ class Settings:
             check_text(name, getattr(self, name))
         check_choice("control_tokens", self.control_tokens, get_args(ControlTokens))
         check_choice("prefill_storage", self.prefill_storage, get_args(PrefillStorage))
+
+
+def base_ratio(ratio: int) -> int:
+    """Return the ratio at which states are kept: 4, which serves its multiples, or the requested one if 4 cannot."""
+    return 4 if ratio % 4 == 0 else ratio

@@ -205,13 +205,13 @@ def test_queries_come_in_between_while_a_corpus_is_encoded(checkpoint: Path, pas
 
 
 def test_nothing_is_held_that_nobody_uses(checkpoint: Path) -> None:
-    from kalm_rag import adapters as shared
+    from kalm_rag.adapters import shared
 
     gc.collect()
-    before = len(shared._instances)
+    before = len(shared._rerankers)
     shared_reranker(checkpoint, cache=None)
     gc.collect()
-    assert len(shared._instances) == before
+    assert len(shared._rerankers) == before
 
 
 def test_fifty_concurrent_calls_give_the_scores_of_one(
@@ -237,7 +237,7 @@ def test_fifty_concurrent_calls_give_the_scores_of_one(
 def test_context_variables_travel(checkpoint: Path) -> None:
     variable: contextvars.ContextVar[str] = contextvars.ContextVar("trace", default="none")
     reranker = KaLMReranker(checkpoint, cache=None)
-    reranker.rank = lambda *_: [variable.get()]  # type: ignore[assignment,method-assign]
+    reranker.rank = lambda *_, **__: [variable.get()]  # type: ignore[assignment,method-assign]
 
     async def main() -> None:
         variable.set("here")

@@ -172,7 +172,7 @@ def test_a_cancelled_call_stops_at_its_next_batch(checkpoint: Path, passages: li
 
 
 def test_more_calls_than_one_wait_side_by_side(checkpoint: Path) -> None:
-    """As many as `_ASYNC_CALLS` are inside at once: a small one does not wait until a large one has ended."""
+    """As many as the pool has threads are inside at once: a small one does not wait until a large one has ended."""
     reranker = KaLMReranker(checkpoint, cache=None)
     meet = threading.Barrier(4, timeout=SECONDS)
     reranker.rank = lambda *_: [meet.wait() >= 0]  # type: ignore[assignment,method-assign]

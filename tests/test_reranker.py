@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import inspect
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -187,3 +189,60 @@ def test_asynchronous_twins_take_the_same_arguments() -> None:
     for name in ("rank", "predict", "encode"):
         plain, twin = (inspect.signature(getattr(KaLMReranker, each)) for each in (name, f"a{name}"))
         assert plain == twin
+
+
+class Row:
+    """A document of somebody's own."""
+
+    def __init__(self, body: object) -> None:
+        self.body = body
+
+
+def test_the_text_may_be_elsewhere(reranker: KaLMReranker, passages: list[str]) -> None:
+    texts = passages[:4]
+    wanted = [hit.margin for hit in reranker.rank("query", texts)]
+    for documents, text in (
+        ([{"body": text, "text": "another"} for text in texts], "body"),
+        ([Row(text) for text in texts], "body"),
+        ([("id", text) for text in texts], lambda row: row[1]),
+        ([{"text": text} for text in texts], lambda row: row["text"]),
+    ):
+        found = reranker.rank("query", documents, text=text)
+        assert [hit.margin for hit in found] == wanted
+        assert all(hit.document is documents[hit.index] for hit in found)
+        assert asyncio.run(reranker.arank("query", documents, text=text)) == found
+        assert reranker.encode(documents, text=text).new == 0
+        assert asyncio.run(reranker.aencode(documents, text=text)).known == 4
+        assert reranker.unknown(documents, text=text) == []
+        assert reranker.estimate(documents, text=text) == reranker.estimate(texts)
+
+
+@pytest.mark.parametrize(
+    ("documents", "text", "message"),
+    [
+        ([{"text": "x"}], "body", r"documents\[0\] is a mapping without the key 'body'; its keys are \['text'\]"),
+        ([Row("x")], "text", r"documents\[0\] has no attribute 'text', it is of type Row"),
+        ([Row(None)], "body", r"documents\[0\].body must be a string, got NoneType"),
+        ([Row("x")], None, r"documents\[0\] must be a string, a mapping .* got Row: .*; for others give text="),
+        ([Row], None, r"documents\[0\] must be a string, a mapping .* got type"),
+        ([{"a": 1}], lambda row: row["a"], r"text\(documents\[0\]\) must be a string, got int: 1"),
+        ([{"a": 1}], 7, "text must be a string, got int"),
+        ({"body": "x"}, "body", "documents must be a list of passages, got one dict"),
+    ],
+)
+def test_a_text_that_is_not_there(reranker: KaLMReranker, documents: Any, text: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        reranker.rank("query", documents, text=text)
+
+
+def test_truncated_texts_are_counted_and_logged_once(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    reranker = KaLMReranker(checkpoint, cache=None, max_length=30, query_max_length=5)
+    long, other = "a long passage " * 30, "another long passage " * 30
+    reranker.predict([("q", "short")])
+    assert reranker.truncations.count == 0
+    reranker.predict([("q", long), ("a longer query", long), ("a longer query", other)])
+    assert reranker.truncations.count == 3, "two passages and a query"
+    reranker.encode([long, "short"])
+    assert reranker.truncations.count == 4
+    lines = [record for record in caplog.records if "longer than the reranker reads" in record.message]
+    assert [record.levelname for record in lines if record.levelname != "DEBUG"] == ["WARNING"]

@@ -15,7 +15,7 @@ from kalm_rag.cache.memory import MemoryStore
 from kalm_rag.cache.store import Store, StoreStats
 from kalm_rag.cache.writer import WriteBehind
 from kalm_rag.utils import forks
-from kalm_rag.utils.checks import check_bytes, check_choice, check_positive, check_ratio
+from kalm_rag.utils.checks import check_bytes, check_choice, check_positive, check_ratio, check_secret
 from kalm_rag.utils.display import Shown, html_table
 from kalm_rag.utils.paths import DEFAULT, passages_dir, user_path
 
@@ -163,10 +163,7 @@ class PassageCache:
         self.storage: Storage = storage
         self.keeps_prefilled = keep == "prefilled"
         self.store = _make_store(where, limit, read_only)
-        self._secret = secret.encode("utf-8") if isinstance(secret, str) else secret
-        if self._secret is not None and len(self._secret) < 16:
-            msg = f"secret must have at least 16 bytes, got {len(self._secret)}; use secrets.token_hex(32)"
-            raise ValueError(msg)
+        self._secret = check_secret("secret", secret)
         self._arguments = {
             "where": where,
             "memory": memory,

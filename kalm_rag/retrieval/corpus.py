@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kalm_rag.documents import RepairCounter, repair_text
+from kalm_rag.documents import REPAIRED, TextCounter, repair_text
 
 _TEXT_KEYS = ("text", "contents", "content", "passage")
 _NOT_IN_IDS = re.compile(r"[\t\r\n\v\f\ud800-\udfff]")
@@ -117,7 +117,7 @@ def _by_id(records: Iterable[Record], where: str, what: str) -> dict[str, str]:
             raise ValueError(msg)
         found[record.id], changed = repair_text(record.text)
         repaired += changed
-    RepairCounter().add(repaired)
+    TextCounter(REPAIRED).add(repaired)
     if not found:
         msg = f"{where} holds no {what}; there is nothing to evaluate"
         raise ValueError(msg)

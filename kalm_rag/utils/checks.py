@@ -85,6 +85,33 @@ def _is_real(value: object) -> TypeGuard[float]:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
+def check_flag(name: str, value: object) -> bool:
+    """Return `value` if it is True or False, else raise with the name and the value."""
+    if not isinstance(value, bool):
+        msg = f"{name} must be True or False, got {value!r:.80}"
+        raise TypeError(msg)
+    return value
+
+
+def check_secret(name: str, value: object) -> bytes | None:
+    """Return a secret as bytes, or None if there is none; messages do not show it.
+
+    Raises:
+        TypeError: it is neither a string nor bytes.
+        ValueError: it has fewer than 16 bytes.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, (str, bytes)):
+        msg = f"{name} must be a string or bytes, got {type(value).__name__}"
+        raise TypeError(msg)
+    secret = value.encode("utf-8") if isinstance(value, str) else value
+    if len(secret) < 16:
+        msg = f"{name} must have at least 16 bytes, got {len(secret)}; use secrets.token_hex(32)"
+        raise ValueError(msg)
+    return secret
+
+
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise with the name and the value if it is none of the choices."""
     if value not in choices:

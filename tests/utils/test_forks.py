@@ -257,7 +257,7 @@ def test_asynchronous_calls_and_shared_rerankers_work_in_a_child(checkpoint: Pat
     run(
         """
 import asyncio
-from kalm_rag import adapters as shared
+from kalm_rag.adapters import shared
 reranker = shared.shared_reranker(model, device="cpu", cache=folder)
 assert len(asyncio.run(reranker.arank("query", passages[:2]))) == 2
 def child():

@@ -146,6 +146,7 @@ def test_to_dict_default() -> None:
             "top_k": 10,
             "score_threshold": None,
             "instruction": None,
+            "options": None,
         },
     }
 

@@ -19,7 +19,15 @@ from pydantic import (
 )
 
 from kalm_rag import KaLMReranker
-from kalm_rag.adapters import CacheLike, SharedHandle, check_arguments, check_cache, serialisable_cache
+from kalm_rag.adapters import (
+    CacheLike,
+    Options,
+    OptionsLike,
+    SharedHandle,
+    check_arguments,
+    check_cache,
+    serialisable_cache,
+)
 from kalm_rag.cache.passage_cache import Keep
 
 
@@ -44,14 +52,21 @@ class KalmBase(BaseModel):
     """`cpu`, `cuda`, ...; by default the best there is."""
     dtype: str | None = None
     """`float32`, `bfloat16`, `int8`; by default bfloat16 on CUDA, else float32."""
-    max_length: int = Field(1024, ge=1)
+    max_length: int = Field(default=1024, ge=1)
     """Tokens of a document that are read."""
-    ratio: int | None = Field(None, ge=1)
+    ratio: int | None = Field(default=None, ge=1)
     """Encoder states averaged into one; by default 4. Encoder and reranker must name the same to find each other's."""
+    options: Annotated[OptionsLike, SkipValidation, WithJsonSchema({"type": ["object", "null"]})] = Field(
+        default_factory=Options
+    )
+    """All other options of scorer and cache: a `kalm_rag.Options`, or a mapping of the same names."""
 
     _handle: SharedHandle = PrivateAttr(default_factory=SharedHandle)
 
-    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", protected_namespaces=())
+    # Errors do not repeat what was given: options may hold a credential.
+    model_config = ConfigDict(
+        arbitrary_types_allowed=True, extra="forbid", protected_namespaces=(), hide_input_in_errors=True
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -64,12 +79,20 @@ class KalmBase(BaseModel):
 
     @model_validator(mode="after")
     def _check_cache(self) -> KalmBase:
-        check_cache(self.cache, self.keep)
+        check_cache(self.cache, self.keep, self.options)
         return self
 
     @field_serializer("cache", when_used="json")
     def _serialise_cache(self, cache: CacheLike) -> str | None:
         return serialisable_cache(cache)
+
+    @field_serializer("options", when_used="json")
+    def _serialise_options(self, options: OptionsLike) -> dict[str, Any] | None:
+        return Options.of(options).serialised()
+
+    def __eq__(self, other: object) -> bool:
+        """Whether it is of the same class, with equal arguments; the loaded model is not compared."""
+        return type(self) is type(other) and self.__dict__ == other.__dict__
 
     def __getstate__(self) -> dict[Any, Any]:
         serialisable_cache(self.cache)
@@ -87,7 +110,12 @@ class KalmBase(BaseModel):
             dtype=self.dtype,
             max_length=self.max_length,
             ratio=self.ratio,
+            options=Options.of(self.options),
         )
+
+    def close(self) -> None:
+        """Write out the cache, and free the model unless another instance uses it. The next use loads it again."""
+        self._handle.close()
 
 
 def passage_text(document: Document) -> str:

@@ -11,7 +11,7 @@ from langchain_core.runnables import RunnableLambda
 from pydantic import Field
 
 from kalm_rag import RankedPassage
-from kalm_rag.adapters import check_arguments
+from kalm_rag.adapters import check_arguments, hit_metadata
 from langchain_kalm.base import KalmBase, document_list, passage_texts
 
 
@@ -28,13 +28,14 @@ class KalmReranker(KalmBase, BaseDocumentCompressor):
         )
         ```
 
-    Documents come back as copies, best first, with their score, `P(yes)`, in `metadata["relevance_score"]`; ids and all
-    other metadata are kept. An empty list comes back empty, and the model is not loaded for it.
+    Documents come back as copies, best first; ids and metadata are kept. `metadata` gains `relevance_score`, which is
+    `P(yes)`, `relevance_margin`, and the truth values `passage_truncated`, `query_truncated`, `passage_repaired` and
+    `query_repaired` (see `kalm_rag.RankedPassage`). An empty list returns an empty list without loading the model.
     """
 
-    top_n: int | None = Field(3, ge=1)
+    top_n: int | None = Field(default=3, ge=1)
     """How many documents to return; None for all."""
-    score_threshold: float | None = Field(None, ge=0, le=1)
+    score_threshold: float | None = Field(default=None, ge=0, le=1)
     """Documents with a lower score are left out."""
     instruction: str | None = None
     """What "relevant" means, in a sentence; by default the model's own."""
@@ -105,11 +106,11 @@ class KalmReranker(KalmBase, BaseDocumentCompressor):
         return document_list(call["documents"]), call["query"], options
 
 
-def _copies(documents: Sequence[Document], ranking: Sequence[RankedPassage]) -> list[Document]:
+def _copies(documents: Sequence[Document], ranking: Sequence[RankedPassage[str]]) -> list[Document]:
     """The ranked documents as copies, in order, with their scores."""
     found = []
     for hit in ranking:
         document = documents[hit.index]
-        metadata = {**document.metadata, "relevance_score": hit.score}
+        metadata = {**document.metadata, "relevance_score": hit.score, **hit_metadata(hit)}
         found.append(document.model_copy(update={"metadata": metadata}))
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from llama_index.core.bridge.pydantic import Field, model_validator
@@ -15,11 +16,29 @@ from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, Query
 from llama_index.postprocessor.kalm_rerank.model import KalmBase, node_list, passage_texts
 
 from kalm_rag import EncodeReport, RankedPassage
+from kalm_rag.adapters import check_arguments, hit_metadata
 
 dispatcher = get_dispatcher(__name__)
 
 RETRIEVAL_SCORE = "retrieval_score"
 """Metadata key of the retriever's score, if it is kept."""
+
+
+@dataclass
+class KalmQueryBundle(QueryBundle):
+    """A query with settings of its own; query engines hand it on to `KalmRerank`.
+
+    What makes another bundle of it, such as a query transformation, drops them.
+
+    Attributes:
+        instruction: what "relevant" means for this query; None is the instance's.
+        top_n: how many nodes to return for this query; None is the instance's.
+        score_threshold: nodes with a lower score are left out; None is the instance's.
+    """
+
+    instruction: str | None = None
+    top_n: int | None = None
+    score_threshold: float | None = None
 
 
 class KalmRerank(KalmBase, BaseNodePostprocessor):
@@ -32,10 +51,16 @@ class KalmRerank(KalmBase, BaseNodePostprocessor):
         engine = index.as_query_engine(similarity_top_k=50, node_postprocessors=[KalmRerank(model="nano", top_n=5)])
         ```
 
-    Nodes come back best first in new `NodeWithScore`s whose score is `P(yes)`; the given ones are not touched.
+    Copies of the nodes come back best first in new `NodeWithScore`s whose score is `P(yes)`; the given ones are not
+    touched. Their metadata gains `relevance_margin`, and the truth values `passage_truncated`, `query_truncated`,
+    `passage_repaired` and `query_repaired` (see `kalm_rag.RankedPassage`), all excluded from the text of a node.
+    `KalmQueryBundle` is a query with an instruction, `top_n` or `score_threshold` of its own.
     """
 
     top_n: int | None = Field(default=5, ge=1, description="How many nodes to return; None for all.")
+    score_threshold: float | None = Field(
+        default=None, ge=0, le=1, description="Nodes with a lower score are left out."
+    )
     instruction: str | None = Field(default=None, description="What 'relevant' means, in a sentence.")
     keep_retrieval_score: bool = Field(
         default=False,
@@ -64,26 +89,28 @@ class KalmRerank(KalmBase, BaseNodePostprocessor):
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
         nodes = list(node_list(nodes))
-        query, texts = self._checked(nodes, query_bundle)
+        query, texts, options = self._checked(nodes, query_bundle)
         if not nodes:
             return []
-        with self._events(nodes, query) as found:
-            found += self._ranked(nodes, self.reranker.rank(query, texts, self.top_n, self.instruction))
+        with self._events(nodes, query, options["top_k"]) as found:
+            found += self._ranked(nodes, self.reranker.rank(query, texts, **options))
         return found
 
     async def _apostprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
         nodes = list(node_list(nodes))
-        query, texts = self._checked(nodes, query_bundle)
+        query, texts, options = self._checked(nodes, query_bundle)
         if not nodes:
             return []
-        with self._events(nodes, query) as found:
-            ranking = await self.reranker.arank(query, texts, self.top_n, self.instruction)
-            found += self._ranked(nodes, ranking)
+        with self._events(nodes, query, options["top_k"]) as found:
+            found += self._ranked(nodes, await self.reranker.arank(query, texts, **options))
         return found
 
-    def _checked(self, nodes: list[NodeWithScore], query_bundle: QueryBundle | str | None) -> tuple[str, list[str]]:
+    def _checked(
+        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | str | None
+    ) -> tuple[str, list[str], dict[str, Any]]:
+        """Return the query, the texts, and what `rank` is told."""
         if query_bundle is None:
             msg = "Missing query bundle in extra info."
             raise ValueError(msg)
@@ -98,13 +125,21 @@ class KalmRerank(KalmBase, BaseNodePostprocessor):
                     "use NodeWithScore(node=...)"
                 )
                 raise TypeError(msg)
-        return query, passage_texts(nodes, self.metadata_mode)
+        names = ("top_n", "score_threshold", "instruction")
+        own = {name: getattr(query_bundle, name, None) for name in names}
+        chosen = check_arguments({name: getattr(self, name) if own[name] is None else own[name] for name in names})
+        options = {
+            "top_k": chosen["top_n"],
+            "threshold": chosen["score_threshold"],
+            "instruction": chosen["instruction"],
+        }
+        return query, passage_texts(nodes, self.metadata_mode), options
 
     @contextmanager
-    def _events(self, nodes: list[NodeWithScore], query: str) -> Iterator[list[NodeWithScore]]:
+    def _events(self, nodes: list[NodeWithScore], query: str, top_n: int | None) -> Iterator[list[NodeWithScore]]:
         """Instrumentation and callback events around a rerank: each start has its end, unless it fails."""
         found: list[NodeWithScore] = []
-        count, name = self.top_n or len(nodes), self.model
+        count, name = top_n or len(nodes), self.model
         dispatcher.event(ReRankStartEvent(query=query, nodes=nodes, top_n=count, model_name=name))
         payload: dict[Any, Any] = {
             EventPayload.NODES: nodes,
@@ -117,16 +152,16 @@ class KalmRerank(KalmBase, BaseNodePostprocessor):
             event.on_end(payload={EventPayload.NODES: found})
         dispatcher.event(ReRankEndEvent(nodes=found))
 
-    def _ranked(self, nodes: list[NodeWithScore], ranking: list[RankedPassage]) -> list[NodeWithScore]:
-        return [NodeWithScore(node=self._node(nodes[hit.index]), score=hit.score) for hit in ranking]
+    def _ranked(self, nodes: list[NodeWithScore], ranking: list[RankedPassage[str]]) -> list[NodeWithScore]:
+        return [NodeWithScore(node=self._marked(nodes[hit.index], hit), score=hit.score) for hit in ranking]
 
-    def _node(self, given: NodeWithScore) -> BaseNode:
-        """The node itself, or a copy that carries the retriever's score where no text sees it."""
-        node = given.node
-        if not self.keep_retrieval_score:
-            return node
+    def _marked(self, given: NodeWithScore, hit: RankedPassage[str]) -> BaseNode:
+        """Return a copy of the node that carries what is known of its rank where no text sees it."""
+        node, marks = given.node, hit_metadata(hit)
+        if self.keep_retrieval_score:
+            marks[RETRIEVAL_SCORE] = given.score
         hidden = {
-            name: [*(key for key in getattr(node, name) if key != RETRIEVAL_SCORE), RETRIEVAL_SCORE]
+            name: [*(key for key in getattr(node, name) if key not in marks), *marks]
             for name in ("excluded_embed_metadata_keys", "excluded_llm_metadata_keys")
         }
-        return node.model_copy(update={"metadata": {**node.metadata, RETRIEVAL_SCORE: given.score}, **hidden})
+        return node.model_copy(update={"metadata": {**node.metadata, **marks}, **hidden})

@@ -16,10 +16,19 @@ from llama_index.core.bridge.pydantic import (
     model_validator,
 )
 from llama_index.core.schema import BaseComponent, BaseNode, MetadataMode, NodeWithScore
-from pydantic import SkipValidation
+from pydantic import SerializationInfo, SkipValidation
 
 from kalm_rag import KaLMReranker
-from kalm_rag.adapters import CacheLike, SharedHandle, check_arguments, check_cache, serialisable_cache
+from kalm_rag.adapters import (
+    HIT_KEYS,
+    CacheLike,
+    Options,
+    OptionsLike,
+    SharedHandle,
+    check_arguments,
+    check_cache,
+    serialisable_cache,
+)
 from kalm_rag.cache.passage_cache import Keep
 
 
@@ -51,13 +60,20 @@ class KalmBase(BaseComponent):
     ratio: int | None = Field(
         default=None, ge=1, description="Encoder states averaged into one; by default 4. The same for all that share."
     )
+    options: Annotated[OptionsLike, SkipValidation, WithJsonSchema({"type": ["object", "null"]})] = Field(
+        default_factory=Options,
+        description="All other options of scorer and cache: a kalm_rag.Options, or a mapping of the same names.",
+    )
     metadata_mode: MetadataMode = Field(
         default=MetadataMode.EMBED,
         description="Which metadata is part of the text; the same for ranking and for encoding.",
     )
     _handle: SharedHandle = PrivateAttr(default_factory=SharedHandle)
 
-    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", protected_namespaces=())
+    # Errors do not repeat what was given: options may hold a credential.
+    model_config = ConfigDict(
+        arbitrary_types_allowed=True, extra="forbid", protected_namespaces=(), hide_input_in_errors=True
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -78,20 +94,34 @@ class KalmBase(BaseComponent):
 
     @model_validator(mode="after")
     def _check_cache(self) -> KalmBase:
-        check_cache(self.cache, self.keep)
+        check_cache(self.cache, self.keep, self.options)
         return self
 
     @field_serializer("cache", when_used="json")
     def _serialise_cache(self, cache: CacheLike) -> str | None:
         return serialisable_cache(cache)
 
+    @field_serializer("options")
+    def _serialise_options(self, options: OptionsLike, info: SerializationInfo) -> Any:
+        given = Options.of(options)
+        # `to_dict` hands on what must not be written down, as it hands on a ready-made cache.
+        return given if info.mode == "python" and given.holds_a_credential() else given.serialised()
+
+    def __eq__(self, other: object) -> bool:
+        """Whether it is of the same class, with equal arguments; the loaded model and callbacks are not compared."""
+        return type(self) is type(other) and self._arguments() == other._arguments()
+
+    def _arguments(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "callback_manager"}
+
     def to_json(self, **kwargs: Any) -> str:
         """The arguments as JSON.
 
         Raises:
-            ValueError: the cache is a ready-made one.
+            ValueError: the cache is a ready-made one, or the options hold a credential.
         """
         serialisable_cache(self.cache)
+        Options.of(self.options).serialised()
         return super().to_json(**kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -111,7 +141,12 @@ class KalmBase(BaseComponent):
             dtype=self.dtype,
             max_length=self.max_length,
             ratio=self.ratio,
+            options=Options.of(self.options),
         )
+
+    def close(self) -> None:
+        """Write out the cache, and free the model unless another instance uses it. The next use loads it again."""
+        self._handle.close()
 
 
 def node_list(nodes: object) -> Sequence[Any]:
@@ -139,6 +174,10 @@ def passage_text(node: BaseNode | NodeWithScore, mode: MetadataMode) -> str:
     if not isinstance(inner, BaseNode):
         msg = f"expected a node, got {type(inner).__name__}: {inner!r:.80}"
         raise TypeError(msg)
+    if mode is MetadataMode.ALL and not inner.metadata.keys().isdisjoint(HIT_KEYS):
+        # An earlier ranking left its marks, which are not part of the text.
+        left = {name: value for name, value in inner.metadata.items() if name not in HIT_KEYS}
+        inner = inner.model_copy(update={"metadata": left})
     return str(inner.get_content(metadata_mode=mode))
 
 

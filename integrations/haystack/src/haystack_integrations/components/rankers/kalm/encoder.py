@@ -10,7 +10,7 @@ from haystack.utils import ComponentDevice, Secret
 from haystack_integrations.components.rankers.kalm.model import KalmBase
 from haystack_integrations.components.rankers.kalm.ranker import restored
 
-from kalm_rag.adapters import CacheLike
+from kalm_rag.adapters import CacheLike, OptionsLike
 from kalm_rag.cache.passage_cache import Keep
 
 
@@ -35,6 +35,7 @@ class KalmPassageEncoder(KalmBase):
         ratio: int | None = None,
         meta_fields_to_embed: list[str] | None = None,
         embedding_separator: str = "\n",
+        options: OptionsLike = None,
     ) -> None:
         """Create an encoder; the arguments are those of `KalmRanker`."""
         # By name: `@component` makes a new class, which `super()` does not know.
@@ -51,36 +52,38 @@ class KalmPassageEncoder(KalmBase):
             ratio=ratio,
             meta_fields_to_embed=meta_fields_to_embed,
             embedding_separator=embedding_separator,
+            options=options,
         )
 
     def warm_up(self) -> None:
         """Load the model. Calling it again does nothing."""
         self.reranker.load()
 
-    @component.output_types(documents=list[Document], encoded=int, known=int)
+    @component.output_types(documents=list[Document], encoded=int, known=int, truncated=int)
     def run(self, documents: list[Document]) -> dict[str, Any]:
         """Encode what the cache does not hold.
 
         Returns:
-            `documents`: the given ones; `encoded` and `known`: how many were encoded now, and known before.
+            `documents`: the given ones; `encoded` and `known`: how many were encoded now, and
+                known before; `truncated`: how many among both are longer than `max_length` tokens.
 
         Raises:
             TypeError: it is not a list of documents.
         """
         texts = self.texts(documents)
         if not texts:
-            return {"documents": documents, "encoded": 0, "known": 0}
+            return {"documents": documents, "encoded": 0, "known": 0, "truncated": 0}
         report = self.reranker.encode(texts)
-        return {"documents": documents, "encoded": report.new, "known": report.known}
+        return {"documents": documents, "encoded": report.new, "known": report.known, "truncated": report.truncated}
 
-    @component.output_types(documents=list[Document], encoded=int, known=int)
+    @component.output_types(documents=list[Document], encoded=int, known=int, truncated=int)
     async def run_async(self, documents: list[Document]) -> dict[str, Any]:
         """Encode without blocking the event loop; argument and result are those of `run`."""
         texts = self.texts(documents)
         if not texts:
-            return {"documents": documents, "encoded": 0, "known": 0}
+            return {"documents": documents, "encoded": 0, "known": 0, "truncated": 0}
         report = await self.reranker.aencode(texts)
-        return {"documents": documents, "encoded": report.new, "known": report.known}
+        return {"documents": documents, "encoded": report.new, "known": report.known, "truncated": report.truncated}
 
     def to_dict(self) -> dict[str, Any]:
         """Serialise the component.

@@ -12,7 +12,15 @@ from haystack.core.errors import SerializationError
 from haystack.utils import ComponentDevice, Secret
 
 from kalm_rag import KaLMReranker
-from kalm_rag.adapters import CacheLike, SharedHandle, check_arguments, check_cache, serialisable_cache
+from kalm_rag.adapters import (
+    CacheLike,
+    Options,
+    OptionsLike,
+    SharedHandle,
+    check_arguments,
+    check_cache,
+    serialisable_cache,
+)
 from kalm_rag.cache.passage_cache import Keep
 from kalm_rag.model.checkpoint import clean_token
 
@@ -34,8 +42,13 @@ class KalmBase:
         ratio: int | None,
         meta_fields_to_embed: list[str] | None,
         embedding_separator: str,
+        options: OptionsLike,
     ) -> None:
-        check_cache(cache, keep)
+        self.options = Options.of(options)
+        if self.options.token is not None:
+            msg = "options.token does not apply here; give token= a Secret, such as Secret.from_env_var('HF_TOKEN')"
+            raise ValueError(msg)
+        check_cache(cache, keep, self.options)
         checked = check_arguments(
             {
                 "model": model,
@@ -79,7 +92,19 @@ class KalmBase:
             token=self._own_token(),
             max_length=self.max_length,
             ratio=self.ratio,
+            options=self.options,
         )
+
+    def __eq__(self, other: object) -> bool:
+        """Whether it is of the same class, with equal arguments; the loaded model is not compared."""
+        return type(self) is type(other) and self._compared() == other._compared()
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.model))
+
+    def _compared(self) -> dict[str, Any]:
+        """The arguments; other attributes are the framework's."""
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
     def _own_token(self) -> str | bool | None:
         """The token, unless it is the one that the hub client finds anyway: then nothing sets this instance apart."""
@@ -92,14 +117,22 @@ class KalmBase:
         """Load the model without blocking the event loop."""
         await asyncio.to_thread(self.reranker.load)
 
+    def close(self) -> None:
+        """Write out the cache, and free the model unless another component uses it. The next run loads it again."""
+        self._handle.close()
+
+    async def close_async(self) -> None:
+        """`close` without blocking the event loop."""
+        await asyncio.to_thread(self.close)
+
     def model_arguments(self) -> dict[str, Any]:
         """The arguments for `default_to_dict`.
 
         Raises:
-            SerializationError: the cache is a ready-made one.
+            SerializationError: the cache is a ready-made one, or the options hold a credential.
         """
         try:
-            cache = serialisable_cache(self.cache)
+            cache, options = serialisable_cache(self.cache), self.options.serialised()
         except ValueError as error:
             raise SerializationError(str(error)) from None
         return {
@@ -114,6 +147,7 @@ class KalmBase:
             "ratio": self.ratio,
             "meta_fields_to_embed": list(self.meta_fields_to_embed),
             "embedding_separator": self.embedding_separator,
+            "options": options,
         }
 
     def texts(self, documents: Sequence[Document]) -> list[str]:

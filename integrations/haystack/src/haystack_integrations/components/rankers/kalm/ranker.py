@@ -11,7 +11,7 @@ from haystack.utils import ComponentDevice, Secret
 from haystack_integrations.components.rankers.kalm.model import KalmBase
 
 from kalm_rag import RankedPassage
-from kalm_rag.adapters import CacheLike, check_arguments
+from kalm_rag.adapters import CacheLike, OptionsLike, check_arguments, hit_metadata
 from kalm_rag.cache.passage_cache import Keep
 
 
@@ -29,7 +29,9 @@ class KalmRanker(KalmBase):
         print(ranker.run(query="City in Germany", documents=documents)["documents"])
         ```
 
-    Documents come back best first as copies whose score is `P(yes)`. Of documents with one id the best is kept.
+    Documents come back best first as copies whose score is `P(yes)`. Their `meta` gains `relevance_margin`, and the
+    truth values `passage_truncated`, `query_truncated`, `passage_repaired` and `query_repaired` (see
+    `kalm_rag.RankedPassage`). Of documents with one id the best is kept.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class KalmRanker(KalmBase):
         ratio: int | None = None,
         meta_fields_to_embed: list[str] | None = None,
         embedding_separator: str = "\n",
+        options: OptionsLike = None,
     ) -> None:
         """Create a ranker; the model loads at `warm_up` or at the first run.
 
@@ -69,6 +72,7 @@ class KalmRanker(KalmBase):
             ratio: encoder states averaged into one; by default 4.
             meta_fields_to_embed: metadata put in front of the content.
             embedding_separator: what stands between them.
+            options: all other options of scorer and cache: a `kalm_rag.Options`, or a mapping of the same names.
 
         Raises:
             ValueError: an argument is out of range, `cache` or `keep` is none of these, or `keep` is given with a
@@ -89,6 +93,7 @@ class KalmRanker(KalmBase):
             ratio=ratio,
             meta_fields_to_embed=meta_fields_to_embed,
             embedding_separator=embedding_separator,
+            options=options,
         )
         if top_k is None:
             msg = "top_k must be an integer, got None; give the number of documents to return"
@@ -201,13 +206,13 @@ class KalmRanker(KalmBase):
         return self.texts(documents), options, limits
 
     def _chosen(
-        self, documents: list[Document], ranking: list[RankedPassage], top_k: int, score_threshold: float | None
+        self, documents: list[Document], ranking: list[RankedPassage[str]], top_k: int, score_threshold: float | None
     ) -> list[Document]:
         found: dict[str, Document] = {}
         for hit in ranking:
             document = documents[hit.index]
             if document.id not in found and (score_threshold is None or hit.score >= score_threshold):
-                found[document.id] = replace(document, score=hit.score, meta=dict(document.meta))
+                found[document.id] = replace(document, score=hit.score, meta={**document.meta, **hit_metadata(hit)})
         return list(found.values())[:top_k]
 
 

@@ -1,0 +1,348 @@
+"""What all three adapters promise alike: options, what a result says, equality, closing, and ranking of documents."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from adapterkit import QUERY, TEXTS
+from haystack import Document as HaystackDocument
+from haystack import Pipeline
+from haystack.utils import ComponentDevice
+from haystack_integrations.components.rankers.kalm import KalmPassageEncoder as HaystackEncoder
+from haystack_integrations.components.rankers.kalm import KalmRanker
+from langchain_core.documents import Document as LangChainDocument
+from langchain_core.embeddings import DeterministicFakeEmbedding
+from langchain_kalm import KalmCachingEmbeddings, KalmCrossEncoder, KalmReranker
+from langchain_kalm import KalmPassageEncoder as LangChainEncoder
+from llama_index.core.schema import MetadataMode, NodeWithScore, TextNode
+from llama_index.postprocessor.kalm_rerank import KalmPassageEncoder as LlamaIndexEncoder
+from llama_index.postprocessor.kalm_rerank import KalmQueryBundle, KalmRerank
+
+from kalm_rag import KaLMReranker, Options, PassageCache
+from kalm_rag.adapters import HIT_KEYS
+
+CHANGED: dict[str, Any] = {
+    "query_max_length": 5,
+    "system_prompt": "Judge the Document.",
+    "batch_size": 3,
+    "batch_tokens": 999,
+    "control_tokens": "allow",
+    "prefill_memory": 123_456,
+    "prefill_storage": "int8",
+    "show_progress": False,
+    "local_files_only": True,
+    "cache_memory": 1_000_000,
+    "cache_limit": 5_000_000,
+    "cache_base_ratio": 2,
+    "cache_storage": "int8",
+    "cache_read_only": False,
+}
+"""A value that is not the default for every option that can be written to a file."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One framework's reranker, and how a test speaks to it."""
+
+    make: Callable[..., Any]
+    documents: Callable[[Sequence[str]], list[Any]]
+    rank: Callable[..., list[Any]]
+    metadata: Callable[[Any], dict[str, Any]]
+    saved: Callable[[Any], Any]
+    """The adapter after a way through a file."""
+    others: tuple[Callable[..., Any], ...]
+    """Further classes that take the same arguments."""
+
+
+def rank_haystack(adapter: KalmRanker, documents: list[HaystackDocument]) -> list[HaystackDocument]:
+    return list(adapter.run(query=QUERY, documents=documents)["documents"])
+
+
+def through_yaml(adapter: KalmRanker) -> KalmRanker:
+    pipeline = Pipeline()
+    pipeline.add_component("ranker", type(adapter).from_dict(adapter.to_dict()))
+    found = Pipeline.loads(pipeline.dumps()).get_component("ranker")
+    assert isinstance(found, KalmRanker)
+    return found
+
+
+def on_haystack(make: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda **given: make(**{**given, "device": ComponentDevice.from_str("cpu")}, token=None)
+
+
+ADAPTERS = {
+    "langchain": Adapter(
+        make=lambda **given: KalmReranker(**given, top_n=None),
+        documents=lambda texts: [LangChainDocument(page_content=text, metadata={"mine": 1}) for text in texts],
+        rank=lambda adapter, documents: list(adapter.compress_documents(documents, QUERY)),
+        metadata=lambda document: document.metadata,
+        saved=lambda adapter: KalmReranker.model_validate_json(adapter.model_dump_json()),
+        others=(
+            KalmCrossEncoder,
+            LangChainEncoder,
+            lambda **given: KalmCachingEmbeddings(**given, embeddings=EMBEDDINGS),
+        ),
+    ),
+    "llama-index": Adapter(
+        make=lambda **given: KalmRerank(**given, top_n=None),
+        documents=lambda texts: [
+            NodeWithScore(node=TextNode(text=text, metadata={"mine": 1}), score=0.5) for text in texts
+        ],
+        rank=lambda adapter, documents: adapter.postprocess_nodes(documents, query_str=QUERY),
+        metadata=lambda node: node.node.metadata,
+        saved=lambda adapter: KalmRerank.from_json(adapter.to_json()),
+        others=(LlamaIndexEncoder,),
+    ),
+    "haystack": Adapter(
+        make=on_haystack(KalmRanker),
+        documents=lambda texts: [
+            HaystackDocument(id=str(number), content=text, meta={"mine": 1}) for number, text in enumerate(texts)
+        ],
+        rank=rank_haystack,
+        metadata=lambda document: document.meta,
+        saved=through_yaml,
+        others=(on_haystack(HaystackEncoder),),
+    ),
+}
+EMBEDDINGS = DeterministicFakeEmbedding(size=4)
+
+
+@pytest.fixture(params=ADAPTERS)
+def adapter(request: pytest.FixtureRequest) -> Adapter:
+    return ADAPTERS[request.param]
+
+
+@pytest.fixture
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    return {**options, "model": str(options["model"]), "cache": str(options["cache"])}
+
+
+def check_options(reranker: KaLMReranker) -> None:
+    """Every option arrived where it acts."""
+    arguments = reranker._arguments
+    cache = reranker.cache._arguments
+    for name, value in CHANGED.items():
+        found = cache[name.removeprefix("cache_")] if name.startswith("cache_") else arguments[name]
+        assert found == value, name
+
+
+def test_every_option_is_tried() -> None:
+    names = {option.name for option in dataclasses.fields(Options)}
+    assert names == {*CHANGED, "token", "cache_secret"}
+    default = Options()
+    same = [name for name, value in CHANGED.items() if value == getattr(default, name)]
+    assert same == ["cache_read_only"], "a read-only folder must exist"
+
+
+@pytest.mark.parametrize("form", [dict, lambda given: Options(**given)], ids=["mapping", "Options"])
+def test_options_reach_scorer_and_cache(adapter: Adapter, given: dict[str, Any], form: Any) -> None:
+    for make in (adapter.make, *adapter.others):
+        made = make(**given, options=form(CHANGED))
+        check_options(made.reranker)
+        assert isinstance(made.options, Options)
+
+
+def test_options_survive_a_file(adapter: Adapter, given: dict[str, Any]) -> None:
+    first = adapter.make(**given, options=CHANGED)
+    second = adapter.saved(first)
+    check_options(second.reranker)
+    assert second.reranker is first.reranker
+    assert adapter.saved(adapter.make(**given)).options == Options()
+
+
+def test_credentials_stay_out_of_files_and_words(adapter: Adapter, given: dict[str, Any]) -> None:
+    wanted = {"cache_secret": "correct horse battery staple"}
+    if adapter is ADAPTERS["haystack"]:
+        with pytest.raises(ValueError, match="token does not apply here; give token= a Secret"):
+            adapter.make(**given, options={"token": "hf_horse"})
+    else:
+        wanted["token"] = "hf_horse"
+    made = adapter.make(**given, options=wanted)
+    assert "horse" not in repr(made.options)
+    for text in (repr(made), str(made)):
+        assert "horse" not in text
+    with pytest.raises(Exception, match=r"options\.\w+ is a credential and is never serialised"):
+        adapter.saved(made)
+    adapter.rank(made, adapter.documents(TEXTS))
+    made.reranker.cache.flush()
+    plain = KaLMReranker(given["model"], cache=given["cache"], device="cpu")
+    plain.rank(QUERY, adapter.documents(TEXTS))
+    assert plain.cache.stats().store.counters.hits == 5, "a cache without a secret reads tagged entries"
+    other = KaLMReranker(given["model"], cache=PassageCache(given["cache"], secret="x" * 16), device="cpu")
+    other.rank(QUERY, adapter.documents(TEXTS))
+    assert other.cache.stats().store.counters.hits == 0, "the secret was in use"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"batch_sise": 3}, "unknown option 'batch_sise': did you mean 'batch_size'?"),
+        ({"ratio": 3}, "unknown option 'ratio': it is an argument of its own"),
+        ({"zzz": 3}, "unknown option 'zzz': known are batch_size, "),
+        ({"batch_size": "3"}, "batch_size must be an integer, got '3'"),
+        ({"batch_size": True}, "batch_size must be an integer, got True"),
+        ({"batch_tokens": 0}, "batch_tokens must be at least 1, got 0"),
+        ({"query_max_length": 1.5}, "query_max_length must be an integer"),
+        ({"system_prompt": 7}, "system_prompt must be a string"),
+        ({"control_tokens": "drop"}, "control_tokens must be one of"),
+        ({"prefill_memory": -1}, "prefill_memory must be a number of bytes"),
+        ({"prefill_storage": "int4"}, "prefill_storage must be one of"),
+        ({"show_progress": "yes"}, "show_progress must be True or False"),
+        ({"local_files_only": 1}, "local_files_only must be True or False"),
+        ({"cache_memory": "1 GB"}, "cache_memory must be a number of bytes"),
+        ({"cache_limit": 0}, "cache_limit must be at least 1"),
+        ({"cache_base_ratio": 0}, "cache_base_ratio must be at least 1"),
+        ({"cache_storage": None}, "cache_storage must be one of"),
+        ({"cache_secret": "short"}, "cache_secret must have at least 16 bytes"),
+        ({"cache_secret": 7}, "cache_secret must be a string or bytes"),
+        ({"cache_read_only": "false"}, "cache_read_only must be True or False"),
+        ({"token": 7}, "token must be a string"),
+        (["batch_size"], "options must be a kalm_rag.Options or a mapping, got list"),
+        ("batch_size", "options must be a kalm_rag.Options or a mapping, got str"),
+    ],
+)
+def test_wrong_options_are_refused_at_construction(adapter: Adapter, wrong: Any, message: str) -> None:
+    for make in (adapter.make, *adapter.others):
+        with pytest.raises((ValueError, TypeError)) as error:
+            make(options=wrong)
+        assert message in str(error.value)
+        assert "short" not in str(error.value)
+
+
+def test_options_of_the_cache_need_a_folder(adapter: Adapter, given: dict[str, Any]) -> None:
+    cache = PassageCache(given["cache"])
+    with pytest.raises(ValueError, match=r"options\.cache_limit applies only when cache= is a folder or None"):
+        adapter.make(**{**given, "cache": cache}, options={"cache_limit": 5_000_000})
+    adapter.make(**{**given, "cache": cache}, options={"batch_size": 3})
+
+
+def test_another_option_is_another_reranker_on_the_same_cache(adapter: Adapter, given: dict[str, Any]) -> None:
+    first, second = adapter.make(**given), adapter.make(**given, options={"batch_size": 3})
+    assert first.reranker is not second.reranker
+    assert first.reranker.cache is second.reranker.cache
+    adapter.rank(first, adapter.documents(TEXTS))
+    adapter.rank(second, adapter.documents(TEXTS))
+    assert first.reranker.cache.stats().encoded == len(TEXTS), "the second met what the first encoded"
+    third = adapter.make(**given, options={"cache_memory": 0})
+    assert third.reranker.cache is not first.reranker.cache
+
+
+def test_a_result_says_what_was_not_read(adapter: Adapter, given: dict[str, Any]) -> None:
+    texts = [*TEXTS, "half a \ud83d pair", "a long passage " * 40]
+    documents = adapter.documents(texts)
+    made = adapter.make(**{**given, "max_length": 40})
+    found = adapter.rank(made, documents)
+    for document in found:
+        metadata = adapter.metadata(document)
+        assert set(metadata) - {"relevance_score"} == {"mine", *HIT_KEYS}
+    wanted = made.reranker.rank(QUERY, documents)
+    assert [adapter.metadata(document)["relevance_margin"] for document in found] == pytest.approx(
+        [hit.margin for hit in wanted], abs=1e-5
+    )
+    for name in HIT_KEYS[1:]:
+        assert [adapter.metadata(document)[name] for document in found] == [getattr(hit, name) for hit in wanted], name
+    cut = [adapter.metadata(document)["passage_truncated"] for document in found]
+    assert True in cut
+    assert False in cut
+    assert all(set(adapter.metadata(document)) == {"mine"} for document in documents), "the input is untouched"
+    short = adapter.make(**given, options={"query_max_length": 2})
+    assert all(adapter.metadata(document)["query_truncated"] for document in adapter.rank(short, documents))
+
+
+def test_what_a_result_says_is_no_text_of_the_next_ranking(adapter: Adapter, given: dict[str, Any]) -> None:
+    made = adapter.make(**given)
+    first = adapter.rank(made, adapter.documents(TEXTS))
+    encoded = made.reranker.cache.stats().encoded
+    again = adapter.rank(made, first)
+    assert made.reranker.cache.stats().encoded == encoded
+    for old, new in zip(first, again, strict=True):
+        assert adapter.metadata(new) == pytest.approx(adapter.metadata(old), abs=1e-5)
+
+
+def test_nodes_with_all_their_metadata_as_text(given: dict[str, Any]) -> None:
+    made = KalmRerank(**given, top_n=None, metadata_mode=MetadataMode.ALL)
+    first = made.postprocess_nodes(ADAPTERS["llama-index"].documents(TEXTS), query_str=QUERY)
+    encoded = made.reranker.cache.stats().encoded
+    again = made.postprocess_nodes(first, query_str=QUERY)
+    assert made.reranker.cache.stats().encoded == encoded
+    assert [node.score for node in again] == pytest.approx([node.score for node in first], abs=1e-5)
+
+
+def test_equal_arguments_make_equal_adapters(adapter: Adapter, given: dict[str, Any]) -> None:
+    for make in (adapter.make, *adapter.others):
+        first, second = make(**given), make(**given, options={})
+        assert first == second
+        _ = first.reranker
+        assert first == second, "what is loaded is not compared"
+        assert first != make(**given, options={"batch_size": 3})
+        assert first != make(**{**given, "model": "nano"})
+        assert first != "another thing"
+
+
+def test_closing_spares_what_another_uses(adapter: Adapter, given: dict[str, Any]) -> None:
+    first, second = adapter.make(**given), adapter.make(**given)
+    adapter.rank(first, adapter.documents(TEXTS[:2]))
+    adapter.rank(second, adapter.documents(TEXTS[:2]))
+    reranker = first.reranker
+    assert second.reranker is reranker
+    first.close()
+    assert reranker._scorer is not None
+    other = KaLMReranker(given["model"], cache=given["cache"], device="cpu")
+    assert other.unknown(adapter.documents(TEXTS[:2])) == [], "closing wrote the cache out"
+    second.close()
+    assert reranker._scorer is None
+    second.close()
+    assert len(adapter.rank(first, adapter.documents(TEXTS[:2]))) == 2, "the next use loads again"
+
+
+def test_documents_of_a_framework_are_ranked_as_they_are(adapter: Adapter, given: dict[str, Any]) -> None:
+    documents = adapter.documents(TEXTS)
+    made = adapter.make(**given)
+    found = adapter.rank(made, documents)
+    encoded = made.reranker.cache.stats().encoded
+    ranking = made.reranker.rank(QUERY, documents)
+    margins = [adapter.metadata(document)["relevance_margin"] for document in found]
+    assert [hit.margin for hit in ranking] == pytest.approx(margins, abs=1e-5)
+    assert all(hit.document is documents[hit.index] for hit in ranking)
+    assert made.reranker.encode(documents).new == 0
+    assert made.reranker.unknown(documents) == []
+    assert made.reranker.cache.stats().encoded == encoded, "the text is the adapter's"
+    with pytest.raises(TypeError, match="documents must be a list of passages, got one"):
+        made.reranker.rank(QUERY, documents[0])
+
+
+def test_settings_of_one_query_in_llama_index(given: dict[str, Any]) -> None:
+    made, nodes = KalmRerank(**given, top_n=None), ADAPTERS["llama-index"].documents(TEXTS)
+    texts = [node.node.get_content(MetadataMode.EMBED) for node in nodes]
+    wanted = made.reranker.rank(QUERY, texts, instruction="Find code.")
+    bundle = KalmQueryBundle(QUERY, instruction="Find code.", top_n=2)
+    found = made.postprocess_nodes(nodes, query_bundle=bundle)
+    assert [node.score for node in found] == pytest.approx([hit.score for hit in wanted[:2]], abs=1e-5)
+    cut = wanted[1].score - 1e-5
+    for reranker, query in (
+        (made, KalmQueryBundle(QUERY, instruction="Find code.", score_threshold=cut)),
+        (KalmRerank(**given, score_threshold=cut, instruction="Find code."), KalmQueryBundle(QUERY)),
+    ):
+        assert len(reranker.postprocess_nodes(nodes, query_bundle=query)) == 2
+    for wrong in ({"top_n": True}, {"score_threshold": 50}, {"instruction": 7}):
+        with pytest.raises((ValueError, TypeError), match=f"{next(iter(wrong))} must be"):
+            made.postprocess_nodes(nodes, query_bundle=KalmQueryBundle(QUERY, **wrong))
+
+
+def test_the_page_lists_every_argument_and_its_default() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "frameworks" / "index.md").read_text("utf-8")
+    rows = {
+        cells[0].strip().strip("`"): cells[1].strip().strip("`")
+        for cells in (line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| `"))
+        if len(cells) > 1
+    }
+    for option in dataclasses.fields(Options):
+        default = option.default
+        shown = "the model cards'" if option.name == "system_prompt" else json.dumps(default)
+        assert rows[option.name].replace("\u2009", "") == shown, option.name

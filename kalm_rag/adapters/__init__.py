@@ -1,0 +1,21 @@
+"""What the framework adapters share: arguments, options, loaded models, and what they hand on of a result."""
+
+from __future__ import annotations
+
+from kalm_rag.adapters.arguments import CacheLike, check_arguments, check_cache, serialisable_cache
+from kalm_rag.adapters.hits import HIT_KEYS, hit_metadata
+from kalm_rag.adapters.options import Options, OptionsLike
+from kalm_rag.adapters.shared import SharedHandle, shared_reranker
+
+__all__ = [
+    "HIT_KEYS",
+    "CacheLike",
+    "Options",
+    "OptionsLike",
+    "SharedHandle",
+    "check_arguments",
+    "check_cache",
+    "hit_metadata",
+    "serialisable_cache",
+    "shared_reranker",
+]

@@ -1,0 +1,162 @@
+"""Every option of the scorer and of the cache that is not an adapter's own argument."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeAlias, get_args
+
+from kalm_rag.cache.passage_cache import DEFAULT_MEMORY, Storage
+from kalm_rag.settings import (
+    DEFAULT_PREFILL_MEMORY,
+    DEFAULT_SYSTEM_PROMPT,
+    ControlTokens,
+    PrefillStorage,
+    Settings,
+)
+from kalm_rag.utils.checks import check_bytes, check_choice, check_flag, check_positive, check_ratio, check_secret
+
+_CACHE = "cache_"
+_CREDENTIALS = ("token", "cache_secret")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Options of an adapter beside its arguments; a mapping of the same names does as well, for YAML and JSON.
+
+    Names that begin with `cache_` are those of `PassageCache`, and apply when `cache=` is a folder or None; the others
+    are those of `KaLMReranker`. Adapters with equal arguments and options share a loaded model; those that differ in
+    options of the scorer share the cache.
+
+    Attributes:
+        query_max_length: tokens of a query that are read.
+        system_prompt: the sentence before the instruction. Default: the model cards'.
+        batch_size: rows per forward pass at most.
+        batch_tokens: tokens per forward pass at most, padding included.
+        control_tokens: `escape` or `allow` control tokens such as `<end_of_turn>` in passages and queries.
+        prefill_memory: bytes of prefilled passages kept in memory, on the model's device.
+        prefill_storage: `native`, or `int8` for fewer bytes and slightly different scores.
+        show_progress: True, False, or None for bars on long work when standard error is a terminal.
+        token: hub token, if the model needs one. It is never serialised.
+        local_files_only: never ask the hub, use what was downloaded.
+        cache_memory: bytes of encoded passages kept in memory in front of the folder.
+        cache_limit: bytes a folder may take; None leaves its limit as it is, 10 GB for a new one.
+        cache_base_ratio: the ratio at which states are kept. Default: 4, or `ratio` if 4 does not divide it.
+        cache_storage: `native`, or `int8` for fewer bytes and slightly different scores.
+        cache_secret: authenticates entries of a folder that others can write to. It is never serialised.
+        cache_read_only: write nothing to the folder.
+
+    Raises:
+        TypeError: an option has the wrong type; the message names it.
+        ValueError: an option is out of range; the message names it, its value and the rule.
+    """
+
+    query_max_length: int = 512
+    system_prompt: str = DEFAULT_SYSTEM_PROMPT
+    batch_size: int = 32
+    batch_tokens: int = 16384
+    control_tokens: ControlTokens = "escape"
+    prefill_memory: int = DEFAULT_PREFILL_MEMORY
+    prefill_storage: PrefillStorage = "native"
+    show_progress: bool | None = None
+    token: str | bool | None = field(default=None, repr=False)
+    local_files_only: bool = False
+    cache_memory: int = DEFAULT_MEMORY
+    cache_limit: int | None = None
+    cache_base_ratio: int | None = None
+    cache_storage: Storage = "native"
+    cache_secret: str | bytes | None = field(default=None, repr=False)
+    cache_read_only: bool = False
+
+    def __post_init__(self) -> None:
+        of_scorer = {name: getattr(self, name) for name in _names() & {field.name for field in fields(Settings)}}
+        settings = Settings(**of_scorer)
+        checked: dict[str, Any] = {name: getattr(settings, name) for name in of_scorer}
+        checked["cache_memory"] = check_bytes("cache_memory", self.cache_memory)
+        if self.cache_limit is not None:
+            checked["cache_limit"] = check_positive("cache_limit", self.cache_limit)
+        if self.cache_base_ratio is not None:
+            checked["cache_base_ratio"] = check_ratio("cache_base_ratio", self.cache_base_ratio)
+        check_choice("cache_storage", self.cache_storage, get_args(Storage))
+        check_secret("cache_secret", self.cache_secret)
+        for name in ("local_files_only", "cache_read_only"):
+            check_flag(name, getattr(self, name))
+        if self.show_progress is not None:
+            check_flag("show_progress", self.show_progress)
+        if not isinstance(self.token, (str, bool, type(None))):
+            # The message does not show it: it may hold the token.
+            msg = f"token must be a string, True, False or None, got {type(self.token).__name__}"
+            raise TypeError(msg)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)  # frozen, and a number may have come as one of numpy's
+
+    @classmethod
+    def of(cls, given: OptionsLike) -> Options:
+        """Return options as given, or made of a mapping; None is the defaults.
+
+        Raises:
+            ValueError: a name is unknown, or a value is out of range.
+            TypeError: it is neither, or a value has the wrong type.
+        """
+        if given is None:
+            return cls()
+        if isinstance(given, Options):
+            return given
+        if not isinstance(given, Mapping):
+            msg = f"options must be a kalm_rag.Options or a mapping, got {type(given).__name__}: {given!r:.80}"
+            raise TypeError(msg)
+        for name in given:
+            if name not in _names():
+                near = difflib.get_close_matches(str(name), _names(), n=1)
+                advice = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(_names()))}"
+                if name in _ARGUMENTS:
+                    advice = "it is an argument of its own, outside of options"
+                msg = f"unknown option {name!r:.80}: {advice}"
+                raise ValueError(msg)
+        return cls(**given)
+
+    def of_reranker(self) -> dict[str, Any]:
+        """Return the arguments of `KaLMReranker` among them."""
+        return {name: getattr(self, name) for name in sorted(_names()) if not name.startswith(_CACHE)}
+
+    def of_cache(self) -> dict[str, Any]:
+        """Return the arguments of `PassageCache` among them."""
+        return {name.removeprefix(_CACHE): getattr(self, name) for name in sorted(_names()) if name.startswith(_CACHE)}
+
+    def changed(self) -> dict[str, Any]:
+        """Return what differs from the defaults, by name."""
+        default = Options()
+        found = {name: getattr(self, name) for name in sorted(_names())}
+        return {name: value for name, value in found.items() if value != getattr(default, name)}
+
+    def holds_a_credential(self) -> bool:
+        """Whether `serialised` refuses them."""
+        return any(isinstance(getattr(self, name), (str, bytes)) for name in _CREDENTIALS)
+
+    def serialised(self) -> dict[str, Any] | None:
+        """Return the options as JSON and YAML hold them: what differs from the defaults, or None.
+
+        Raises:
+            ValueError: they hold a credential.
+        """
+        found = self.changed()
+        for name in _CREDENTIALS:
+            if isinstance(found.get(name), (str, bytes)):
+                way_out = "set HF_TOKEN in the environment" if name == "token" else "give cache= a PassageCache"
+                msg = f"options.{name} is a credential and is never serialised; leave it out and {way_out} instead"
+                raise ValueError(msg)
+        return found or None
+
+
+OptionsLike: TypeAlias = Options | Mapping[str, Any] | None
+"""What an adapter takes as its options."""
+
+_ARGUMENTS = frozenset(
+    {"model", "revision", "cache", "keep", "device", "dtype", "max_length", "ratio", "instruction", "top_n", "top_k"}
+    | {"score_threshold"}
+)
+
+
+def _names() -> frozenset[str]:
+    return frozenset(option.name for option in fields(Options))
