@@ -44,6 +44,8 @@ types: $(VENV)/.dev
 	cd integrations/langchain && $(CURDIR)/$(VENV)/bin/mypy --config-file pyproject.toml -p langchain_kalm
 	cd integrations/llama-index && $(CURDIR)/$(VENV)/bin/mypy --config-file pyproject.toml -p llama_index.postprocessor.kalm_rerank
 	cd integrations/haystack/src && $(CURDIR)/$(VENV)/bin/mypy --config-file ../pyproject.toml -p haystack_integrations.components.rankers.kalm
+	$(VENV)/bin/mypy --strict --python-version 3.11 tests/typed
+	$(VENV)/bin/basedpyright --pythonpath $(VENV)/bin/python --level error tests/typed
 
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
