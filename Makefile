@@ -23,7 +23,8 @@ faults: $(VENV)/.dev
 # The oldest transformers that pyproject.toml allows.
 test-lowest: $(VENV)-lowest/.ready
 	$(VENV)-lowest/bin/python -m pytest tests \
-	  --ignore tests/test_frameworks.py --ignore tests/test_examples.py --ignore tests/test_benchmarks.py
+	  --ignore tests/test_frameworks.py --ignore tests/test_examples.py --ignore tests/test_benchmarks.py \
+	  --ignore tests/test_snippets.py
 
 # The newest transformers and everything else that pyproject.toml allows, torch apart. A use that a release deprecates is
 # an error, so that it is mended before a later one removes it.
