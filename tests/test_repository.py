@@ -5,10 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.skipif(not (ROOT / "Makefile").is_file(), reason="of a clone, not of a source distribution")
 
 
 def test_pre_commit_runs_the_pinned_ruff() -> None:
