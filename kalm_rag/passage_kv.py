@@ -11,6 +11,7 @@ from kalm_rag.cache import PassageCache
 from kalm_rag.cache.frame import HEADER_BYTES, Frame, FrameError
 from kalm_rag.cache.keys import KeySpace
 from kalm_rag.cache.lru import BudgetLRU
+from kalm_rag.cache.spaces import Behind, Space
 from kalm_rag.model.loading import LoadedModel
 from kalm_rag.model.padding import to_device
 from kalm_rag.model.passage import PassageKV
@@ -60,6 +61,7 @@ class PassageKVCache(ValueCache[BehindPrefix, PassageKV]):
     ) -> None:
         super().__init__("passage_kv", cache)
         self.memory: BudgetLRU[str, PassageKV] = BudgetLRU(limit, lambda passage: passage.nbytes, "prefilled passages")
+        cache.attach(self.memory)
         self._model = keys.model
         self._shape = shape
         self._device = device
@@ -135,7 +137,7 @@ class PassageKVCache(ValueCache[BehindPrefix, PassageKV]):
 class PassageKVSource(CachedSource[BehindPrefix, PassageStates, PassageKV]):
     """Gets keys and values of passages behind a prompt prefix.
 
-    `_room` bounds what all calls hold together; `_lock` guards the prefixes.
+    `_room` bounds what all calls hold together; `_lock` guards the prefixes and the key spaces.
 
     Args:
         loaded: the model.
@@ -176,6 +178,7 @@ class PassageKVSource(CachedSource[BehindPrefix, PassageStates, PassageKV]):
         self._room = Room(2 * _GROUP_BYTES)
         self._lock = forks.Lock()
         self._prefixes: dict[str, PromptPrefix] = {}
+        self._spaces: dict[BehindPrefix, Space] = {}
 
     def prefix(self, instruction: str) -> PromptPrefix:
         """The tokens that start every prompt under an instruction."""
@@ -229,6 +232,19 @@ class PassageKVSource(CachedSource[BehindPrefix, PassageStates, PassageKV]):
         """As in `CachedSource`."""
         prefix, ratio = request
         return self._key_space.prefilled_keys(texts, ratio=ratio, prefix=prefix.ids, kind=self.decoder.name)
+
+    def space(self, request: BehindPrefix) -> Space:
+        """As in `CachedSource`."""
+        with self._lock:
+            found = self._spaces.get(request)
+        if found is None:
+            behind = Behind(request.ratio, request.prefix.ids, self.decoder.name)
+            found = Space(self._key_space, self._loaded.tokenizer.control, behind)
+            with self._lock:
+                if len(self._spaces) >= _MOST_INSTRUCTIONS:
+                    self._spaces.clear()
+                self._spaces[request] = found
+        return found
 
     def _groups(
         self,

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from kalm_rag.cache import PassageCache, Store
+from kalm_rag.cache import ForgetReport, PassageCache, Store
 from kalm_rag.documents import REPAIRED, TRUNCATED, TextCounter, TextOf, iter_documents, iter_pairs, repair_text
 from kalm_rag.model.checkpoint import Checkpoint, find_checkpoint
 from kalm_rag.results import D, EncodeReport, Estimate, PrefillStats, RankedPassage, Ranking
@@ -372,6 +372,24 @@ class KaLMReranker:
                 repaired += changed
                 self.truncations.add(report.truncated)
         return EncodeReport(new, known, truncated, repaired)
+
+    def forget(self, documents: Iterable[D], *, text: TextOf[D] | None = None) -> ForgetReport:
+        """Delete what the cache keeps of passages, so that nothing of them is left in it, nor in this instance.
+
+        The model is not loaded for it. See `PassageCache.forget` for what is searched, and what cannot be reached.
+
+        Args:
+            documents: as in `rank`. Any iterable.
+            text: as in `rank`.
+
+        Raises:
+            TypeError: a passage is wrong; the message names its position. The passages before it may be forgotten.
+            StoreError: the cache's store is read-only, failed, or does not delete.
+        """
+        from kalm_rag.forget import own_spaces
+
+        texts = (passage.text for passage in iter_documents(documents, text))
+        return self.cache.forget(texts, own_spaces(self._scorer, self.settings, self.model, self._revision))
 
     def unknown(self, documents: Iterable[D], *, text: TextOf[D] | None = None) -> list[str]:
         """Return the distinct texts among these passages that the cache does not hold.

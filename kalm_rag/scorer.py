@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from kalm_rag.cache import PassageCache
 from kalm_rag.cache.keys import KeySpace
+from kalm_rag.cache.spaces import Space
 from kalm_rag.errors import ForkError, ScoringError
 from kalm_rag.model.checkpoint import Checkpoint
 from kalm_rag.model.decoder import Decoder, Pair
@@ -148,6 +149,12 @@ class Scorer:
         """Return passages as they are encoded and cached."""
         return [self.loaded.tokenizer.clean(text) for text in texts]
 
+    def spaces(self) -> list[Space]:
+        """Return the cache's key spaces of this model and these settings."""
+        request = BehindPrefix(self.passage_kv.prefix(self.settings.instruction), self.settings.ratio)
+        found = (self.states.space(self._cache.base_ratio), self.passage_kv.space(request))
+        return [space for space in found if space is not None]
+
     def encode(self, texts: Sequence[str], progress: Progress | None = None) -> EncodeReport:
         """Encode the passages that the cache does not hold, and prefill them if its store keeps that too."""
         self.check_process()
@@ -231,9 +238,7 @@ class Scorer:
             return
         passages = _passages(bad)
         request = BehindPrefix(self.passage_kv.prefix(instruction), ratio)
-        prefilled = self.passage_kv.keys(passages, request)
-        self.passage_kv.cached.memory.delete(prefilled)
-        self._cache.delete([*self.keys.states_keys(passages), *prefilled])
+        self._cache.discard([*self.keys.states_keys(passages), *self.passage_kv.keys(passages, request)])
         self._score_in_full(bad, self.states.make_all(passages, ratio))
 
 

@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 
 from kalm_rag.cache import PassageCache
 from kalm_rag.cache.frame import Frame
-from kalm_rag.cache.passage_cache import Kind
+from kalm_rag.cache.spaces import Kind, Space
 from kalm_rag.model.loading import LoadedModel
 from kalm_rag.utils.turns import Turns
 
@@ -107,7 +107,9 @@ class CachedSource(ABC, Generic[R, W, T]):
     def find(self, texts: Sequence[str], request: R) -> dict[str, T]:
         """Return the cached values; missing ones are left out."""
         keys = dict(zip(self.keys(texts, request), texts, strict=True))
-        return {keys[key]: value for key, value in self.cached.get_many(list(keys), request).items()}
+        found = {keys[key]: value for key, value in self.cached.get_many(list(keys), request).items()}
+        self._use(request, kept=bool(found))
+        return found
 
     def make_all(self, texts: Sequence[str], request: R) -> dict[str, T]:
         """Make and keep the values of all these passages without looking them up."""
@@ -132,6 +134,7 @@ class CachedSource(ABC, Generic[R, W, T]):
         """
         if not texts:
             return
+        self._use(request, kept=True)
         keys = self.keys(texts, request)
         inputs = self._inputs(texts, request) if inputs is None else inputs
         for batch in self._batches(inputs, request):
@@ -146,9 +149,18 @@ class CachedSource(ABC, Generic[R, W, T]):
             both = known | made
             yield {texts[place]: both[keys[place]] for place in batch}, len(rest)
 
+    def _use(self, request: R, *, kept: bool) -> None:
+        space = self.space(request)
+        if space is not None:
+            self.cached.cache.use(space, kept=kept)
+
     @abstractmethod
     def keys(self, texts: Sequence[str], request: R) -> list[str]:
         """Return the cache's key of each passage."""
+
+    @abstractmethod
+    def space(self, request: R) -> Space | None:
+        """Return the key space of these keys, or None if no value is kept under them."""
 
     @abstractmethod
     def _inputs(self, texts: Sequence[str], request: R) -> Sequence[W]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from kalm_rag.cache import PassageCache
 from kalm_rag.cache.frame import Frame, FrameError, payload_bytes
 from kalm_rag.cache.keys import KeySpace
+from kalm_rag.cache.spaces import Space
 from kalm_rag.model.encoder import Encoder
 from kalm_rag.model.loading import LoadedModel
 from kalm_rag.model.pooling import PassageStates
@@ -119,6 +120,7 @@ class StatesSource(CachedSource[int, PassageTokens, PassageStates]):
         self.encoder = Encoder(loaded, settings)
         self._cache = cache
         self._key_space = keys
+        self._space = Space(keys, loaded.tokenizer.control)
         self._prompts = prompts
         self._lock = forks.Lock()  # of the next line
         self._warned_ratios: set[int] = set()
@@ -163,6 +165,10 @@ class StatesSource(CachedSource[int, PassageTokens, PassageStates]):
     def keys(self, texts: Sequence[str], request: int) -> list[str]:
         """As in `CachedSource`; they are the same at every ratio."""
         return self._key_space.states_keys(texts)
+
+    def space(self, request: int) -> Space | None:
+        """As in `CachedSource`."""
+        return self._space if self.cached.keeps(request) else None
 
     def _inputs(self, texts: Sequence[str], request: int) -> list[PassageTokens]:
         """Tokenise in parts, so that other calls can come in between."""

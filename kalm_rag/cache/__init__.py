@@ -2,6 +2,7 @@
 
 from kalm_rag.cache.bytestore import ByteStoreAdapter
 from kalm_rag.cache.disk import DiskStore
+from kalm_rag.cache.forgetting import ForgetReport, Forgotten
 from kalm_rag.cache.memory import MemoryStore
 from kalm_rag.cache.passage_cache import CacheStats, LevelCounters, LevelStats, PassageCache
 from kalm_rag.cache.store import CheckReport, Store, StoreError, StoreStats
@@ -11,6 +12,8 @@ __all__ = [
     "CacheStats",
     "CheckReport",
     "DiskStore",
+    "ForgetReport",
+    "Forgotten",
     "LevelCounters",
     "LevelStats",
     "MemoryStore",

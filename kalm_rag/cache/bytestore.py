@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from kalm_rag.cache.keys import KEY_PATTERN
+from kalm_rag.cache.records import SLOT, SlotRecords
 from kalm_rag.cache.store import StoreError, StoreStats
 from kalm_rag.utils.checks import check_text
 
@@ -43,6 +44,9 @@ class ByteStoreAdapter:
         store: the `ByteStore`. It must keep any bytes; one that keeps only text needs an encoding wrapper.
         prefix: put in front of every key, so that a store may be shared with other data.
 
+    Attributes:
+        records: the key spaces of the entries, see `kalm_rag.cache.spaces`.
+
     Raises:
         TypeError: the prefix is not a string.
         ValueError: a store that reads keys as paths would read the prefix as another one.
@@ -52,6 +56,7 @@ class ByteStoreAdapter:
         self._store = store
         self._prefix = _checked_prefix(prefix)
         self._warned: set[str] = set()
+        self.records = SlotRecords(self._read, self.put_many)
 
     def get_many(self, keys: Sequence[str]) -> dict[str, bytes]:
         """What is kept under the keys.
@@ -86,6 +91,8 @@ class ByteStoreAdapter:
         for name in self._store.yield_keys():
             text = name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
             key = text[-_KEY_LENGTH:]
+            if f"{self._prefix}{SLOT}" in text:
+                continue
             if not KEY_PATTERN.fullmatch(key) or not text.endswith(self._prefix + key):
                 others = True
                 continue

@@ -7,7 +7,8 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from kalm_rag.cache import database
@@ -26,6 +27,8 @@ FIRST_RETRY, LAST_RETRY = 1.0, 30.0
 
 _TRANSACTION = 32_000_000
 """Bytes written at once: others wait no longer than `LOCK_SECONDS` for this."""
+
+_DELETED_AT_ONCE = 256
 
 _REPLACED = "the cache folder %s was removed or replaced; opening it again"
 
@@ -215,6 +218,19 @@ class Writer(_Shared):
             _bound_log(cache, limit)
         self._evict(cache, limit)
         return kept
+
+    def delete(self, cache: StrictCache, keys: Iterable[str]) -> int:
+        """Delete keys in transactions of bounded size, and overwrite what they held; returns how many existed."""
+        waiting = iter(keys)
+        gone = 0
+        with cache.overwriting():
+            while part := list(islice(waiting, _DELETED_AT_ONCE)):
+                with cache.disk.batch(), cache.transact(retry=False):
+                    gone += sum(bool(cache.delete(key, retry=False)) for key in part)
+            if gone:
+                with contextlib.suppress(sqlite3.Error):
+                    cache.shrink_log()
+        return gone
 
     def close(self) -> None:
         """Close the database. A later use opens it again."""

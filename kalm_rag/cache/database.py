@@ -252,6 +252,23 @@ def row(connection: sqlite3.Connection, columns: str, number: int) -> tuple[obje
     return None if found is None else tuple(found)
 
 
+def first_bytes(connection: sqlite3.Connection, number: object, count: int) -> bytes:
+    """Return the first bytes of the value in a row: nothing, if the row is gone or its value is not bytes."""
+    if sys.version_info >= (3, 11) and isinstance(number, int):
+        try:
+            with connection.blobopen("Cache", "value", number, readonly=True) as value:
+                return bytes(value.read(count))
+        except sqlite3.OperationalError as error:
+            if "no such rowid" in str(error) or "cannot open value of type" in str(error):
+                return b""
+            raise
+    try:
+        found = connection.execute("SELECT substr(value, 1, ?) FROM Cache WHERE rowid = ?", (count, number)).fetchone()
+    except sqlite3.DataError:  # longer than any valid value
+        return b""
+    return found[0] if found is not None and isinstance(found[0], bytes) else b""
+
+
 def lift_limits(connection: sqlite3.Connection) -> None:
     """Let a connection delete rows that are longer than any valid one."""
     if sys.version_info >= (3, 11):

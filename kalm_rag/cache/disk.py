@@ -12,6 +12,7 @@ from kalm_rag.cache import database
 from kalm_rag.cache.connections import DEFAULT_LIMIT, Reader, Writer
 from kalm_rag.cache.keys import KEY_PATTERN
 from kalm_rag.cache.place import Place
+from kalm_rag.cache.records import FolderRecords
 from kalm_rag.cache.store import CheckReport, StoreError, StoreStats
 from kalm_rag.utils.paths import user_path
 
@@ -35,6 +36,7 @@ class DiskStore:
     Attributes:
         folder: where the entries are.
         place: the same, with what is known about it.
+        records: the key spaces of the entries, see `kalm_rag.cache.spaces`.
     """
 
     def __init__(self, folder: str | Path, *, limit: int | None = None, read_only: bool = False) -> None:
@@ -44,6 +46,7 @@ class DiskStore:
         self._limit = limit
         self._reader = Reader(self.place)
         self._writer = Writer(self.place, limit)
+        self.records = FolderRecords(self.place, self._writer)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DiskStore:
         """Return the store itself: a copy would open the same folder."""
@@ -111,11 +114,17 @@ class DiskStore:
     def delete(self, keys: Iterable[str]) -> int:
         """Delete keys; read-only stores delete none.
 
+        In the database, deleted bytes are overwritten with zeros; the write-ahead log is emptied, unless another
+        process reads it at this moment.
+
         Raises:
             StoreError: the folder cannot be written to.
         """
+        if self.place.file() is None and not self.place.read_only:
+            self.place.check()
+            return 0
         with self._writer.use() as cache:
-            return 0 if cache is None else sum(bool(cache.delete(key, retry=False)) for key in keys)
+            return 0 if cache is None else self._writer.delete(cache, keys)
 
     def keys(self) -> Iterator[str]:
         """Yield every valid key by a plain read of the database; no key is ever unpickled."""

@@ -154,17 +154,8 @@ class Frame:
             FrameError: anything at all does not fit.
         """
         view = memoryview(data)
-        if len(view) < HEADER_BYTES:
-            msg = f"{len(view)} bytes are too short for a frame"
-            raise FrameError(msg)
         head = view[: _HEAD.size]
-        magic, version, code, flags, ratio, tokens, rows, width, length, model, echo = _HEAD.unpack(head)
-        if magic != _MAGIC:
-            msg = "not a frame"
-            raise FrameError(msg)
-        if version != FORMAT:
-            msg = f"format version {version}; this version of kalm-rag reads {FORMAT}"
-            raise FrameError(msg)
+        code, flags, ratio, tokens, rows, width, length, model, echo = _unpacked(view)
         end = HEADER_BYTES + length
         if len(view) != end + (_TAG if flags & _TAGGED else 0):
             msg = f"{len(view)} bytes where the header says {end}"
@@ -187,6 +178,58 @@ class Frame:
             msg = "wrong tag" if flags & _TAGGED else "no tag"
             raise FrameError(msg)
         return cls(key, model, name, ratio, tokens, rows, width, bool(flags & _TRUNCATED), prefilled, payload)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What an entry says of itself before its numbers. No checksum covers it alone; `Frame` verifies the whole.
+
+    Attributes:
+        model: as of `Frame`.
+        dtype: as of `Frame`.
+        ratio: as of `Frame`.
+        tokens: as of `Frame`.
+        prefilled: as of `Frame`.
+    """
+
+    model: bytes
+    dtype: str
+    ratio: int
+    tokens: int
+    prefilled: bool
+
+    @classmethod
+    def from_bytes(cls, data: bytes, key: str) -> Head:
+        """Read the head of an entry.
+
+        Args:
+            data: its first bytes, `HEADER_BYTES` or more.
+            key: its key.
+
+        Raises:
+            FrameError: it is not the head of a frame of this format under this key.
+        """
+        code, flags, ratio, tokens, _, _, _, model, echo = _unpacked(memoryview(data))
+        if echo.hex() != key or code not in _NAMES:
+            msg = "frame of another key, or of an unknown dtype"
+            raise FrameError(msg)
+        return cls(model, _NAMES[code], ratio, tokens, bool(flags & _PREFILLED))
+
+
+def _unpacked(view: memoryview) -> tuple[int, int, int, int, int, int, int, bytes, bytes]:
+    """Return the fields of a frame's head after its format version."""
+    if len(view) < HEADER_BYTES:
+        msg = f"{len(view)} bytes are too short for a frame"
+        raise FrameError(msg)
+    magic, version, *fields = _HEAD.unpack(view[: _HEAD.size])
+    if magic != _MAGIC:
+        msg = "not a frame"
+        raise FrameError(msg)
+    if version != FORMAT:
+        msg = f"format version {version}; this version of kalm-rag reads {FORMAT}"
+        raise FrameError(msg)
+    code, flags, ratio, tokens, rows, width, length, model, echo = fields
+    return code, flags, ratio, tokens, rows, width, length, model, echo
 
 
 def probe_frame(key: str) -> Frame:

@@ -31,6 +31,7 @@ class KeySpace:
 
     Attributes:
         model: as given.
+        fields: the other arguments by name.
     """
 
     def __init__(
@@ -46,16 +47,16 @@ class KeySpace:
         storage: str,
     ) -> None:
         self.model = model
-        fields = {
-            "format": str(FORMAT),
+        fields: dict[str, str | int] = {
             "encoder": encoder,
             "tokenizer": tokenizer,
             "template": template,
-            "max_length": str(max_length),
+            "max_length": max_length,
             "dtype": dtype,
             "storage": storage,
         }
-        flat = [part for field in fields.items() for part in field]
+        self.fields = {**fields, "decoder": decoder}
+        flat = ["format", str(FORMAT), *(str(part) for field in fields.items() for part in field)]
         self._states = tagged_digest("kalm-rag passage", *flat, "text")
         self._prefilled = tagged_digest("kalm-rag prefilled", *flat, "decoder", decoder)
 

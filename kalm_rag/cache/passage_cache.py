@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from kalm_rag.cache.disk import DiskStore
+from kalm_rag.cache.forgetting import ForgetReport, Forgetter
 from kalm_rag.cache.frame import Frame
+from kalm_rag.cache.lru import BudgetLRU
 from kalm_rag.cache.memory import MemoryStore
+from kalm_rag.cache.spaces import Kind, Space, record, records_of
 from kalm_rag.cache.store import Store, StoreStats
 from kalm_rag.cache.writer import WriteBehind
 from kalm_rag.utils import forks
@@ -19,12 +22,13 @@ from kalm_rag.utils.checks import check_bytes, check_choice, check_positive, che
 from kalm_rag.utils.display import Shown, html_table
 from kalm_rag.utils.paths import DEFAULT, passages_dir, user_path
 
+if TYPE_CHECKING:
+    from kalm_rag.results import Document
+
 logger = logging.getLogger(__name__)
 
 Storage = Literal["native", "int8"]
 Keep = Literal["states", "prefilled"]
-Kind = Literal["states", "passage_kv"]
-"""What a cache holds: encoder states, or keys and values of prefilled passages."""
 
 DEFAULT_MEMORY = 256_000_000
 """Bytes of encoded passages kept in memory: about 2,600 passages of 300 tokens of Nano."""
@@ -78,12 +82,15 @@ class CacheStats(Shown):
         store: the level behind it, on disk or elsewhere.
         prefilled: prefilled passages in that store; its size is part of the store's.
         encoded: passages that had to be encoded.
+        unrecorded: key spaces that could not be recorded in the store: other processes cannot find their entries by
+            text to forget them.
     """
 
     memory: LevelStats
     store: LevelStats
     prefilled: LevelCounters
     encoded: int
+    unrecorded: int = 0
 
     def _levels(self, *, defaults: bool) -> dict[str, dict[str, str]]:
         levels = {"memory": self.memory, "store": self.store, "prefilled": self.prefilled}
@@ -181,6 +188,7 @@ class PassageCache:
         self._lock = forks.Lock()
         self._counts = _Counts()
         self._faults: set[str] = set()
+        self._forgetter = Forgetter(self._memory, self.flush)
         forks.watch(self)
         if hasattr(self.store, "after_fork_in_child"):
             forks.watch(self.store)
@@ -258,15 +266,76 @@ class PassageCache:
             counters = self._counts.store if kind == "states" else self._counts.prefilled
             self._writer.submit(sum(map(len, sealed.values())), partial(self._write, sealed, counters))
 
-    def delete(self, keys: list[str]) -> None:
-        """Delete entries that turned out to be unusable, and count them as corrupt."""
-        self._memory.delete(keys)
+    def discard(self, keys: list[str]) -> None:
+        """Delete entries that turned out to be unusable, and count them as corrupt; a failing store is logged."""
+        self._forgetter.delete_in_memory(keys)
         store = self.store
         if store is None:
             return
         dropped = self._attempt("delete from", lambda: store.delete(keys)) or 0
         with self._lock:
             self._counts.store.corrupt += dropped
+
+    def delete(self, keys: Iterable[str]) -> int:
+        """Delete entries by key at every level, pending writes included.
+
+        Args:
+            keys: keys of entries, each 64 hexadecimal digits, as the store's `keys()` lists them.
+
+        Returns:
+            How many entries went, at all levels together. A key without an entry is no error.
+
+        Raises:
+            ValueError: a key is not one; nothing was deleted then.
+            StoreError: the store is read-only, failed, or does not delete.
+        """
+        return self._forgetter.delete(self.store, keys)
+
+    def forget(self, texts: Iterable[Document], spaces: Iterable[Space] = ()) -> ForgetReport:
+        """Delete what is kept of texts: encoder states and prefilled passages, in memory and in the store.
+
+        No model is loaded. The texts are searched under every model and setting whose key space the store has recorded,
+        or that this process has used. Writes that are pending are finished first. A ranking that runs at the same time
+        may store a text again, and other processes keep what they have in memory: forget a text after it has left what
+        is ranked.
+
+        Args:
+            texts: passages as `KaLMReranker.rank` takes them. Any iterable; a generator is consumed in windows.
+            spaces: further key spaces to search, such as those of `kalm_rag.forget.spaces_of`.
+
+        Raises:
+            TypeError: a text is wrong; the message names its position. The texts before it may be forgotten.
+            StoreError: the store is read-only, failed, or does not delete.
+        """
+        return self._forgetter.forget(self.store, texts, spaces)
+
+    def use(self, space: Space, *, kept: bool = False) -> None:
+        """Remember that this process uses a key space, so that `forget` searches it.
+
+        Args:
+            space: the key space.
+            kept: the store holds entries of it, or is about to. It is recorded there, asynchronously and once; a
+                failure is a log line and a counter.
+        """
+        self._forgetter.book.use(space)
+        if kept and self.keeps(space.kind) and records_of(self.store) is not None and self._forgetter.book.begin(space):
+            self._writer.submit(0, partial(self._record, space))
+
+    def attach(self, memory: BudgetLRU[str, Any]) -> None:
+        """Let `forget` and `delete` reach prefilled passages that a reranker keeps in memory under the cache's keys."""
+        self._forgetter.attach(memory)
+
+    def _record(self, space: Space) -> None:
+        try:
+            with forks.native():
+                kept = record(self.store, [space])
+        except Exception as error:  # noqa: BLE001 - a store may be anybody's code
+            self._forgetter.book.end(space, failed=True)
+            self.report(
+                "record", f"cannot record a key space: other processes cannot find its entries by text ({error})"
+            )
+        else:
+            self._forgetter.book.end(space, again=not kept)
 
     def report(self, kind: str, message: str) -> None:
         """Log a fault: the first of its kind as a warning, later ones at `DEBUG`."""
@@ -340,6 +409,7 @@ class PassageCache:
         store = self.store
         size = _EMPTY if store is None else self._attempt("read", store.stats) or _EMPTY
         memory = self._memory.stats()
+        unrecorded = self._forgetter.unrecorded(store)
         with self._lock:
             counts = self._counts
             return CacheStats(
@@ -347,6 +417,7 @@ class PassageCache:
                 LevelStats(replace(counts.store), size),
                 replace(counts.prefilled),
                 counts.encoded,
+                unrecorded,
             )
 
     def close(self) -> None:

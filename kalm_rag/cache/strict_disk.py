@@ -121,6 +121,16 @@ class StrictCache(diskcache.Cache):  # type: ignore[misc]
         finally:
             self._sql(f"PRAGMA busy_timeout = {int(1000 * self.timeout)}")
 
+    @contextlib.contextmanager
+    def overwriting(self) -> Iterator[None]:
+        """Overwrite with zeros what is deleted in here, which SQLite would otherwise leave in free pages."""
+        (before,) = self._sql("PRAGMA secure_delete").fetchone()
+        self._sql("PRAGMA secure_delete = ON").fetchall()
+        try:
+            yield
+        finally:
+            self._sql(f"PRAGMA secure_delete = {('OFF', 'ON', 'FAST')[before]}").fetchall()
+
     def evict_oldest(self, room: int) -> int:
         """Delete the least recently stored rows until database and files take `room` bytes; returns how many."""
         evicted = 0
@@ -208,6 +218,13 @@ class StrictDisk(diskcache.Disk):  # type: ignore[misc]
         msg = f"a row of mode {mode!r} is not one that kalm-rag writes"
         raise ValueError(msg)
 
+    def fetch_first(self, mode: Any, filename: Any, count: int) -> bytes:
+        """Return the first bytes of a row whose value is a file."""
+        if mode != MODE_BINARY:
+            msg = f"a row of mode {mode!r} with a file is not one that kalm-rag writes"
+            raise ValueError(msg)
+        return self._read(self._inside(filename), count)
+
     def remove(self, file_path: Any) -> None:
         """Delete a value file, if it is one; inside of a `batch`, at its end."""
         if hasattr(self._batch, "replaced"):
@@ -233,7 +250,7 @@ class StrictDisk(diskcache.Disk):  # type: ignore[misc]
         return path
 
     @staticmethod
-    def _read(path: str) -> bytes:
+    def _read(path: str, count: int = -1) -> bytes:
         # A link is not followed, and a pipe put in a file's place does not block.
         flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
         try:
@@ -248,4 +265,4 @@ class StrictDisk(diskcache.Disk):  # type: ignore[misc]
             if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_VALUE:
                 msg = f"{path!r} is not a value file"
                 raise ValueError(msg)
-            return file.read()
+            return file.read(count)

@@ -178,7 +178,7 @@ def _load(
         msg = f"dtype='int8' runs only on the CPU, not on {device}: use bfloat16 there"
         raise ValueError(msg)
     dtype = resolve_dtype(dtype, device)
-    tokenizer = _load_tokenizer(checkpoint, escape=settings.control_tokens == "escape")
+    tokenizer = load_tokenizer(checkpoint, escape=settings.control_tokens == "escape")
     try:
         model = _build(checkpoint, dtype)
         tensors = _text_tensors(checkpoint)
@@ -353,7 +353,12 @@ def _text_tensors(checkpoint: Checkpoint) -> dict[str, Any]:
     return tensors
 
 
-def _load_tokenizer(checkpoint: Checkpoint, *, escape: bool) -> Tokenizer:
+def load_tokenizer(checkpoint: Checkpoint, *, escape: bool) -> Tokenizer:
+    """Load the tokenizer of a checkpoint, and nothing else of it.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
     import transformers
 
     try:

@@ -60,6 +60,21 @@ def find_prompt_prefix(prompts: Prompts, instruction: str) -> PromptPrefix:
     return PromptPrefix(tuple(rows[0][: min(shared, min(map(len, rows)) - 1)]))
 
 
+def precision_names(dtype: str) -> list[str]:
+    """Return every `PrefilledDecoder.name` that a model of this dtype may have, on any CPU."""
+    names = [dtype, "int8"]
+    if dtype == "float32":  # what a model with int8 weights keeps everything else in
+        from kalm_rag.model.cpu_weights import BFloat16Weight, PackedWeight
+
+        weights = (PackedWeight.key_name, BFloat16Weight.key_name)
+        names += [_int8_name(kept, weight) for kept in ("bfloat16", "int8") for weight in weights]
+    return names
+
+
+def _int8_name(kept: str, weights: str) -> str:
+    return f"{kept}, int8 weights, {weights}"
+
+
 @dataclass(frozen=True, slots=True)
 class PrefilledPair:
     """A prompt that starts with the prefix, and a prefilled passage to score."""
@@ -105,7 +120,7 @@ class PrefilledDecoder:
             return kept
         from kalm_rag.model.cpu_kernels import int8_weights
 
-        return f"{kept}, int8 weights, {int8_weights().projection.key_name}"
+        return _int8_name(kept, int8_weights().projection.key_name)
 
     def bytes_of(self, positions: int) -> int:
         """Bytes of a prefilled passage of so many positions."""

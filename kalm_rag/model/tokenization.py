@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from kalm_rag.errors import CheckpointError
 from kalm_rag.model.long_text import LongTextReader, encode
 from kalm_rag.utils import forks
+from kalm_rag.utils.control_tokens import ControlTokens
 
 _LONG = 16
 """Characters per token from which a text is not read as a whole. Ordinary text has three to six."""
-
-_TEMPLATE_CONTROL_TOKENS = ("<bos>", "<start_of_turn>", "<end_of_turn>")
 
 
 class Tokenizer:
@@ -23,6 +21,9 @@ class Tokenizer:
         fast: a transformers fast tokenizer.
         escape: whether `clean` breaks control tokens in user text (see `clean`).
         where: the checkpoint, for messages.
+
+    Attributes:
+        control: its control tokens.
 
     Raises:
         CheckpointError: the tokenizer is not a fast one, or does not know `yes` and `no` apart.
@@ -36,11 +37,8 @@ class Tokenizer:
         self._lock = forks.Lock()  # truncation and padding are state of the Rust object
         self._prefixes = LongTextReader(fast)
         self._keep_right = getattr(fast, "truncation_side", "right") == "left"
-        special = {str(token) for token in fast.added_tokens_decoder.values() if token.special}
-        special.update(_TEMPLATE_CONTROL_TOKENS)
-        # Longest first, so that no token hides inside another. One-character tokens cannot be broken.
-        found = sorted((token for token in special if len(token) > 1), key=lambda t: (-len(t), t))
-        self._control = re.compile("|".join(map(re.escape, found))) if escape else None
+        self.control = ControlTokens(str(token) for token in fast.added_tokens_decoder.values() if token.special)
+        self._escape = escape
         self.yes_id, self.no_id = self._answer_id("yes", where), self._answer_id("no", where)
         if self.yes_id == self.no_id:
             msg = (
@@ -113,6 +111,4 @@ class Tokenizer:
         control token (`< end_of_turn>`): the reader of the text loses nothing, the model sees plain characters,
         and text without control tokens is returned as it is, so that its score equals the reference's.
         """
-        if self._control is None:
-            return text
-        return self._control.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+        return self.control.broken(text) if self._escape else text

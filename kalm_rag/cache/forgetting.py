@@ -1,0 +1,206 @@
+"""Deletes entries by key, and counts what went."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence, Set
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from kalm_rag.cache import database
+from kalm_rag.cache.disk import DiskStore
+from kalm_rag.cache.keys import KEY_PATTERN
+from kalm_rag.cache.lru import BudgetLRU
+from kalm_rag.cache.memory import MemoryStore
+from kalm_rag.cache.spaces import Kind, Space, SpaceBook, distinct, recorded_spaces, records_of
+from kalm_rag.cache.store import Store, StoreError
+from kalm_rag.documents import iter_documents
+from kalm_rag.utils import forks
+
+if TYPE_CHECKING:
+    from kalm_rag.results import Document
+
+_AT_ONCE = 256
+
+
+@dataclass(slots=True)
+class Forgotten:
+    """Counts the entries that one level has forgotten.
+
+    Attributes:
+        states: encoder states.
+        prefilled: prefilled passages.
+    """
+
+    states: int = 0
+    prefilled: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.states + self.prefilled
+
+    def add(self, kind: Kind, number: int) -> None:
+        """Count entries of a kind."""
+        if kind == "states":
+            self.states += number
+        else:
+            self.prefilled += number
+
+
+@dataclass(slots=True)
+class ForgetReport:
+    """Counts what `forget` deleted. A text may have several entries: one for each model and setting that read it.
+
+    Attributes:
+        texts: texts that were given.
+        memory: entries that went in the memory of this process.
+        store: entries that went in the store.
+        spaces: key spaces that were searched: ways to encode, each with keys of its own.
+        unrecorded: key spaces that this process used and could not record. Other processes do not search them.
+        unreadable: records of key spaces that could not be read. Entries in those spaces were not searched.
+    """
+
+    texts: int = 0
+    memory: Forgotten = field(default_factory=Forgotten)
+    store: Forgotten = field(default_factory=Forgotten)
+    spaces: int = 0
+    unrecorded: int = 0
+    unreadable: int = 0
+
+    @property
+    def total(self) -> int:
+        """All entries that went, at every level."""
+        return self.memory.total + self.store.total
+
+
+def check_can_delete(store: Store | None) -> None:
+    """Refuse a store from which nothing can be deleted.
+
+    Raises:
+        StoreError: it is read-only.
+    """
+    if not isinstance(store, DiskStore):
+        return
+    try:
+        refused = store.place.read_only or store.place.cannot_write()
+    except OSError as error:
+        raise StoreError(database.explain(error, store.folder)) from error
+    if refused:
+        msg = (
+            f"the cache in {store.folder} is read-only, so nothing can be deleted from it: open it without "
+            "read_only=True, as a user who may write to it"
+        )
+        raise StoreError(msg)
+
+
+def delete_from(store: Store | None, keys: Sequence[str]) -> int:
+    """Delete keys from a store; returns how many existed.
+
+    Raises:
+        StoreError: the store failed, or still holds some of them.
+    """
+    if store is None or not keys:
+        return 0
+    try:
+        with forks.native():
+            gone = store.delete(keys)
+            # A folder deletes in a transaction. Any other store is somebody's code, which may not delete at all.
+            left = {} if isinstance(store, DiskStore) else store.get_many(keys)
+    except StoreError:
+        raise
+    except Exception as error:
+        msg = (
+            f"{type(store).__name__} did not delete what it was asked to ({type(error).__name__}: {error}); delete "
+            "the entries where it keeps them"
+        )
+        raise StoreError(msg) from error
+    check_can_delete(store)
+    if left:
+        msg = (
+            f"{type(store).__name__} still holds {len(left)} of {len(keys)} deleted entries: it cannot delete, or "
+            "something stores them again at this moment. Stop what ranks these texts, or delete the entries where the "
+            "store keeps them"
+        )
+        raise StoreError(msg)
+    return gone
+
+
+class Forgetter:
+    """Forgets texts at every level of a cache.
+
+    `_lock` guards `_prefilled`.
+
+    Args:
+        memory: the cache's encoder states in memory.
+        flush: waits for the cache's pending writes.
+
+    Attributes:
+        book: the key spaces that this process uses.
+    """
+
+    def __init__(self, memory: MemoryStore, flush: Callable[[], None]) -> None:
+        self.book = SpaceBook()
+        self._memory = memory
+        self._flush = flush
+        self._prefilled: weakref.WeakSet[BudgetLRU[str, Any]] = weakref.WeakSet()
+        self._lock = forks.Lock()
+
+    def attach(self, memory: BudgetLRU[str, Any]) -> None:
+        """Reach prefilled passages in memory, for as long as they are used."""
+        with self._lock:
+            self._prefilled.add(memory)
+
+    def unrecorded(self, store: Store | None) -> int:
+        """Return how many key spaces that this process uses are not recorded, though their entries are kept."""
+        if store is None:
+            return 0
+        return len(self.book.used()) if records_of(store) is None else self.book.unrecorded
+
+    def delete_in_memory(self, keys: Sequence[str], kind: Kind | None = None) -> int:
+        """Delete keys of one kind or of both in memory; returns how many existed."""
+        gone = 0
+        if kind != "passage_kv":
+            gone += self._memory.delete(keys)
+        if kind != "states":
+            gone += sum(level.delete(keys) for level in self._levels())
+        return gone
+
+    def delete(self, store: Store | None, keys: Iterable[str]) -> int:
+        """Delete keys at every level, see `PassageCache.delete`."""
+        keys = list(dict.fromkeys(keys))
+        wrong = [key for key in keys if not isinstance(key, str) or not KEY_PATTERN.fullmatch(key)]
+        if wrong:
+            msg = f"a key must be 64 hexadecimal digits, got {wrong[0]!r:.80}; to delete by text, use forget(texts)"
+            raise ValueError(msg)
+        check_can_delete(store)
+        self._flush()
+        return delete_from(store, keys) + self.delete_in_memory(keys)
+
+    def forget(self, store: Store | None, texts: Iterable[Document], spaces: Iterable[Space]) -> ForgetReport:
+        """Delete what is kept of texts, see `PassageCache.forget`."""
+        given = iter_documents(list(texts) if isinstance(texts, Set) else texts)
+        check_can_delete(store)
+        self._flush()  # a record may be among the pending writes
+        recorded, unreadable = recorded_spaces(store)
+        searched = distinct(recorded.values(), self.book.used().values(), spaces)
+        report = ForgetReport(spaces=len(searched), unrecorded=self.unrecorded(store), unreadable=unreadable)
+        if self.book.overflowed:  # not every key of what is in memory is known
+            for level in self._levels():
+                report.memory.prefilled += len(level.keys())
+                level.clear()
+        while window := list(islice(given, _AT_ONCE)):
+            report.texts += len(window)
+            found = list(dict.fromkeys(passage.text for passage in window))
+            self._flush()
+            for space in searched:
+                keys = space.keys_of(found)
+                # The store comes first: a lookup in between would copy an entry into memory again.
+                report.store.add(space.kind, delete_from(store, keys))
+                report.memory.add(space.kind, self.delete_in_memory(keys, space.kind))
+        return report
+
+    def _levels(self) -> list[BudgetLRU[str, Any]]:
+        with self._lock:
+            return list(self._prefilled)
