@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from kalm_rag.states import from_frame, rounded, to_frame
 
 __all__ = [
     "LOCKER",
+    "DictByteStore",
     "finish",
     "frames",
     "get",
@@ -38,6 +40,26 @@ __all__ = [
 ]
 
 IDENTITY = ModelIdentity(encoder="e" * 64, tokenizer="a" * 64, template="b" * 64)
+
+
+class DictByteStore:
+    """The shape of `langchain_core.stores.InMemoryByteStore`."""
+
+    def __init__(self) -> None:
+        self.items: dict[str, bytes] = {"other-data": b"x"}
+
+    def mget(self, keys: Sequence[str]) -> list[bytes | None]:
+        return [self.items.get(key) for key in keys]
+
+    def mset(self, key_value_pairs: Sequence[tuple[str, bytes]]) -> None:
+        self.items.update(key_value_pairs)
+
+    def mdelete(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            self.items.pop(key, None)
+
+    def yield_keys(self, *, prefix: str | None = None) -> Iterator[str]:
+        yield from [key for key in self.items if key.startswith(prefix or "")]
 
 
 def space(storage: str = "native", **changes: Any) -> KeySpace:

@@ -14,6 +14,7 @@ from kalm_rag.cache import database
 from kalm_rag.cache.database import DATABASE
 from kalm_rag.cache.folder import MANIFEST_PART, is_cut_off, read_manifest, write_manifest
 from kalm_rag.cache.frame import Frame, FrameError
+from kalm_rag.cache.records import RECORDS, leftovers
 from kalm_rag.cache.store import CheckReport, Store, StoreError
 from kalm_rag.cache.strict_disk import FILE_PATTERN, StrictDisk
 from kalm_rag.utils.paths import MANIFEST
@@ -151,7 +152,7 @@ def _judge(connection: sqlite3.Connection, disk: StrictDisk, found: _Found, secr
 def _orphans(folder: Path, connection: sqlite3.Connection, age: float) -> list[Path]:
     """Return old enough cache files that no row names."""
     began = time.time()
-    candidates = [*folder.glob("??/??/*.val"), *folder.glob(f"{MANIFEST_PART}*")]
+    candidates = [*folder.glob("??/??/*.val"), *folder.glob(f"{MANIFEST_PART}*"), *leftovers(folder)]
     named = {name for _, name in database.rows(connection, "filename") if isinstance(name, str)}
     return [
         path
@@ -163,11 +164,11 @@ def _orphans(folder: Path, connection: sqlite3.Connection, age: float) -> list[P
 def _is_ours(folder: Path, path: Path) -> bool:
     if path.is_symlink():
         return False
-    return path.parent == folder or bool(FILE_PATTERN.fullmatch(_relative(folder, path)))
+    return path.parent in (folder, folder / RECORDS) or bool(FILE_PATTERN.fullmatch(_relative(folder, path)))
 
 
 def _remove(folder: Path, disk: StrictDisk, path: Path) -> None:
-    if path.parent == folder:
+    if path.parent in (folder, folder / RECORDS):
         path.unlink(missing_ok=True)
     else:
         disk.remove(_relative(folder, path))

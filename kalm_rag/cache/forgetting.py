@@ -124,7 +124,7 @@ def delete_from(store: Store | None, keys: Sequence[str]) -> int:
             "store keeps them"
         )
         raise StoreError(msg)
-    return gone
+    return int(gone or 0)
 
 
 class Forgetter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import logging
 import os
@@ -12,12 +13,18 @@ from typing import Any
 
 from kalm_rag.cache.frame import Frame, FrameError
 from kalm_rag.cache.keys import FORMAT, KEY_PATTERN
+from kalm_rag.cache.records import MOST_RECORDS
+from kalm_rag.cache.spaces import Space, record, recorded_spaces
 from kalm_rag.cache.store import Store, StoreError
 from kalm_rag.utils.display import Shown
 
 logger = logging.getLogger(__name__)
 
 _BATCH = 64
+_SPACE = "key-space-"
+_SPACE_BYTES = 32_000_000
+"""Bytes of the records in a shard: the head of a safetensors file must stay below 100 MB."""
+
 SHARD_BYTES = 1 << 30
 """A new shard begins when this is reached."""
 
@@ -36,6 +43,7 @@ class TransferReport(Shown):
         known: entries that the store already had and that verify; they were left unchanged (import).
         lost: entries that verified and that the store did not keep (import).
         held: entries of the shards that the store holds at the end, without those evicted meanwhile (import).
+        spaces: key spaces whose records were moved, so that `PassageCache.forget` searches them there too.
     """
 
     passages: int
@@ -47,6 +55,7 @@ class TransferReport(Shown):
     known: int = 0
     lost: int = 0
     held: int = 0
+    spaces: int = 0
 
     @property
     def verified(self) -> int:
@@ -98,6 +107,7 @@ def export_shards(
     if present:
         msg = f"{folder} is not empty (it has {present[:5]}); export into an empty folder"
         raise FileExistsError(msg)
+    metadata, spaces = _described(store, model)
     written: list[str] = []
     shard: dict[str, bytes] = {}
     moved = size = corrupt = others = shard_size = 0
@@ -110,14 +120,38 @@ def export_shards(
             shard[frame.key] = data
             moved, size, shard_size = moved + 1, size + len(data), shard_size + len(data)
             if shard_size >= shard_bytes:
-                written.append(_write_shard(folder, len(written) + 1, shard))
+                written.append(_write_shard(folder, len(written) + 1, shard, metadata))
                 shard, shard_size = {}, 0
     if shard:
-        written.append(_write_shard(folder, len(written) + 1, shard))
-    return TransferReport(moved, size, corrupt, others, (), tuple(written))
+        written.append(_write_shard(folder, len(written) + 1, shard, metadata))
+    return TransferReport(moved, size, corrupt, others, (), tuple(written), spaces=spaces if written else 0)
 
 
-def _write_shard(folder: Path, number: int, frames: dict[str, bytes]) -> str:
+def _described(store: Store, model: bytes | None) -> tuple[dict[str, str], int]:
+    """Return what every shard says of itself, and how many key spaces that includes."""
+    recorded, unreadable = recorded_spaces(store)
+    metadata = {"what": "encoded passages of kalm-rag", "format": str(FORMAT)}
+    size = left_out = 0
+    for name, space in recorded.items():
+        if model is not None and space.keys.model != model:
+            continue
+        text = base64.b64encode(space.to_bytes()).decode("ascii")
+        if size + len(text) > _SPACE_BYTES:
+            left_out += 1
+        else:
+            metadata[_SPACE + name] = text
+            size += len(text)
+    if left_out or unreadable:
+        logger.warning(
+            "%d records of key spaces are too many for a shard and %d cannot be read: where the shards are imported, "
+            "texts cannot be found in those key spaces to forget them",
+            left_out,
+            unreadable,
+        )
+    return metadata, len(metadata) - 2
+
+
+def _write_shard(folder: Path, number: int, frames: dict[str, bytes], metadata: dict[str, str]) -> str:
     import numpy as np
     from safetensors.numpy import save_file
 
@@ -127,7 +161,7 @@ def _write_shard(folder: Path, number: int, frames: dict[str, bytes]) -> str:
         save_file(
             {key: np.frombuffer(frames[key], dtype=np.uint8) for key in sorted(frames)},
             partial,
-            metadata={"what": "encoded passages of kalm-rag", "format": str(FORMAT)},
+            metadata=metadata,
         )
         os.replace(partial, folder / name)
     except BaseException:
@@ -167,6 +201,7 @@ def import_shards(
                 msg = "it is not a regular file"
                 raise OSError(msg)
             with safe_open(shard, framework="numpy") as file:
+                spaces = [space for space in _spaces_of(file.metadata()) if model is None or space.keys.model == model]
                 tensors = list(file.keys())
                 named = [key for key in tensors if KEY_PATTERN.fullmatch(key)]
                 counts.corrupt += len(tensors) - len(named)
@@ -174,6 +209,7 @@ def import_shards(
                 if model is not None:
                     frames = ((key, data) for key in names if (data := _bytes_of(file, key)) is not None)
                     _check_model(shard, frames, model)
+                counts.record(store, spaces)
                 for start in range(0, len(names), _BATCH):
                     batch = {}
                     for key in names[start : start + _BATCH]:
@@ -194,7 +230,16 @@ def import_shards(
     if store.stats().evicted > counts.evicted:
         held = len(set().union(*(_held(store, shard, secret) for shard in (*read, *bad))))
     return TransferReport(
-        counts.moved, counts.size, counts.corrupt, 0, tuple(bad), tuple(read), counts.known, counts.lost, held
+        counts.moved,
+        counts.size,
+        counts.corrupt,
+        0,
+        tuple(bad),
+        tuple(read),
+        counts.known,
+        counts.lost,
+        held,
+        len(counts.spaces),
     )
 
 
@@ -226,6 +271,18 @@ class _Counts:
     lost: int = 0
     first: list[str] = field(default_factory=list)
     seen: set[bytes] = field(default_factory=set)
+    spaces: set[str] = field(default_factory=set)
+
+    def record(self, store: Store, spaces: list[Space]) -> None:
+        """Keep the records of a shard; a store that fails to do so still gets the entries."""
+        for space in spaces:
+            if space.id in self.spaces:
+                continue
+            try:
+                if record(store, [space]):
+                    self.spaces.add(space.id)
+            except (OSError, ValueError, StoreError) as error:
+                logger.warning("cannot record a key space, so its entries cannot be found by text: %s", error)
 
     def keep(self, store: Store, batch: dict[str, bytes], secret: bytes | None) -> None:
         """Store what is missing, and check what the store holds then."""
@@ -265,6 +322,18 @@ def _verified(store: Store, keys: list[str], secret: bytes | None) -> set[str]:
             Frame.from_bytes(data, key, secret)
             found.add(key)
     return found
+
+
+def _spaces_of(metadata: dict[str, str] | None) -> list[Space]:
+    """Return the key spaces that a shard names."""
+    found = []
+    for name, text in (metadata or {}).items():
+        if name.startswith(_SPACE):
+            try:
+                found.append(Space.from_bytes(base64.b64decode(text, validate=True)))
+            except ValueError as error:
+                logger.warning("a shard has a record of a key space that cannot be read, and is not kept: %s", error)
+    return found[:MOST_RECORDS]
 
 
 def _bytes_of(file: Any, key: str) -> bytes | None:

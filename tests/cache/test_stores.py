@@ -13,30 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cachekit import key_of, value_of
+from cachekit import DictByteStore, key_of, value_of
 
 from kalm_rag.cache import ByteStoreAdapter, DiskStore, MemoryStore, Store
 from kalm_rag.cache.store import StoreError
-
-
-class DictByteStore:
-    """The shape of `langchain_core.stores.InMemoryByteStore`."""
-
-    def __init__(self) -> None:
-        self.items: dict[str, bytes] = {"other-data": b"x"}
-
-    def mget(self, keys: Sequence[str]) -> list[bytes | None]:
-        return [self.items.get(key) for key in keys]
-
-    def mset(self, key_value_pairs: Sequence[tuple[str, bytes]]) -> None:
-        self.items.update(key_value_pairs)
-
-    def mdelete(self, keys: Sequence[str]) -> None:
-        for key in keys:
-            self.items.pop(key, None)
-
-    def yield_keys(self, *, prefix: str | None = None) -> Iterator[str]:
-        yield from [key for key in self.items if key.startswith(prefix or "")]
 
 
 class GlobByteStore(DictByteStore):
