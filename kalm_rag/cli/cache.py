@@ -166,7 +166,7 @@ def prune(
     if doomed and not yes and not dry_run:
         typer.echo("\n".join(f"  model {name}: {count} passages" for name, count in counts.items()), err=True)
         where = visible_line(str(store.folder))
-        typer.confirm(f"Delete {len(doomed)} passages of {len(counts)} models in {where}?", abort=True, err=True)
+        typer.confirm(f"Delete {len(doomed)} passages of other models in {where}?", abort=True, err=True)
     deleted = 0 if dry_run else delete_from(store, doomed)
     if as_json:
         print_json({"folder": str(store.folder), "found": counts, "deleted": deleted, "dry_run": dry_run})

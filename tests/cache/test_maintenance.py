@@ -350,8 +350,8 @@ class TestHostileFolders:
             def __exit__(self, *_: object) -> None:
                 self.file.close()
 
-            def read(self) -> bytes:
-                data: bytes = self.file.read()
+            def read(self, count: int = -1) -> bytes:
+                data: bytes = self.file.read(count)
                 read.append(len(data))
                 return data
 
