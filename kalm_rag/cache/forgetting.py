@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from kalm_rag.cache.spaces import Kind, Space, SpaceBook, distinct, recorded_spa
 from kalm_rag.cache.store import Store, StoreError
 from kalm_rag.documents import iter_documents
 from kalm_rag.utils import forks
+from kalm_rag.utils.display import Shown
 
 if TYPE_CHECKING:
     from kalm_rag.results import Document
@@ -24,8 +26,8 @@ if TYPE_CHECKING:
 _AT_ONCE = 256
 
 
-@dataclass(slots=True)
-class Forgotten:
+@dataclass(frozen=True, slots=True, repr=False)
+class Forgotten(Shown):
     """Counts the entries that one level has forgotten.
 
     Attributes:
@@ -41,16 +43,9 @@ class Forgotten:
         """All of them."""
         return self.states + self.prefilled
 
-    def add(self, kind: Kind, number: int) -> None:
-        """Count entries of a kind."""
-        if kind == "states":
-            self.states += number
-        else:
-            self.prefilled += number
 
-
-@dataclass(slots=True)
-class ForgetReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class ForgetReport(Shown):
     """Counts what `forget` deleted. A text may have several entries: one for each model and setting that read it.
 
     Attributes:
@@ -62,10 +57,10 @@ class ForgetReport:
         unreadable: records of key spaces that could not be read. Entries in those spaces were not searched.
     """
 
-    texts: int = 0
-    memory: Forgotten = field(default_factory=Forgotten)
-    store: Forgotten = field(default_factory=Forgotten)
-    spaces: int = 0
+    texts: int
+    memory: Forgotten
+    store: Forgotten
+    spaces: int
     unrecorded: int = 0
     unreadable: int = 0
 
@@ -185,21 +180,29 @@ class Forgetter:
         self._flush()  # a record may be among the pending writes
         recorded, unreadable = recorded_spaces(store)
         searched = distinct(recorded.values(), self.book.used().values(), spaces)
-        report = ForgetReport(spaces=len(searched), unrecorded=self.unrecorded(store), unreadable=unreadable)
+        memory, kept = Counter[Kind](), Counter[Kind]()
         if self.book.overflowed:  # not every key of what is in memory is known
             for level in self._levels():
-                report.memory.prefilled += len(level.keys())
+                memory["passage_kv"] += len(level.keys())
                 level.clear()
+        count = 0
         while window := list(islice(given, _AT_ONCE)):
-            report.texts += len(window)
+            count += len(window)
             found = list(dict.fromkeys(passage.text for passage in window))
             self._flush()
             for space in searched:
                 keys = space.keys_of(found)
                 # The store comes first: a lookup in between would copy an entry into memory again.
-                report.store.add(space.kind, delete_from(store, keys))
-                report.memory.add(space.kind, self.delete_in_memory(keys, space.kind))
-        return report
+                kept[space.kind] += delete_from(store, keys)
+                memory[space.kind] += self.delete_in_memory(keys, space.kind)
+        return ForgetReport(
+            count,
+            Forgotten(memory["states"], memory["passage_kv"]),
+            Forgotten(kept["states"], kept["passage_kv"]),
+            len(searched),
+            self.unrecorded(store),
+            unreadable,
+        )
 
     def _levels(self) -> list[BudgetLRU[str, Any]]:
         with self._lock:

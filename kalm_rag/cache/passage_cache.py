@@ -97,7 +97,8 @@ class CacheStats(Shown):
         return {name: dict(level._facts(defaults=defaults)) for name, level in levels.items()}
 
     def __repr__(self) -> str:
-        lines = [f"CacheStats(encoded={self.encoded}"]
+        unrecorded = f", unrecorded={self.unrecorded}" if self.unrecorded else ""
+        lines = [f"CacheStats(encoded={self.encoded}{unrecorded}"]
         for name, facts in self._levels(defaults=False).items():
             lines.append(f"  {name}: {', '.join(f'{fact}={text}' for fact, text in facts.items()) or 'nothing yet'}")
         return ",\n".join(lines) + ")"
@@ -106,7 +107,10 @@ class CacheStats(Shown):
         levels = self._levels(defaults=True)
         names = list(levels["memory"])
         rows = [(name.replace("_", " "), *(level.get(name, "") for level in levels.values())) for name in names]
-        return html_table(("", *levels), rows, f"CacheStats: {self.encoded} passages encoded", left=0)
+        caption = f"CacheStats: {self.encoded} passages encoded"
+        if self.unrecorded:
+            caption += f", {self.unrecorded} key spaces not recorded"
+        return html_table(("", *levels), rows, caption, left=0)
 
 
 @dataclass(slots=True)
