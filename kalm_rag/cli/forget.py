@@ -115,8 +115,8 @@ def forget(
 ) -> None:
     """Delete what the cache keeps of given texts.
 
-    They are searched under every model and setting that the cache has recorded, without loading a model. The exit status is 0 only if
-    every entry of the cache could be searched.
+    They are searched under every model and setting that the cache has recorded, without loading a model. The exit
+    status is 0 only if every entry of the cache could be searched.
     """
     from kalm_rag.cache import PassageCache
     from kalm_rag.cache.forgetting import check_can_delete
@@ -144,15 +144,12 @@ def forget(
 
 
 def _show_forgotten(report: ForgetReport, hidden: dict[str, int]) -> None:
-    searched = f"{report.spaces} key spaces searched"
-    if report.total:
-        went = report.store
-        show(
-            f"{report.texts} texts read, {report.total} entries deleted: {went.states} of encoder states, "
-            f"{went.prefilled} of prefilled passages ({searched})"
-        )
-    else:
-        show(f"{report.texts} texts read, nothing is kept of them ({searched})")
+    went = report.store
+    deleted = f"{went.total} entries deleted ({went.states} states, {went.prefilled} prefilled)"
+    show(
+        f"{report.texts} texts read, {deleted if went.total else 'nothing is kept of them'}, "
+        f"{report.spaces} key spaces searched"
+    )
     if report.unreadable:
         show(
             f"{report.unreadable} records of key spaces cannot be read, and their entries were not searched: name the "

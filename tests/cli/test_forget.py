@@ -47,9 +47,7 @@ def test_texts_of_a_file_are_forgotten_and_counted(folder: Path, tmp_path: Path)
     file.write_text("\n".join(json.dumps({"id": text, "body": text}) for text in [*TEXTS[:2], TEXTS[0]]))
     done = run("forget", str(file), "--cache", str(folder), "--text-field", "body")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == (
-        "3 texts read, 4 entries deleted: 2 of encoder states, 2 of prefilled passages (2 key spaces searched)"
-    )
+    assert done.stdout.strip() == ("3 texts read, 4 entries deleted (2 states, 2 prefilled), 2 key spaces searched")
     assert entries(folder) == 2
     again = run("forget", str(file), "--cache", str(folder), "--text-field", "body", "--json")
     facts = json.loads(again.stdout)
