@@ -174,6 +174,7 @@ class PassageCache:
         self.storage: Storage = storage
         self.keeps_prefilled = keep == "prefilled"
         self.store = _make_store(where, limit, read_only)
+        self._has_records = records_of(self.store) is not None
         self._secret = check_secret("secret", secret)
         self._arguments = {
             "where": where,
@@ -322,7 +323,7 @@ class PassageCache:
                 failure is a log line and a counter.
         """
         self._forgetter.book.use(space)
-        if kept and self.keeps(space.kind) and records_of(self.store) is not None and self._forgetter.book.begin(space):
+        if kept and self._has_records and self.keeps(space.kind) and self._forgetter.book.begin(space):
             self._writer.submit(0, partial(self._record, space))
 
     def attach(self, memory: BudgetLRU[str, Any]) -> None:
