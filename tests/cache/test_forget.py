@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import sqlite3
 import threading
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -423,6 +425,23 @@ class TestModels:
         assert len(list(heads(store))) == 12
         assert len(sizes) == 7
         assert max(sizes) < 1000
+
+    def test_rows_that_are_gone_or_hold_no_bytes_have_no_head(self, tmp_path: Path) -> None:
+        store, _, _ = two_models(tmp_path)
+        store.close()
+        with contextlib.closing(sqlite3.connect(tmp_path / "cache.db")) as connection, connection:
+            connection.execute("UPDATE Cache SET value = NULL WHERE rowid = 1")
+            connection.execute("UPDATE Cache SET value = 'text' WHERE rowid = 2")
+        listing = heads(store)
+        first = [next(listing)]
+        assert store.delete(list(store.keys())) == 12
+        found = dict([*first, *listing])
+        assert len(found) == 12
+        assert not any(found.values())
+        store.put_many({key_of(1): value_of(key_of(1), 300_000)})
+        [file] = tmp_path.glob("??/??/*.val")
+        file.unlink()
+        assert dict(heads(store)) == {key_of(1): None}
 
     def test_other_models_are_found_and_damaged_entries_belong_to_none(self, tmp_path: Path) -> None:
         store, ours, theirs = two_models(tmp_path)
