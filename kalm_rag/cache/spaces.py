@@ -15,6 +15,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from kalm_rag.cache.keys import FORMAT, KeySpace
@@ -156,7 +157,14 @@ def _space_of(content: Any) -> Space:
     ):
         msg = "a record whose fields have other types than a key space has"
         raise SpaceError(msg)
-    return Space(KeySpace(model=bytes.fromhex(content["model"]), **fields), ControlTokens(content["control"]), behind)
+    control = _control_tokens(tuple(content["control"]))
+    return Space(KeySpace(model=bytes.fromhex(content["model"]), **fields), control, behind)
+
+
+@lru_cache(maxsize=16)
+def _control_tokens(tokens: tuple[str, ...]) -> ControlTokens:
+    """Return the control tokens of a record; the records of a folder mostly share them, and there may be thousands."""
+    return ControlTokens(tokens)
 
 
 @runtime_checkable
