@@ -72,6 +72,12 @@ def test_two_rerankers_of_one_cache_forget_together(checkpoint: Path, tmp_path: 
     assert stats.size.entries == 0
 
 
+def test_the_text_of_documents_is_found_as_in_ranking(checkpoint: Path, tmp_path: Path) -> None:
+    reranker = ranked(checkpoint, tmp_path)
+    assert reranker.forget([{"body": TEXTS[0]}], text="body").store.states == 1
+    assert reranker.forget(TEXTS[1:], text=str).store.states == 2
+
+
 def test_a_reranker_that_is_not_loaded_stays_so_and_finds_entries_older_than_the_records(
     checkpoint: Path, tmp_path: Path
 ) -> None:
