@@ -23,6 +23,7 @@ from kalm_rag.model.identity import identify
 from kalm_rag.reranker import KaLMReranker
 from kalm_rag.retrieval.corpus import Corpus
 from kalm_rag.utils.checks import check_positive
+from kalm_rag.utils.display import Shown
 from kalm_rag.utils.progress import Progress
 
 
@@ -55,8 +56,8 @@ class System:
         return f"{readable}-{self.dtype or 'default'}-r{self.ratio}-{rest}"
 
 
-@dataclass(slots=True)
-class SystemResult:
+@dataclass(slots=True, repr=False)
+class SystemResult(Shown):
     """The result of one system.
 
     Attributes:
@@ -82,8 +83,8 @@ class SystemResult:
     passage_bytes: float
 
 
-@dataclass(slots=True)
-class Encoding:
+@dataclass(slots=True, repr=False)
+class Encoding(Shown):
     """The cost of encoding the candidates with one model in one precision.
 
     Attributes:

@@ -11,9 +11,10 @@ from typing import Any
 
 from kalm_rag.evaluation.experiment import Encoding, Experiment, SystemResult, candidates_digest
 from kalm_rag.evaluation.metrics import best_order, means
+from kalm_rag.utils.display import html_table, visible_line
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Summary:
     """Results together with their baselines.
 
@@ -44,6 +45,16 @@ class Summary:
     qrels: Mapping[str, Mapping[str, int]]
     queries: Mapping[str, str]
     conditions: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        name = self.metrics[0]
+        best = max((result.means[name] for result in self.results), default=self.first[name])
+        first = f"{visible_line(self.first_name)} {self.first[name]:.4f}"
+        return f"Summary(queries={len(self.rankings)}, systems={len(self.results)}, {name}: {first}, best {best:.4f})"
+
+    def _repr_html_(self) -> str:
+        caption = f"{len(self.rankings)} queries, candidates of {self.first_name}"
+        return html_table(*self.columns(), caption, left=0)
 
     def labels(self) -> dict[tuple[str, str | None, str | None], str]:
         """Return a short distinct name for each model, precision and instruction."""

@@ -91,7 +91,8 @@ class TestReading:
                 b"id,body\n1,a\n",
                 r"no text under text or .*; its fields are \['body'",
             ),
-            ("a.csv", b'id,text\n1,"never closed', r"line \d: cannot be read as a table"),
+            ("a.csv", b'id,text\n1,"never closed', "line 2: cannot be read as a table"),
+            ("a.csv", b"text," + b"x" * 200_000, "line 1: cannot be read as a table"),
         ],
     )
     def test_what_cannot_be_read_is_refused_by_name(
@@ -106,7 +107,7 @@ class TestReading:
         assert list(read_passages(tmp_path / "a.jsonl", "auto", "body", "key")) == [Record("x", "one")]
         with pytest.raises(ValueError, match="no id under name; its fields are"):
             list(read_passages(tmp_path / "a.jsonl", id_field="name"))
-        with pytest.raises(ValueError, match=r"the format must be one of auto, jsonl, .*, got 'xml'"):
+        with pytest.raises(ValueError, match=r"file_format must be one of auto, jsonl, .*, got 'xml'"):
             list(read_passages(tmp_path / "a.jsonl", "xml"))
 
     @pytest.mark.parametrize(
@@ -214,7 +215,7 @@ class TestEncode:
     def test_a_corpus_above_the_limit_is_refused(self, corpus: Path, tmp_path: Path) -> None:
         done = kalm("encode", corpus, "--model", "mini", "--cache", tmp_path / "cache", "--limit-gb", "0.00005")
         assert done.returncode == 2
-        assert b"more than the limit of the cache, 50,000" in done.stderr
+        assert b"more than the limit of the cache, 50.0 KB" in done.stderr
         assert b"--limit-gb" in done.stderr
         assert DiskStore(tmp_path / "cache").stats().entries == 0
 
@@ -339,8 +340,8 @@ class TestPreflight:
         check_writable(store)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
         check_room(store, 2000, 1000)
-        with pytest.raises(StoreError, match="the new passages take about 1,001 bytes, and the disk .* has 1,000 left"):
-            check_room(store, 2000, 1001)
+        with pytest.raises(StoreError, match="the new passages take about 2.5 KB, and the disk .* has 1.0 KB left"):
+            check_room(store, 3000, 2500)
 
 
 class TestImport:
@@ -431,7 +432,7 @@ class TestImport:
         command = ("cache", "import", tmp_path / "shards", "--any-model", "--cache", tmp_path / "cache")
         done = kalm(*command, "--limit-gb", "0.0001")
         assert done.returncode == 2
-        assert b"more than the limit of the cache, 100,000" in done.stderr
+        assert b"more than the limit of the cache, 100.0 KB" in done.stderr
         assert DiskStore(tmp_path / "cache").stats().entries == 0
         assert kalm(*command, "--limit-gb", "1").stdout.endswith(b"50 of 50 passages held\n")
 
