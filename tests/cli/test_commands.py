@@ -73,7 +73,10 @@ def test_info(checkpoint: Path) -> None:
         (["rank", "q", "--model", "MODEL", "--ratio", "0"], "error: --ratio must be at least 1, got 0"),
         (["rank", "q", "--model", "MODEL", "--device", "warp"], "unknown device 'warp'"),
         (["cache", "info", "--cache", "/tmp"], "no cache exists in /tmp"),
-        (["encode", "-", "--model", "MODEL", "--limit-gb", "inf"], "--limit-gb must be a number above 0, got inf"),
+        (
+            ["encode", "-", "--model", "MODEL", "--limit-gb", "inf"],
+            "--limit-gb must be a number of GB above 0 and at most 1,000,000,000, got inf",
+        ),
         (["info", "--model", "nano"], "could not get 'KaLM-Embedding/KaLM-Reranker-V1-Nano-R2' from the hub"),
     ],
 )

@@ -223,7 +223,8 @@ class TestEncode:
     def test_a_limit_is_refused_in_the_unit_it_was_given_in(self, corpus: Path, limit: str) -> None:
         done = kalm("encode", corpus, "--model", "mini", "--limit-gb", limit)
         assert done.returncode == 2
-        assert f"--limit-gb must be a number above 0, got {limit}".encode() in done.stderr
+        rule = "--limit-gb must be a number of GB above 0 and at most 1,000,000,000"
+        assert f"{rule}, got {limit}".encode() in done.stderr
 
     def test_a_corpus_that_is_missing_is_known_before_the_model_loads(self, tmp_path: Path) -> None:
         for options in ((), ("--dry-run",)):
@@ -622,10 +623,13 @@ def test_eval_refuses_a_folder_that_is_not_its_own(collection: Any, tmp_path: Pa
     assert sorted(path.name for path in folder.iterdir()) == ["corpus.jsonl", "qrels.tsv", "queries.jsonl"]
 
 
-def test_demo_without_its_extra_names_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("package", ["ir_measures", "bm25s"])
+def test_demo_without_its_extra_names_it(
+    package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from kalm_rag import cli
 
-    monkeypatch.setitem(sys.modules, "ir_measures", None)
+    monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setattr(sys, "argv", ["kalm-rag", "demo"])
     with pytest.raises(SystemExit):
         cli.main()
