@@ -429,7 +429,7 @@ def test_weights_that_are_not_floats(checkpoint: Path, tmp_path: Path, part: str
 
 @pytest.mark.parametrize("model", ["a\0b", "x" * 5000, "~nobody-of-this-name/model", Path("a\0b")])
 def test_name_that_no_file_system_holds(model: str | Path) -> None:
-    with pytest.raises(CheckpointError, match="no folder .* nor a hub id"):
+    with pytest.raises(CheckpointError, match="nor a folder here nor a hub id"):
         find_checkpoint(model)
 
 

@@ -20,6 +20,7 @@ from kalm_rag.cli.options import (
     IdFieldOption,
     JsonOption,
     LimitOption,
+    MaxLengthOption,
     ModelOption,
     RevisionOption,
     TextFieldOption,
@@ -44,8 +45,7 @@ _TIMED = 12
 
 def encode(
     corpus: Annotated[
-        str,
-        typer.Argument(help="Read passages from this file, folder or BEIR folder, or from standard input (-)."),
+        str, typer.Argument(help="Read passages from this file, folder or BEIR folder, or from standard input (-).")
     ],
     model: ModelOption = "nano",
     cache: CacheOption = "default",
@@ -71,19 +71,13 @@ def encode(
         str,
         typer.Option(
             "--keep",
-            help="Keep encoded passages (states), or also what the decoder makes of them (prefilled): 25 times the "
-            "bytes, for fast cold starts on a CPU.",
+            help="Keep states, or prefilled passages too: 25 times the bytes, for fast cold starts on a CPU.",
             metavar="KIND",
             autocompletion=choices("states", "prefilled"),
         ),
     ] = "states",
     limit_gb: LimitOption = None,
-    max_length: Annotated[
-        int,
-        typer.Option(
-            "--max-length", help="Read at most this many tokens of a passage.", metavar="N", parser=whole_number
-        ),
-    ] = 1024,
+    max_length: MaxLengthOption = 1024,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Estimate bytes and time, and encode nothing.")] = False,
     revision: RevisionOption = None,
     device: DeviceOption = None,

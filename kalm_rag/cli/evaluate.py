@@ -13,6 +13,7 @@ from kalm_rag.cli.options import (
     FormatOption,
     IdFieldOption,
     JsonOption,
+    MaxLengthOption,
     TextFieldOption,
     choices,
     complete_dtype,
@@ -123,12 +124,7 @@ def evaluate(
             metavar="NAME,NAME",
         ),
     ] = "nDCG@10,MRR@10,R@10,MAP",
-    max_length: Annotated[
-        int,
-        typer.Option(
-            "--max-length", help="Read at most this many tokens of a passage.", metavar="N", parser=whole_number
-        ),
-    ] = 1024,
+    max_length: MaxLengthOption = 1024,
     out: Annotated[
         str,
         typer.Option(

@@ -123,6 +123,10 @@ IdFieldOption = Annotated[
         show_default="_id, id, docid or doc_id",
     ),
 ]
+MaxLengthOption = Annotated[
+    int,
+    typer.Option("--max-length", help="Read at most this many tokens of a passage.", metavar="N", parser=whole_number),
+]
 LimitOption = Annotated[
     float | None,
     typer.Option(
