@@ -70,6 +70,14 @@ class LoadedModel:
         return self.computes or self.dtype
 
     @property
+    def precision(self) -> str:
+        """What really computes, for people: `float32`, `bfloat16 weights, float32 products`, ..."""
+        weights, products = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.compute_dtype))
+        if self.int8:
+            return f"int8 decoder, {weights} encoder"
+        return weights if weights == products else f"{weights} weights, {products} products"
+
+    @property
     def attention_dtype(self) -> torch.dtype:
         """The dtype in which a query's attention multiplies prefilled keys and values."""
         import torch
