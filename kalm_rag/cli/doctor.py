@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kalm_rag.cli.encode import size_text
 from kalm_rag.cli.options import (
     CacheOption,
     DeviceOption,
@@ -21,9 +20,9 @@ from kalm_rag.cli.options import (
     note_mini,
     print_json,
     show,
-    visible_line,
 )
 from kalm_rag.diagnosis.privacy import scrubber
+from kalm_rag.utils.display import size_text, visible_line
 
 if TYPE_CHECKING:
     from kalm_rag.diagnosis.doctor import Diagnosis
@@ -59,7 +58,9 @@ def doctor(
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check this installation: processor, precision, versions, cache and hub, and what is wrong with them.
+    """Check this installation, or a model.
+
+    It looks at processor, precision, versions, cache and hub, and says what is wrong with them.
 
     Nothing is created and nothing is downloaded, unless --model names a model that is not on this disk. The exit status
     is 0 if everything works, with or without warnings, and 1 if something is broken. The JSON form is meant for fault
