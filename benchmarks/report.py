@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
 from collections.abc import Sequence
-from importlib import metadata
+
+from kalm_rag.utils.machine import this_machine, utc_now, versions
 
 
 def environment() -> dict[str, object]:
-    """Hardware and versions."""
-    import torch
-
-    return {
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        **{name: metadata.version(name) for name in ("kalm-rag", "torch", "transformers", "diskcache")},
-    }
+    """Date, hardware and versions."""
+    return {"date": utc_now(), **this_machine().as_json(), **versions()}
 
 
 def can_run(dtype: str) -> bool:
     """Whether this machine runs a precision: int8 needs an x86 CPU with VNNI instructions."""
-    from kalm_rag.model.cpu_kernels import has_exact_int8
+    from kalm_rag.model.cpu_kernels import why_no_int8
 
-    return dtype != "int8" or (platform.machine().lower() in ("x86_64", "amd64") and has_exact_int8())
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
+    return dtype != "int8" or not why_no_int8()
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -228,7 +228,7 @@ def test_settings(settings: dict[str, Any], error: type[Exception], message: str
 
 
 def test_device_and_dtype(checkpoint: Path) -> None:
-    with pytest.raises(ValueError, match=r"unknown device 'warp' .*; available: \['cpu'"):
+    with pytest.raises(ValueError, match=r"unknown device 'warp'; available: cpu"):
         KaLMReranker(checkpoint, device="warp").load()
     missing = f"cuda:{torch.cuda.device_count()}"
     with pytest.raises(ValueError, match=f"device '{missing}' is not on this machine"):
@@ -238,7 +238,7 @@ def test_device_and_dtype(checkpoint: Path) -> None:
 
 
 def test_path_that_does_not_exist(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no folder .* nor a hub id of the form owner/name"):
+    with pytest.raises(CheckpointError, match="nor a folder here nor a hub id of the form owner/name"):
         KaLMReranker(tmp_path / "nothing").load()
     with pytest.raises(CheckpointError, match=r"neither an alias \(mini, nano, small, large\)"):
         KaLMReranker("huge").load()
@@ -429,7 +429,7 @@ def test_weights_that_are_not_floats(checkpoint: Path, tmp_path: Path, part: str
 
 @pytest.mark.parametrize("model", ["a\0b", "x" * 5000, "~nobody-of-this-name/model", Path("a\0b")])
 def test_name_that_no_file_system_holds(model: str | Path) -> None:
-    with pytest.raises(CheckpointError, match="no folder .* nor a hub id"):
+    with pytest.raises(CheckpointError, match="nor a folder here nor a hub id"):
         find_checkpoint(model)
 
 

@@ -14,8 +14,12 @@ import pytest
 from kalm_rag.cache import CheckReport, MemoryStore, PassageCache, StoreStats
 from kalm_rag.cache.passage_cache import CacheStats, LevelCounters, LevelStats
 from kalm_rag.cache.transfer import TransferReport
+from kalm_rag.evaluation.experiment import System, SystemResult
+from kalm_rag.evaluation.summary import Summary
 from kalm_rag.results import EncodeReport, Estimate, PrefillCounters, PrefillStats, RankedPassage, Ranking
+from kalm_rag.retrieval.corpus import Corpus
 from kalm_rag.utils.display import Shown, short_repr, size_text
+from kalm_rag.utils.machine import this_machine
 
 HOSTILE = "<script>alert(1)</script> & \"'\x1b[2J\u202eabc \ud800 $x$"
 SIZE = StoreStats(3, 1_234_567, 10_000_000_000)
@@ -195,6 +199,7 @@ def test_the_statistics_of_a_cache_have_a_line_a_level() -> None:
         "  store: entries=0, bytes=0 B, limit=1.0 MB,",
         "  prefilled: nothing yet)",
     ]
+    assert "  store: nothing yet," in repr(PassageCache(None).stats()).splitlines()
     page = Page(cache.stats()._repr_html_())
     assert page.rows[0] == ["", "memory", "store", "prefilled"]
     assert ["limit", "2.0 MB", "1.0 MB", ""] in page.rows
@@ -218,6 +223,33 @@ def test_hostile_names_are_only_text_in_reports() -> None:
     report = TransferReport(0, 0, 0, 0, (HOSTILE,), ())
     assert "script" not in Page(report._repr_html_()).tags
     assert "\x1b" not in repr(report) + report._repr_html_()
+
+
+def test_collections_show_their_first_item_and_how_many_there_are() -> None:
+    corpus = Corpus({f"p{number}": "word " * 50 for number in range(999)}, {"q": "text"}, {"q": {"p1": 1, "p2": 1}})
+    assert repr(corpus) == (
+        f"Corpus(passages={{'p0': '{('word ' * 8)[:39]}…', … 998 more}}, queries={{'q': 'text'}}, "
+        "qrels={'q': {'p1': 1, … 1 more}})"
+    )
+    assert [short_repr(value) for value in ((), (1,), [], {}, [0.123456, 2.0], {None: 1})] == [
+        "()",
+        "(1,)",
+        "[]",
+        "{}",
+        "[0.1235, … 1 more]",
+        "{None: 1}",
+    ]
+
+
+def test_a_summary_of_an_evaluation_shows_its_table() -> None:
+    result = SystemResult(System("<b>"), {}, {}, {"MAP": 0.75}, 0.04, [3.0], 0, 0, 4096.0)
+    facts = ({}, "2026-01-01T00:00:00Z", this_machine(), {})
+    summary = Summary(["MAP"], "BM25", {"MAP": 0.5}, {"MAP": 1.0}, {}, [result], [], (), {"q": []}, {}, {}, {}, *facts)
+    assert repr(summary) == "Summary(queries=1, systems=1, MAP: BM25 0.5000, best 0.7500)"
+    page = Page(summary._repr_html_())
+    assert page.rows[0] == ["system", "ratio", "MAP", "p", "KB", "ms"]
+    assert page.rows[2] == ["<b>", "4", "0.7500", "0.040", "4.1", "3"]
+    assert "b" not in page.tags
 
 
 @pytest.mark.parametrize("text", ["\x00" * 10_000, "\U000e0001" * 10_000, "'\"" * 10_000])

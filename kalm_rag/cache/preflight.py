@@ -9,6 +9,7 @@ from hashlib import sha256
 from kalm_rag.cache.disk import DiskStore
 from kalm_rag.cache.frame import probe_frame
 from kalm_rag.cache.store import Store, StoreError
+from kalm_rag.utils.display import size_text
 
 
 def check_writable(store: Store) -> None:
@@ -49,16 +50,16 @@ def check_room(store: Store, needed: int, new: int, otherwise: str = ENCODE_LESS
     limit = store.stats().limit
     if limit is not None and needed > limit:
         msg = (
-            f"the passages take about {needed:,} bytes, more than the limit of the cache, {limit:,}: the first ones "
-            f"would leave before the last ones are kept. Raise the limit (--limit-gb {1.2 * needed / 1e9:.3g}), "
-            f"{otherwise}"
+            f"the passages take about {size_text(needed)}, more than the limit of the cache, {size_text(limit)}: the "
+            f"first ones would leave before the last ones are kept. Raise the limit "
+            f"(--limit-gb {1.2 * needed / 1e9:.3g}), {otherwise}"
         )
         raise StoreError(msg)
     if isinstance(store, DiskStore):
         free = shutil.disk_usage(store.folder).free
         if new > free:
             msg = (
-                f"the new passages take about {new:,} bytes, and the disk of {store.folder} has {free:,} left: free "
-                "some space, or name another folder (--cache)"
+                f"the new passages take about {size_text(new)}, and the disk of {store.folder} has {size_text(free)} "
+                "left: free some space, or name another folder (--cache)"
             )
             raise StoreError(msg)

@@ -99,9 +99,12 @@ def export_shards(
         shard_bytes: a shard ends when it reaches this.
 
     Raises:
-        FileExistsError: the folder holds something.
+        FileExistsError: the folder holds something, or is a file.
     """
     folder = Path(folder)
+    if folder.is_file():
+        msg = f"{folder} is a file; export into an empty folder"
+        raise FileExistsError(msg)
     folder.mkdir(parents=True, exist_ok=True)
     present = sorted(path.name for path in folder.iterdir())
     if present:

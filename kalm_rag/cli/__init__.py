@@ -9,16 +9,15 @@ from typing import Annotated, Any
 import typer
 
 from kalm_rag._version import __version__
-from kalm_rag.cli import cache, demo, encode, evaluate, forget, info, rank
+from kalm_rag.cli import cache, demo, doctor, encode, evaluate, forget, info, rank
 from kalm_rag.cli.options import make_log_visible, replace_what_a_stream_cannot_hold, with_flags
 from kalm_rag.errors import KaLMError
 from kalm_rag.utils.display import visible_line
 
 app = typer.Typer(
     name="kalm-rag",
-    help="Rerank passages with KaLM-Reranker: passages are encoded once and reused by every later query.",
+    help="Rerank passages with KaLM-Reranker. Passages are encoded once and reused by every later query.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -30,6 +29,7 @@ app.add_typer(cache.app)
 app.command("eval")(evaluate.evaluate)
 app.command("demo")(demo.demo)
 app.command("info")(info.info)
+app.command("doctor")(doctor.doctor)
 
 _debug = False
 
@@ -44,7 +44,7 @@ def _show_version(value: bool) -> None:
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False,
     version: Annotated[
-        bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
     ] = False,
 ) -> None:
     global _debug
@@ -56,7 +56,7 @@ def main() -> None:
     replace_what_a_stream_cannot_hold()
     make_log_visible()
     try:
-        app()
+        app(prog_name="kalm-rag")  # also for `python -m kalm_rag`; shell completion goes by it
     except BrokenPipeError:  # the reader of the output closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -13,6 +13,8 @@ from kalm_rag.cli.options import (
     JsonOption,
     LimitOption,
     RevisionOption,
+    check_revision,
+    choices,
     limit_bytes,
     print_json,
     show,
@@ -27,7 +29,15 @@ app = typer.Typer(
 )
 
 ModelFilter = Annotated[
-    str | None, typer.Option("--model", "-m", help="Only passages of this model.", metavar="MODEL", show_default=False)
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="Take only passages of this model.",
+        metavar="MODEL",
+        show_default="all",
+        autocompletion=choices("nano", "small", "large", "mini"),
+    ),
 ]
 
 
@@ -53,6 +63,7 @@ def open_folder(cache: str) -> DiskStore:
 def digest_of(model: str | None, revision: str | None) -> bytes | None:
     """Return the digest that every entry of a model carries."""
     if model is None:
+        check_revision(revision)
         return None
     from kalm_rag.model.checkpoint import find_checkpoint
     from kalm_rag.model.identity import identify
@@ -63,7 +74,7 @@ def digest_of(model: str | None, revision: str | None) -> bytes | None:
 @app.command("info")
 def info(
     cache: CacheOption = "default",
-    models: Annotated[bool, typer.Option("--models", help="Also read everything and count by model.")] = False,
+    models: Annotated[bool, typer.Option("--models", help="Also read every passage and count them by model.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show where the cache is and how large it is."""
@@ -96,10 +107,13 @@ def info(
 @app.command("check")
 def check(
     cache: CacheOption = "default",
-    fix: Annotated[bool, typer.Option("--fix", help="Remove what is wrong.")] = False,
+    fix: Annotated[bool, typer.Option("--fix", help="Remove what is wrong, and rebuild a damaged database.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Read and verify every entry, and find files that a crash left behind. Exit code 1 if anything is wrong."""
+    """Verify every entry of the cache.
+
+    This also finds files that a crash left behind. The exit status is 1 if anything is wrong.
+    """
     report = open_folder(cache).check(fix=fix)
     if as_json:
         print_json(dataclasses.asdict(report))
@@ -122,13 +136,16 @@ def check(
 
 @app.command("export")
 def export(
-    folder: Annotated[str, typer.Argument(help="An empty folder for the shards.")],
+    folder: Annotated[str, typer.Argument(help="Write the shards to this folder, which must be empty.")],
     cache: CacheOption = "default",
     model: ModelFilter = None,
     revision: RevisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write verified passages to safetensors shards for import elsewhere."""
+    """Write passages to files for another cache.
+
+    Each passage is verified. The files are safetensors shards, which `kalm-rag cache import` reads.
+    """
     from kalm_rag.cache.transfer import export_shards
     from kalm_rag.utils.paths import user_path
 
@@ -143,19 +160,27 @@ def export(
 
 @app.command("import")
 def import_(
-    sources: Annotated[list[str], typer.Argument(help="Shards, or folders of shards.")],
+    sources: Annotated[list[str], typer.Argument(help="Read these shards, or the shards in these folders.")],
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="The model they must belong to.", metavar="MODEL")
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="Refuse shards that belong to another model than this.",
+            metavar="MODEL",
+            autocompletion=choices("nano", "small", "large", "mini"),
+        ),
     ] = None,
-    any_model: Annotated[bool, typer.Option("--any-model", help="Take passages of any model.")] = False,
+    any_model: Annotated[bool, typer.Option("--any-model", help="Read shards of any model.")] = False,
     cache: CacheOption = "default",
     limit_gb: LimitOption = None,
     revision: RevisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Read shards into the cache. Each entry is verified; shards of another model are refused.
+    """Read exported files into the cache.
 
-    The exit status is 0 only if the cache holds every entry of the shards.
+    Each entry is verified; shards of another model are refused. The exit status is 0 only if the cache holds every
+    entry of the shards.
     """
     from kalm_rag.cache import DiskStore, PassageCache
     from kalm_rag.cache.preflight import check_room, check_writable

@@ -20,13 +20,16 @@ from kalm_rag.cli.options import (
     IdFieldOption,
     JsonOption,
     LimitOption,
+    MaxLengthOption,
     ModelOption,
     RevisionOption,
     TextFieldOption,
+    choices,
     limit_bytes,
     note_mini,
     print_json,
     show,
+    whole_number,
 )
 from kalm_rag.utils.display import size_text, visible_line
 
@@ -41,19 +44,41 @@ _TIMED = 12
 
 
 def encode(
-    corpus: Annotated[str, typer.Argument(help="A file, a folder, a BEIR folder, or - for standard input.")],
+    corpus: Annotated[
+        str, typer.Argument(help="Read passages from this file, folder or BEIR folder, or from standard input (-).")
+    ],
     model: ModelOption = "nano",
     cache: CacheOption = "default",
     base_ratio: Annotated[
-        int, typer.Option("--base-ratio", help="Ratio at which states are kept; its multiples are derived.")
+        int,
+        typer.Option(
+            "--base-ratio",
+            help="Keep passages compressed this many times; multiples of it are derived from them.",
+            metavar="N",
+            parser=whole_number,
+        ),
     ] = 4,
-    storage: Annotated[str, typer.Option("--storage", help="native, or int8 for a fraction of the bytes.")] = "native",
+    storage: Annotated[
+        str,
+        typer.Option(
+            "--storage",
+            help="Keep numbers as they are (native), or in a fraction of the bytes (int8).",
+            metavar="STORAGE",
+            autocompletion=choices("native", "int8"),
+        ),
+    ] = "native",
     keep: Annotated[
-        str, typer.Option("--keep", help="states, or prefilled: 25 times the bytes, for fast cold starts on a CPU.")
+        str,
+        typer.Option(
+            "--keep",
+            help="Keep states, or prefilled passages too: 25 times the bytes, for fast cold starts on a CPU.",
+            metavar="KIND",
+            autocompletion=choices("states", "prefilled"),
+        ),
     ] = "states",
     limit_gb: LimitOption = None,
-    max_length: Annotated[int, typer.Option("--max-length", help="Tokens of a passage that are read.")] = 1024,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Estimate bytes and time, encode nothing.")] = False,
+    max_length: MaxLengthOption = 1024,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Estimate bytes and time, and encode nothing.")] = False,
     revision: RevisionOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,

@@ -13,10 +13,14 @@ from kalm_rag.cli.options import (
     FormatOption,
     IdFieldOption,
     JsonOption,
+    MaxLengthOption,
     TextFieldOption,
+    choices,
+    complete_dtype,
     console,
     note_mini,
     print_json,
+    whole_number,
 )
 from kalm_rag.model.checkpoint import MINI
 from kalm_rag.utils.display import visible, visible_line
@@ -31,38 +35,110 @@ def evaluate(
     source: Annotated[
         str | None,
         typer.Argument(
-            help="A BEIR folder, or a corpus (JSONL, text, folder) with --queries and --qrels. "
-            "[default: the bundled Python FAQ]",
-            show_default=False,
+            help="Read this BEIR folder, or this corpus (JSONL, text, folder) with --queries and --qrels.",
+            show_default="the bundled Python FAQ",
         ),
     ] = None,
     queries: Annotated[
-        Path | None, typer.Option(help="Queries: JSONL, or id<tab>text. [default: the folder's]")
+        Path | None,
+        typer.Option(
+            "--queries",
+            help="Read the queries from this file: JSONL, or id<tab>text.",
+            metavar="FILE",
+            show_default="the folder's",
+        ),
     ] = None,
-    qrels: Annotated[Path | None, typer.Option(help="Judgements: BEIR or TREC. [default: the folder's]")] = None,
-    split: Annotated[str, typer.Option(help="Which judgements of a BEIR folder.")] = "test",
-    run: Annotated[Path | None, typer.Option(help="A TREC run to rerank instead of BM25's candidates.")] = None,
-    depth: Annotated[int, typer.Option(min=1, help="Candidates per query.")] = 50,
-    limit_queries: Annotated[int | None, typer.Option(min=1, help="Use the first so many judged queries only.")] = None,
+    qrels: Annotated[
+        Path | None,
+        typer.Option(
+            "--qrels",
+            help="Read the judgements from this file of BEIR or TREC.",
+            metavar="FILE",
+            show_default="the folder's",
+        ),
+    ] = None,
+    split: Annotated[
+        str, typer.Option("--split", help="Use this part of a BEIR folder's judgements.", metavar="NAME")
+    ] = "test",
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            "--run",
+            help="Rerank the candidates of this TREC run.",
+            metavar="FILE",
+            show_default="candidates that BM25 finds",
+        ),
+    ] = None,
+    depth: Annotated[
+        int,
+        typer.Option("--depth", help="Rerank this many candidates of each query.", metavar="N", parser=whole_number),
+    ] = 50,
+    limit_queries: Annotated[
+        int | None,
+        typer.Option(
+            "--limit-queries",
+            help="Use only the first so many judged queries.",
+            metavar="N",
+            parser=whole_number,
+            show_default="all",
+        ),
+    ] = None,
     model: Annotated[
-        list[str] | None, typer.Option("--model", "-m", help="mini, nano, a folder, ...; repeat it. [default: mini]")
+        list[str] | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="Measure this model: mini, nano, small, large, a folder, or a hub id. May be repeated.",
+            metavar="MODEL",
+            show_default="mini",
+            autocompletion=choices("nano", "small", "large", "mini"),
+        ),
     ] = None,
-    ratio: Annotated[str, typer.Option(help="Compression ratios, separated by commas.")] = "1,2,4,8,16,32",
+    ratio: Annotated[
+        str, typer.Option("--ratio", help="Measure these compression ratios, separated by commas.", metavar="N,N")
+    ] = "1,2,4,8,16,32",
     dtype: Annotated[
-        list[str] | None, typer.Option(help="float32, bfloat16, int8, ...; repeat it. [default: the device's]")
+        list[str] | None,
+        typer.Option(
+            "--dtype",
+            help="Measure this precision: float32, bfloat16, float16, or int8 on a CPU. May be repeated.",
+            metavar="DTYPE",
+            show_default="the device's",
+            autocompletion=complete_dtype,
+        ),
     ] = None,
     instruction: Annotated[
-        list[str] | None, typer.Option(help="What 'relevant' means; repeat it. [default: the model's]")
+        list[str] | None,
+        typer.Option(
+            "--instruction",
+            help="Measure this text, which tells the model what makes a passage relevant. May be repeated.",
+            metavar="TEXT",
+            show_default="the model's",
+        ),
     ] = None,
-    metrics: Annotated[str, typer.Option(help="Separated by commas; the first is tested and plotted.")] = (
-        "nDCG@10,MRR@10,R@10,MAP"
-    ),
-    max_length: Annotated[int, typer.Option(min=1, help="Tokens of a passage that are read.")] = 1024,
+    metrics: Annotated[
+        str,
+        typer.Option(
+            "--metrics",
+            help="Compute these metrics, separated by commas; the first is tested and plotted.",
+            metavar="NAME,NAME",
+        ),
+    ] = "nDCG@10,MRR@10,R@10,MAP",
+    max_length: MaxLengthOption = 1024,
     out: Annotated[
-        str, typer.Option("--out", "-o", help="Folder for the report; an interrupted run resumes from it.")
+        str,
+        typer.Option(
+            "--out", "-o", help="Write the report to this folder; an interrupted run resumes there.", metavar="FOLDER"
+        ),
     ] = "kalm-rag-eval",
     cache: Annotated[
-        str | None, typer.Option(help="Folder of encoded passages. [default: the folder cache in --out]")
+        str | None,
+        typer.Option(
+            "--cache",
+            help="Keep encoded passages in this folder.",
+            metavar="FOLDER",
+            show_default="the folder cache in --out",
+        ),
     ] = None,
     device: DeviceOption = None,
     file_format: FormatOption = "auto",
@@ -70,8 +146,9 @@ def evaluate(
     id_field: IdFieldOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Rerank what a first stage found and measure what that gains, for every ratio, precision and instruction.
+    """Measure what reranking gains on your data.
 
+    Every ratio, precision and instruction is measured on what a first stage found: BM25, or a TREC run.
     Each passage is encoded once per model and precision. Finished queries are kept in the folder: the same command
     resumes where an interrupted one stopped.
     """
@@ -80,8 +157,12 @@ def evaluate(
     from kalm_rag.evaluation.outputs import claim
     from kalm_rag.evaluation.report import check_extras, write_numbers, write_page
     from kalm_rag.evaluation.summary import summarise
+    from kalm_rag.utils.checks import check_positive
     from kalm_rag.utils.paths import user_path
 
+    depth, max_length = check_positive("depth", depth), check_positive("max_length", max_length)
+    if limit_queries is not None:
+        check_positive("limit_queries", limit_queries)
     check_extras()
     report = user_path(out, "--out")
     chosen = Metrics([name.strip() for name in metrics.split(",") if name.strip()])

@@ -32,7 +32,7 @@ def clear(
     revision: RevisionOption = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Delete without asking.")] = False,
 ) -> None:
-    """Delete encoded passages: all of them, or those of one model."""
+    """Delete all passages, or those of one model."""
     from kalm_rag.cache.forgetting import check_can_delete, delete_from
     from kalm_rag.cache.heads import keys_of_models
 
@@ -56,7 +56,7 @@ def prune(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Delete without asking.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Delete the passages of all models that are not named.
+    """Delete the passages of all other models.
 
     Use it after a model was replaced: what was encoded with the old one is never found again.
     """
@@ -105,6 +105,7 @@ def forget(
         typer.Option(
             "--max-length",
             help="With --model: another max_length that passages were read with. The option may be repeated.",
+            metavar="TOKENS",
             show_default=False,
         ),
     ] = None,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kalm_rag.cli.options import JsonOption, RevisionOption, console, note_mini, print_json
+from kalm_rag.cli.options import JsonOption, RevisionOption, check_revision, choices, console, note_mini, print_json
 from kalm_rag.utils.display import visible
 
 _PACKAGES = ("kalm-rag", "torch", "transformers", "tokenizers", "safetensors", "diskcache", "huggingface-hub")
@@ -16,12 +16,19 @@ _PACKAGES = ("kalm-rag", "torch", "transformers", "tokenizers", "safetensors", "
 
 def info(
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Also identify this model.", metavar="MODEL")
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="Also show what identifies this model: nano, small, large, mini, a folder, or a hub id.",
+            metavar="MODEL",
+            autocompletion=choices("nano", "small", "large", "mini"),
+        ),
     ] = None,
     revision: RevisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show versions, device, cache place and, with --model, what identifies a model."""
+    """Show versions, device and the cache's folder."""
     import torch
 
     from kalm_rag.model.loading import resolve_device, resolve_dtype
@@ -36,7 +43,9 @@ def info(
         "dtype": str(resolve_dtype(None, device)).removeprefix("torch."),
         "cache": str(passages_dir() or "none: this user has no home folder"),
     }
-    if model is not None:
+    if model is None:
+        check_revision(revision)
+    else:
         from kalm_rag.model.checkpoint import find_checkpoint
         from kalm_rag.model.identity import identify
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import io
 import json
 import logging
-import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,54 +18,130 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+
+def choices(*names: str) -> Callable[[str], list[str]]:
+    """Return what completes an option in a shell; nothing fits a path, so the shell offers files."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [name for name in names if name.startswith(incomplete)]
+
+    return complete
+
+
+def whole_number(text: str | int) -> int:
+    """Read an option's whole number, or say what was given instead."""
+    try:
+        return int(text)
+    except ValueError:
+        msg = f"it must be a whole number, got {visible_line(str(text))!r}"
+        raise typer.BadParameter(msg) from None
+
+
+def number(text: str | float) -> float:
+    """Read an option's number, or say what was given instead."""
+    try:
+        return float(text)
+    except ValueError:
+        msg = f"it must be a number, got {visible_line(str(text))!r}"
+        raise typer.BadParameter(msg) from None
+
+
+# A help text is whole sentences. A default that is no value, such as "all", is given to `show_default`.
 ModelOption = Annotated[
     str,
     typer.Option(
         "--model",
         "-m",
-        help="nano, small, large, mini (bundled, for trying out), a folder, or a hub id.",
+        help="Use this model: nano, small, large, mini (bundled, to try things out), a folder, or a hub id.",
         metavar="MODEL",
+        autocompletion=choices("nano", "small", "large", "mini"),
     ),
 ]
-RevisionOption = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the hub.")]
-DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, mps, ... [default: the best]")]
+RevisionOption = Annotated[
+    str | None,
+    typer.Option(
+        "--revision",
+        help="Use this branch, tag or commit of a model on the hub.",
+        metavar="REVISION",
+        show_default="the newest",
+    ),
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        help="Compute on this device: cpu, cuda, cuda:1 or mps.",
+        metavar="DEVICE",
+        show_default="cuda if there is one, else cpu",
+        autocompletion=choices("cpu", "cuda", "mps"),
+    ),
+]
+complete_dtype = choices("float32", "bfloat16", "float16", "int8")
 DtypeOption = Annotated[
     str | None,
     typer.Option(
-        "--dtype", help="float32, bfloat16, float16, or int8 on a CPU. [default: bfloat16 on CUDA, else float32]"
+        "--dtype",
+        help="Compute in this precision: float32, bfloat16, float16, or int8 on a CPU.",
+        metavar="DTYPE",
+        show_default="bfloat16 on CUDA, else float32",
+        autocompletion=complete_dtype,
     ),
 ]
 CacheOption = Annotated[
     str,
     typer.Option(
         "--cache",
-        help="Folder of encoded passages. [default: the user's cache folder, or KALM_RAG_CACHE]",
-        show_default=False,
+        help="Keep encoded passages in this folder.",
+        metavar="FOLDER",
+        show_default="KALM_RAG_CACHE, or the user's cache folder",
     ),
 ]
 FormatOption = Annotated[
     str,
     typer.Option(
         "--format",
-        help="How passages are written: jsonl, json, csv, tsv, parquet or text. auto goes by the file's name.",
+        help="Read files in this format: jsonl, json, csv, tsv, parquet, text, or auto, which goes by their names.",
+        metavar="FORMAT",
+        autocompletion=choices("auto", "jsonl", "json", "csv", "tsv", "parquet", "text"),
     ),
 ]
 TextFieldOption = Annotated[
     str | None,
     typer.Option(
-        "--text-field", help="Field that holds the text. [default: text, contents, content or passage]", metavar="NAME"
+        "--text-field",
+        help="Read the text of a passage from this field.",
+        metavar="NAME",
+        show_default="text, contents, content or passage",
     ),
 ]
 IdFieldOption = Annotated[
     str | None,
-    typer.Option("--id-field", help="Field that holds the id. [default: _id, id, docid or doc_id]", metavar="NAME"),
+    typer.Option(
+        "--id-field",
+        help="Read the id of a passage from this field.",
+        metavar="NAME",
+        show_default="_id, id, docid or doc_id",
+    ),
+]
+MaxLengthOption = Annotated[
+    int,
+    typer.Option("--max-length", help="Read at most this many tokens of a passage.", metavar="N", parser=whole_number),
 ]
 LimitOption = Annotated[
-    float | None, typer.Option("--limit-gb", help="Most the cache may take on disk. [default: as it was, or 10]")
+    float | None,
+    typer.Option(
+        "--limit-gb",
+        help="Let the cache take this many GB on disk.",
+        metavar="GB",
+        parser=number,
+        show_default="as it was, or 10",
+    ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
+_MOST_GB = 1_000_000_000
+"""An exabyte: more than any disk has, and a number of bytes that SQLite holds."""
 _JSON = {code: f"\\u{code:04x}" for code in HIDDEN if code >= 0x7F}
 
 
@@ -74,13 +149,17 @@ def with_flags(message: str, flags: Mapping[str, str]) -> str:
     """Rewrite a library message so that it names command-line options instead of arguments.
 
     Args:
-        message: it names an argument at its beginning (`top_k must be`), or with a value (`dtype='bfloat16'`).
+        message: it names an argument at its beginning (`top_k must be`, `unknown device 'x'`), or with a value
+            (`dtype='bfloat16'`).
         flags: the options by the name of the argument.
     """
     message = re.sub(r"^(\w+)(?= must )", lambda match: flags.get(match[1], match[1]), message)
+    named = re.match(r"(?:unknown )?(\w+) '", message)
+    if named and (flag := flags.get(named[1], flags.get(f"{named[1]}s"))):
+        message = f"{flag}: {message}"
     return re.sub(
-        r"(?<!, )\b(\w+)='([^']*)'",
-        lambda match: f"{flags[match[1]]} {match[2]}" if match[1] in flags else match[0],
+        r"(?<!, )\b(\w+)=(?:'([^']*)'|(\d+))",
+        lambda match: f"{flags[match[1]]} {match[2] or match[3]}" if match[1] in flags else match[0],
         message,
     )
 
@@ -109,10 +188,17 @@ def limit_bytes(limit_gb: float | None) -> int | None:
     """`--limit-gb` in bytes, None if it was not given."""
     if limit_gb is None:
         return None
-    if not math.isfinite(limit_gb) or limit_gb * 1e9 < 1:
-        msg = f"--limit-gb must be a number above 0, got {limit_gb:g}"
+    if not 1e-9 <= limit_gb <= _MOST_GB:  # neither is "not a number"
+        msg = f"--limit-gb must be a number of GB above 0 and at most {_MOST_GB:,}, got {limit_gb:g}"
         raise ValueError(msg)
     return int(limit_gb * 1e9)
+
+
+def check_revision(revision: str | None) -> None:
+    """Refuse a `--revision` without a `--model`, which would be ignored."""
+    if revision is not None:
+        msg = f"--revision {revision} belongs to a model: name it with --model"
+        raise ValueError(msg)
 
 
 def print_json(value: Any) -> None:

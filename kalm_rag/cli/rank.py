@@ -18,19 +18,58 @@ from kalm_rag.cli.options import (
     TextFieldOption,
     console,
     note_mini,
+    number,
     passage_table,
     print_json,
+    whole_number,
 )
 
 
 def rank(
-    query: Annotated[str, typer.Argument(help="The query.")],
-    passages: Annotated[str, typer.Argument(help="A file, a folder, or - for standard input.")] = "-",
+    query: Annotated[str, typer.Argument(help="Order the passages for this query.")],
+    passages: Annotated[
+        str, typer.Argument(help="Read the passages from this file or folder, or from standard input (-).")
+    ] = "-",
     model: ModelOption = "nano",
-    top_k: Annotated[int | None, typer.Option("--top-k", "-k", help="How many to show. [default: all]")] = None,
-    instruction: Annotated[str | None, typer.Option("--instruction", help="What 'relevant' means.")] = None,
-    ratio: Annotated[int, typer.Option("--ratio", "-r", help="Encoder states averaged into one.")] = 4,
-    threshold: Annotated[float | None, typer.Option("--threshold", help="Lowest score shown.")] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            "--top-k",
+            "-k",
+            help="Show this many passages.",
+            metavar="N",
+            parser=whole_number,
+            show_default="all",
+        ),
+    ] = None,
+    instruction: Annotated[
+        str | None,
+        typer.Option(
+            "--instruction",
+            help="Tell the model what makes a passage relevant.",
+            metavar="TEXT",
+            show_default="the model's",
+        ),
+    ] = None,
+    ratio: Annotated[
+        int,
+        typer.Option(
+            "--ratio",
+            "-r",
+            help="Compress each passage this many times: 1, 2, 4, 8, 16 or 32.",
+            metavar="N",
+            parser=whole_number,
+        ),
+    ] = 4,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            "--threshold",
+            help="Leave out passages whose score is lower than this, a number between 0 and 1.",
+            metavar="SCORE",
+            parser=number,
+        ),
+    ] = None,
     cache: CacheOption = "default",
     revision: RevisionOption = None,
     device: DeviceOption = None,
@@ -40,7 +79,7 @@ def rank(
     id_field: IdFieldOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Order passages by how well they answer a query."""
+    """Order passages by how they answer a query."""
     from kalm_rag.reranker import KaLMReranker
     from kalm_rag.retrieval.corpus import read_passages
 

@@ -10,11 +10,12 @@ from kalm_rag.errors import MissingExtraError
 from kalm_rag.evaluation.trec import quoted, read_run
 from kalm_rag.retrieval.bm25 import BM25
 from kalm_rag.retrieval.corpus import Corpus
+from kalm_rag.utils.display import Shown
 from kalm_rag.utils.progress import Progress
 
 
-@dataclass(frozen=True, slots=True)
-class Candidates:
+@dataclass(frozen=True, slots=True, repr=False)
+class Candidates(Shown):
     """The first stage's candidates in order, and warnings about the input.
 
     Attributes:

@@ -23,6 +23,7 @@ from kalm_rag.model.identity import identify
 from kalm_rag.reranker import KaLMReranker
 from kalm_rag.retrieval.corpus import Corpus
 from kalm_rag.utils.checks import check_positive
+from kalm_rag.utils.display import Shown
 from kalm_rag.utils.progress import Progress
 
 
@@ -55,8 +56,8 @@ class System:
         return f"{readable}-{self.dtype or 'default'}-r{self.ratio}-{rest}"
 
 
-@dataclass(slots=True)
-class SystemResult:
+@dataclass(slots=True, repr=False)
+class SystemResult(Shown):
     """The result of one system.
 
     Attributes:
@@ -69,6 +70,7 @@ class SystemResult:
         encoded_again: passages that had to be encoded while ranking, because no cache could hold them.
         truncated_queries: queries longer than the model reads.
         passage_bytes: mean bytes of one encoded passage at this ratio.
+        kept: queries that an earlier start had finished, maybe on another day or machine; their times are of then.
     """
 
     system: System
@@ -80,10 +82,11 @@ class SystemResult:
     encoded_again: int
     truncated_queries: int
     passage_bytes: float
+    kept: int = 0
 
 
-@dataclass(slots=True)
-class Encoding:
+@dataclass(slots=True, repr=False)
+class Encoding(Shown):
     """The cost of encoding the candidates with one model in one precision.
 
     Attributes:
@@ -95,6 +98,9 @@ class Encoding:
         seconds: for the new ones, loading of the model excluded.
         lengths: time by passage length; see `time_lengths`.
         ratio: at which that was timed.
+        precision: what really computed, such as float32 products where bfloat16 was asked for.
+        device: where.
+        digest: of the model's content, decoder included.
     """
 
     model: str
@@ -105,6 +111,9 @@ class Encoding:
     seconds: float
     lengths: list[LengthTiming] = field(default_factory=list)
     ratio: int = 1
+    precision: str = ""
+    device: str = ""
+    digest: str = ""
 
     @property
     def name(self) -> str:
@@ -240,6 +249,7 @@ def _evaluate(
             _reranker(experiment, model, dtype, cache) as reranker,
         ):
             encodings.append(_encode(reranker, texts, model, dtype))
+            encodings[-1].digest = marks[model]
             tokens = reranker.estimate(texts).tokens
             for system in systems:
                 results[system] = _run(experiment, reranker, system, base, journals[system], tokens)
@@ -297,11 +307,39 @@ def candidates_digest(experiment: Experiment) -> str:
     return content.hexdigest()
 
 
+def data_digests(experiment: Experiment) -> dict[str, str]:
+    """Return SHA-256 digests of what went in: passages, queries, judgements, and the candidates."""
+    corpus = experiment.corpus
+    parts: dict[str, Mapping[str, object]] = {
+        "passages": corpus.passages,
+        "queries": corpus.queries,
+        "judgements": corpus.qrels,
+    }
+    found = {}
+    for name, part in parts.items():
+        content = hashlib.sha256()
+        for key, value in part.items():
+            content.update(json.dumps([key, value]).encode())
+        found[name] = content.hexdigest()
+    return found | {"candidates": candidates_digest(experiment)}
+
+
 def _encode(reranker: KaLMReranker, texts: Sequence[str], model: str, dtype: str | None) -> Encoding:
     reranker.load()
     began = time.perf_counter()
     report = reranker.encode(texts)
-    return Encoding(model, dtype, len(texts), report.new, report.truncated, time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    loaded = reranker.scorer.loaded
+    return Encoding(
+        model,
+        dtype,
+        len(texts),
+        report.new,
+        report.truncated,
+        seconds,
+        precision=loaded.precision,
+        device=str(loaded.device),
+    )
 
 
 def _needed(experiment: Experiment) -> list[str]:
@@ -319,9 +357,12 @@ def _run(
     candidates, corpus = experiment.candidates, experiment.corpus
     before = reranker.cache.stats().encoded
     label = f"{system.name} r{system.ratio}"
+    kept = 0
     with journal, Progress(len(candidates.rankings), label, unit="query", show=experiment.show_progress) as progress:
         for query, ranking in candidates.rankings.items():
-            if query not in journal:
+            if query in journal:
+                kept += 1
+            else:
                 began = time.perf_counter()
                 hits = reranker.rank(
                     corpus.queries[query],
@@ -348,6 +389,7 @@ def _run(
         reranker.cache.stats().encoded - before,
         sum(record.truncated for record in records),
         _mean_bytes(reranker, tokens, system.ratio),
+        kept,
     )
 
 

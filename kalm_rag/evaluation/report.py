@@ -7,6 +7,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+from kalm_rag._version import __version__
 from kalm_rag.errors import MissingExtraError
 from kalm_rag.evaluation.outputs import claim, replace_files
 from kalm_rag.evaluation.plots import THEMES, draw_all
@@ -99,7 +100,8 @@ def _page(summary: Summary, plots: dict[str, dict[str, bytes]], title: str) -> s
         encodings=summary.encodings,
         warnings=summary.warnings,
         pictures=pictures,
-        version=summary.as_json()["kalm_rag"],
+        provenance=summary.provenance(),
+        version=__version__,
     )
 
 

@@ -6,14 +6,16 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from typing import Any
 
-from kalm_rag.evaluation.experiment import Encoding, Experiment, SystemResult, candidates_digest
+from kalm_rag._version import __version__
+from kalm_rag.evaluation.experiment import Encoding, Experiment, SystemResult, data_digests
 from kalm_rag.evaluation.metrics import best_order, means
+from kalm_rag.utils.display import html_table, visible_line
+from kalm_rag.utils.machine import Machine, this_machine, utc_now, versions
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Summary:
     """Results together with their baselines.
 
@@ -30,6 +32,10 @@ class Summary:
         qrels: judgements.
         queries: texts of the queries.
         conditions: depth, device, `max_length` and the like.
+        data: SHA-256 digests of the input, by what it is.
+        date: when, in UTC.
+        machine: where.
+        versions: of Python and the packages.
     """
 
     metrics: list[str]
@@ -44,6 +50,20 @@ class Summary:
     qrels: Mapping[str, Mapping[str, int]]
     queries: Mapping[str, str]
     conditions: Mapping[str, Any]
+    data: Mapping[str, str]
+    date: str
+    machine: Machine
+    versions: Mapping[str, str]
+
+    def __repr__(self) -> str:
+        name = self.metrics[0]
+        best = max((result.means[name] for result in self.results), default=self.first[name])
+        first = f"{visible_line(self.first_name)} {self.first[name]:.4f}"
+        return f"Summary(queries={len(self.rankings)}, systems={len(self.results)}, {name}: {first}, best {best:.4f})"
+
+    def _repr_html_(self) -> str:
+        caption = f"{len(self.rankings)} queries, candidates of {self.first_name}"
+        return html_table(*self.columns(), caption, left=0)
 
     def labels(self) -> dict[tuple[str, str | None, str | None], str]:
         """Return a short distinct name for each model, precision and instruction."""
@@ -106,10 +126,31 @@ class Summary:
         chosen = {"moved-up": most} if gains[most] > 0 else {}
         return chosen | ({"moved-down": least} if gains[least] < 0 else {})
 
+    def provenance(self) -> list[tuple[str, str]]:
+        """Return when, where and with what this was measured, as names and texts for people."""
+        machine = self.machine
+        rows = [
+            ("date", self.date.replace("T", " ").replace("Z", " UTC")),
+            ("machine", f"{machine.cpu}, {machine.system}, {machine.architecture}"),
+            ("CPU features", " ".join(machine.features) or "unknown"),
+            ("threads", f"{machine.threads} of torch ({machine.torch_cpu}), for {machine.cpus} usable processors"),
+            ("GPU", ", ".join(machine.gpus) or "none"),
+            ("environment", " ".join(f"{name}={value}" for name, value in machine.environment.items())),
+            ("versions", ", ".join(f"{name} {version}" for name, version in self.versions.items())),
+        ]
+        digests = {encoding.name: encoding.digest for encoding in self.encodings}
+        rows += [(f"model {name}", digest) for name, digest in digests.items()]
+        rows += [(f"{name}, SHA-256", digest) for name, digest in self.data.items()]
+        return [(name, text) for name, text in rows if text]
+
     def as_json(self) -> dict[str, Any]:
         """Return everything except texts, for JSON."""
         return {
-            "kalm_rag": metadata.version("kalm-rag"),
+            "kalm_rag": __version__,
+            "date": self.date,
+            "machine": self.machine.as_json(),
+            "versions": dict(self.versions),
+            "data": dict(self.data),
             "queries": len(self.rankings),
             **self.conditions,
             "first_stage": {"name": self.first_name, "means": self.first, "per_query": self.first_per_query},
@@ -121,6 +162,7 @@ class Summary:
                     "p": result.p,
                     "bytes_per_passage": round(result.passage_bytes),
                     "encoded_again": result.encoded_again,
+                    "kept_queries": result.kept,
                     "milliseconds_median": statistics.median(result.milliseconds) if result.milliseconds else None,
                     "per_query": result.per_query,
                 }
@@ -151,6 +193,12 @@ def summarise(experiment: Experiment, results: Sequence[SystemResult], encodings
         warnings.append(
             f"{again} passages were encoded again while ranking, because the cache could not hold them; ms includes it"
         )
+    kept, asked = sum(result.kept for result in results), sum(len(result.rankings) for result in results)
+    if kept:
+        warnings.append(
+            f"{kept} of {asked} rankings were kept from an earlier start, maybe of another day or machine; their times "
+            "are of then"
+        )
     depth = max(map(len, candidates.rankings.values()))
     name, cutoff = experiment.metrics.deepest()
     if cutoff > depth:
@@ -172,6 +220,9 @@ def summarise(experiment: Experiment, results: Sequence[SystemResult], encodings
             "device": experiment.device,
             "max_length": experiment.max_length,
             "metrics": experiment.metrics.names,
-            "candidates": candidates_digest(experiment),
         },
+        data_digests(experiment),
+        utc_now(),
+        this_machine(),
+        versions(),
     )

@@ -23,10 +23,14 @@ def read_run(path: str | Path) -> dict[str, list[tuple[str, float]]]:
         Query id to `(passage id, score)`, by falling score; equal scores keep the order of the file.
 
     Raises:
+        FileNotFoundError: there is no such file.
         ValueError: a line does not have six columns, a score is not a number, or a query has a passage twice; the
             message names file and line.
     """
     found: dict[str, dict[str, float]] = {}
+    if not Path(path).exists() or Path(path).is_dir():
+        msg = f"no file of candidates '{path}'; name a TREC run (--run)"
+        raise FileNotFoundError(msg)
     for number, line in text_lines(path):
         columns = line.strip().split("\t") if "\t" in line else line.split()
         if not line.strip():

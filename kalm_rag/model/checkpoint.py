@@ -205,8 +205,8 @@ def find_checkpoint(
     repo = ALIASES.get(str(model), str(model))
     if isinstance(model, Path) or not _HUB_ID.fullmatch(repo) or repo.startswith((".", "~")):
         msg = (
-            f"no folder {str(model)!r} here, and it is neither an alias ({', '.join(NAMES)}) "
-            "nor a hub id of the form owner/name"
+            f"model={str(model)!r} is neither an alias ({', '.join(NAMES)}) nor a folder here nor a hub id of the form "
+            "owner/name"
         )
         raise CheckpointError(msg)
     try:

@@ -90,8 +90,8 @@ def choices() -> list[Choice]:
         return list(_choices.values())
 
 
-def _shortest(actions: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """The shortest time of each action.
+def shortest_times(actions: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """Return the shortest time of each action in seconds.
 
     Actions take turns, so that other load on the machine meets all of them. A time counts once it is reached twice,
     since on a busy machine only short times measure the action itself. Times that are not settled by `_MOST_SECONDS`
@@ -144,6 +144,14 @@ def has_fast_float16() -> bool:
     return _is_fast("float16")
 
 
+def slowdown(dtype: str) -> float:
+    """Return how many times as long as in float32 a product takes in `bfloat16` or `float16`; measured once."""
+    _is_fast(dtype)
+    with _choosing:
+        seconds = _choices[(dtype,)].seconds
+    return seconds[dtype] / seconds["float32"]
+
+
 def _is_fast(dtype: str) -> bool:
     key = (dtype,)
     with _choosing:
@@ -165,7 +173,7 @@ def _clear_times(actions: Mapping[str, Callable[[], object]]) -> dict[str, float
     first, other = actions
     seconds: dict[str, float] = {}
     for _ in range(_MOST_MEASUREMENTS):
-        again = _shortest(actions)
+        again = shortest_times(actions)
         seconds = {name: min(again[name], seconds.get(name, math.inf)) for name in actions}
         if seconds[other] <= seconds[first] or seconds[other] > _MANY_TIMES * seconds[first]:
             break
@@ -266,12 +274,8 @@ def optimize_for_cpu(model: Any, *, int8: bool = False) -> torch.dtype:
     dtype: torch.dtype = next(decoder.parameters()).dtype
     before = len(choices())
     wide = dtype == torch.bfloat16 and not has_fast_bfloat16()
-    on_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    if int8 and not on_x86:
-        msg = f"8-bit matrices are for x86 processors, this is {platform.machine()}"
-        raise RuntimeError(msg)
-    if int8 and not has_exact_int8():
-        msg = "it has no instructions (VNNI) for exact sums of 8-bit products"
+    on_x86 = _is_x86()
+    if int8 and (msg := why_no_int8()):
         raise RuntimeError(msg)
     if not on_x86 and not wide:
         return dtype
@@ -292,6 +296,31 @@ def optimize_for_cpu(model: Any, *, int8: bool = False) -> torch.dtype:
         _warn_of_slow_bfloat16()
         return torch.float32
     return dtype
+
+
+def optimize_network(network: nn.Module, *, int8: bool = False) -> None:
+    """Replace what is below one network of a decoder, as `optimize_for_cpu` does in a whole model.
+
+    Args:
+        network: in float32 or bfloat16; it holds the modules that are replaced.
+        int8: bring its matrices to 8 bits.
+    """
+    dtype = next(network.parameters()).dtype
+    wide = dtype == torch.bfloat16 and not has_fast_bfloat16()
+    matrices = int8_weights() if int8 else PackedWeights()
+    _Replacer(wide=wide, onednn=_is_x86()).run(network, matrices, "decoder", measured=not int8)
+
+
+def _is_x86() -> bool:
+    """Whether oneDNN's products are used at all: other processors were not measured."""
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
+def why_no_int8() -> str:
+    """Return why this machine does not run 8-bit matrices; empty if it does."""
+    if not _is_x86():
+        return f"8-bit matrices are for x86 processors, this is {platform.machine()}"
+    return "" if has_exact_int8() else "it has no instructions (VNNI) for exact sums of 8-bit products"
 
 
 def _widen_embeddings(*parts: Any) -> None:
@@ -401,7 +430,7 @@ def _is_faster(key: tuple[Any, ...], module: Any, fast: Any, width: int) -> bool
             data = _random(_MEASURED_ROWS[part], width, dtype)
             start = time.perf_counter()
             with torch.inference_mode(), torch.autocast("cpu", enabled=False):
-                seconds = _shortest({"torch": lambda: module(data), "oneDNN": lambda: fast(data)})
+                seconds = shortest_times({"torch": lambda: module(data), "oneDNN": lambda: fast(data)})
             used = "oneDNN" if seconds["oneDNN"] <= _MOST_TIME[kind] * seconds["torch"] else "torch"
             name = str(dtype).removeprefix("torch.")
             what = f"{part}, {kind} {inputs}x{outputs} in {name}"

@@ -70,6 +70,14 @@ class LoadedModel:
         return self.computes or self.dtype
 
     @property
+    def precision(self) -> str:
+        """What really computes, for people: `float32`, `bfloat16 weights, float32 products`, ..."""
+        weights, products = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.compute_dtype))
+        if self.int8:
+            return f"int8 decoder, {weights} encoder"
+        return weights if weights == products else f"{weights} weights, {products} products"
+
+    @property
     def attention_dtype(self) -> torch.dtype:
         """The dtype in which a query's attention multiplies prefilled keys and values."""
         import torch
@@ -114,12 +122,15 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     here += ["mps"] if torch.backends.mps.is_available() else []
     try:
         found = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        msg = f"unknown device {str(device)!r} ({str(error).splitlines()[0]}); available: {here}"
+    except (RuntimeError, TypeError):
+        msg = f"unknown device {str(device)!r}; available: {', '.join(here)}"
         raise ValueError(msg) from None
     name = f"cuda:{found.index or 0}" if found.type == "cuda" else found.type
     if name not in here:
-        msg = f"device {str(device)!r} is not on this machine; available: {here}. Leave device out for the best one"
+        msg = (
+            f"device {str(device)!r} is not on this machine; available: {', '.join(here)}. "
+            "Leave device out for the best one"
+        )
         raise ValueError(msg)
     return found
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kalm_rag.documents import REPAIRED, TextCounter, repair_text
+from kalm_rag.utils.display import Shown
 
 _TEXT_KEYS = ("text", "contents", "content", "passage")
 _NOT_IN_IDS = re.compile(r"[\t\r\n\v\f\ud800-\udfff]")
@@ -39,8 +40,8 @@ class Record:
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Corpus:
+@dataclass(frozen=True, slots=True, repr=False)
+class Corpus(Shown):
     """A test collection in memory.
 
     Attributes:
@@ -230,7 +231,7 @@ def read_passages(
         ValueError: a line cannot be read, and the message names file and line; or a Parquet file without `pyarrow`.
     """
     if file_format not in FORMATS:
-        msg = f"the format must be one of {', '.join(FORMATS)}, got {file_format!r}"
+        msg = f"file_format must be one of {', '.join(FORMATS)}, got {file_format!r}"
         raise ValueError(msg)
     fields = Fields(text_field, id_field)
     if not str(source):
@@ -343,7 +344,9 @@ def _parse_table(lines: Iterator[str], where: str, delimiter: str, fields: Field
                 raise ValueError(msg)
             yield fields.record(row, f"{where}, line {rows.line_num}")
     except csv.Error as error:
-        msg = f"{where}, line {rows.line_num}: cannot be read as a table ({error}); JSON lines take text of any length"
+        # The reader counts the line that it fails at; `rows` only counts lines that were read.
+        line = rows.reader.line_num
+        msg = f"{where}, line {line}: cannot be read as a table ({error}); JSON lines take text of any length"
         raise ValueError(msg) from None
 
 

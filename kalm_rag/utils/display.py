@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import html
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 _WIDTH = 60
@@ -60,17 +61,22 @@ def short_repr(value: object, width: int = _WIDTH) -> str:
         return f"{written[0]}{shorten(written[1:-1], width)}{written[0]}"
     if isinstance(value, float):
         return f"{value:.4g}"
-    if type(value) is tuple:
-        more = f", … {len(value) - 1} more" if len(value) > 1 else ","
-        return f"({short_repr(value[0], width)}{more})" if value else "()"
     try:
-        if isinstance(value, Mapping) and isinstance(value.get("text"), str):
-            more = f", … {len(value) - 1} more" if len(value) > 1 else ""
-            room = max(10, width - len(more) - len("{'text': }"))
-            return f"{{'text': {short_repr(value['text'], room)}{more}}}"
+        if isinstance(value, Mapping):
+            # Of a passage the text says most; of another mapping, any value says what it holds.
+            keys = ["text"] if "text" in value else list(islice(value, 1))
+            first = [f"{short_repr(key, width // 2)}: {short_repr(value[key], width * 2 // 3)}" for key in keys]
+            return f"{{{_first_of(first, len(value))}}}"
+        if isinstance(value, (list, tuple)) and type(value) in (list, tuple):  # not a named tuple, which has a `repr`
+            inside = _first_of([short_repr(item, width // 2) for item in value[:1]], len(value))
+            return f"[{inside}]" if isinstance(value, list) else f"({inside}{',' * (len(value) == 1)})"
         return visible_line(shorten(repr(value), width))
     except Exception:  # noqa: BLE001 - a foreign object must not keep the rest from being shown
         return f"<{type(value).__name__}>"
+
+
+def _first_of(first: list[str], count: int) -> str:
+    return ", ".join(first + [f"… {count - 1} more"] * (count > 1))
 
 
 def text_of(document: object) -> str:
@@ -112,8 +118,8 @@ def html_table(heading: Sequence[str], rows: Iterable[Sequence[str]], caption: s
 class Shown:
     """A data class that shows itself as one line in a terminal and as a table in a notebook.
 
-    The line leaves out fields that have their default; the table has all. A field that counts bytes is named `bytes`,
-    `limit`, `..._bytes` or `bytes_...`.
+    The line leaves out fields that are None or have their default; the table has all. A field that counts bytes is
+    named `bytes`, `limit`, `..._bytes` or `bytes_...`.
     """
 
     __slots__ = ()
@@ -122,12 +128,12 @@ class Shown:
         """Return the name and the value of each field that is shown.
 
         Args:
-            defaults: also those that have their default.
+            defaults: also those that are None or have their default.
         """
         shown = []
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
-            if defaults or field.default is dataclasses.MISSING or value != field.default:
+            if defaults or (value is not None and (field.default is dataclasses.MISSING or value != field.default)):
                 shown.append((field.name, _value_text(field.name, value)))
         return shown
 
@@ -140,5 +146,7 @@ class Shown:
 
 
 def _value_text(name: str, value: Any) -> str:
+    if value is None:
+        return ""
     counts_bytes = name in ("bytes", "limit") or name.startswith("bytes_") or name.endswith("_bytes")
     return size_text(value) if counts_bytes and isinstance(value, int) else short_repr(value)

@@ -91,7 +91,8 @@ class TestReading:
                 b"id,body\n1,a\n",
                 r"no text under text or .*; its fields are \['body'",
             ),
-            ("a.csv", b'id,text\n1,"never closed', r"line \d: cannot be read as a table"),
+            ("a.csv", b'id,text\n1,"never closed', "line 2: cannot be read as a table"),
+            ("a.csv", b"text," + b"x" * 200_000, "line 1: cannot be read as a table"),
         ],
     )
     def test_what_cannot_be_read_is_refused_by_name(
@@ -106,7 +107,7 @@ class TestReading:
         assert list(read_passages(tmp_path / "a.jsonl", "auto", "body", "key")) == [Record("x", "one")]
         with pytest.raises(ValueError, match="no id under name; its fields are"):
             list(read_passages(tmp_path / "a.jsonl", id_field="name"))
-        with pytest.raises(ValueError, match=r"the format must be one of auto, jsonl, .*, got 'xml'"):
+        with pytest.raises(ValueError, match=r"file_format must be one of auto, jsonl, .*, got 'xml'"):
             list(read_passages(tmp_path / "a.jsonl", "xml"))
 
     @pytest.mark.parametrize(
@@ -214,7 +215,7 @@ class TestEncode:
     def test_a_corpus_above_the_limit_is_refused(self, corpus: Path, tmp_path: Path) -> None:
         done = kalm("encode", corpus, "--model", "mini", "--cache", tmp_path / "cache", "--limit-gb", "0.00005")
         assert done.returncode == 2
-        assert b"more than the limit of the cache, 50,000" in done.stderr
+        assert b"more than the limit of the cache, 50.0 KB" in done.stderr
         assert b"--limit-gb" in done.stderr
         assert DiskStore(tmp_path / "cache").stats().entries == 0
 
@@ -222,7 +223,8 @@ class TestEncode:
     def test_a_limit_is_refused_in_the_unit_it_was_given_in(self, corpus: Path, limit: str) -> None:
         done = kalm("encode", corpus, "--model", "mini", "--limit-gb", limit)
         assert done.returncode == 2
-        assert f"--limit-gb must be a number above 0, got {limit}".encode() in done.stderr
+        rule = "--limit-gb must be a number of GB above 0 and at most 1,000,000,000"
+        assert f"{rule}, got {limit}".encode() in done.stderr
 
     def test_a_corpus_that_is_missing_is_known_before_the_model_loads(self, tmp_path: Path) -> None:
         for options in ((), ("--dry-run",)):
@@ -339,8 +341,8 @@ class TestPreflight:
         check_writable(store)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
         check_room(store, 2000, 1000)
-        with pytest.raises(StoreError, match="the new passages take about 1,001 bytes, and the disk .* has 1,000 left"):
-            check_room(store, 2000, 1001)
+        with pytest.raises(StoreError, match="the new passages take about 2.5 KB, and the disk .* has 1.0 KB left"):
+            check_room(store, 3000, 2500)
 
 
 class TestImport:
@@ -431,7 +433,7 @@ class TestImport:
         command = ("cache", "import", tmp_path / "shards", "--any-model", "--cache", tmp_path / "cache")
         done = kalm(*command, "--limit-gb", "0.0001")
         assert done.returncode == 2
-        assert b"more than the limit of the cache, 100,000" in done.stderr
+        assert b"more than the limit of the cache, 100.0 KB" in done.stderr
         assert DiskStore(tmp_path / "cache").stats().entries == 0
         assert kalm(*command, "--limit-gb", "1").stdout.endswith(b"50 of 50 passages held\n")
 
@@ -621,10 +623,13 @@ def test_eval_refuses_a_folder_that_is_not_its_own(collection: Any, tmp_path: Pa
     assert sorted(path.name for path in folder.iterdir()) == ["corpus.jsonl", "qrels.tsv", "queries.jsonl"]
 
 
-def test_demo_without_its_extra_names_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("package", ["ir_measures", "bm25s"])
+def test_demo_without_its_extra_names_it(
+    package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from kalm_rag import cli
 
-    monkeypatch.setitem(sys.modules, "ir_measures", None)
+    monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setattr(sys, "argv", ["kalm-rag", "demo"])
     with pytest.raises(SystemExit):
         cli.main()

@@ -21,7 +21,10 @@ from kalm_rag.evaluation import (
     bm25_candidates,
     evaluate,
 )
+from kalm_rag.evaluation.experiment import data_digests
 from kalm_rag.evaluation.summary import summarise
+from kalm_rag.model.checkpoint import find_checkpoint
+from kalm_rag.model.identity import identify
 from kalm_rag.retrieval.corpus import Corpus
 
 
@@ -147,6 +150,47 @@ def test_summary_holds_first_stage_best_order_and_movements(experiment: Experime
     assert {len(row) for row in rows} == {len(heading)}
 
 
+def test_results_say_when_where_and_with_what_they_were_made(
+    experiment: Experiment, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The precision is the one that computes: a CPU without bfloat16 instructions multiplies in float32."""
+    monkeypatch.setattr("kalm_rag.model.cpu_kernels.has_fast_bfloat16", lambda: False)
+    experiment.systems = [System(str(checkpoint), 4, "bfloat16")]
+    summary = summarise(experiment, *evaluate(experiment))
+    found = json.loads(json.dumps(summary.as_json()))
+    (encoding,) = found["encoding"]
+    assert (encoding["dtype"], encoding["precision"]) == ("bfloat16", "bfloat16 weights, float32 products")
+    assert encoding["device"] in ("cpu", "cuda", "mps")
+    assert encoding["digest"].startswith(identify(find_checkpoint(checkpoint)).short)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", found["date"])
+    assert {"cpu", "features", "threads", "torch_cpu"} <= found["machine"].keys()
+    assert {"python", "torch", "transformers"} <= found["versions"].keys()
+    shown = dict(summary.provenance())
+    assert found["date"][:10] in shown["date"]
+    assert found["data"]["passages"] == shown["passages, SHA-256"]
+    assert f"torch {found['versions']['torch']}" in shown["versions"]
+
+
+def test_digests_change_with_what_they_are_of(experiment: Experiment) -> None:
+    before = data_digests(experiment)
+    assert data_digests(experiment) == before
+    corpus = Corpus({**CORPUS.passages, "p9": "more"}, CORPUS.queries, CORPUS.qrels)
+    after = data_digests(replace(experiment, corpus=corpus))
+    assert {name for name in before if before[name] != after[name]} == {"passages"}
+    qrels = {**CORPUS.qrels, "q1": {"p1": 1}}
+    after = data_digests(replace(experiment, corpus=Corpus(CORPUS.passages, CORPUS.queries, qrels)))
+    assert {name for name in before if before[name] != after[name]} == {"judgements"}
+
+
+def test_rankings_of_an_earlier_start_are_counted(experiment: Experiment) -> None:
+    first = summarise(experiment, *evaluate(experiment))
+    assert [result.kept for result in first.results] == [0, 0]
+    second = summarise(experiment, *evaluate(experiment))
+    assert [result.kept for result in second.results] == [3, 3]
+    assert any(warning.startswith("6 of 6 rankings were kept from an earlier start") for warning in second.warnings)
+    assert not any("earlier start" in warning for warning in first.warnings)
+
+
 def _eval(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "kalm_rag", "eval", *arguments], capture_output=True, text=True)
 
@@ -174,6 +218,9 @@ def test_the_command_writes_table_runs_plots_and_a_page_of_its_own(checkpoint: P
     assert "set[b]&lt;i&gt;" in page
     assert "<i>" not in page
     assert not re.findall(r"(?:src|href|srcset)=[\"'](?!data:)", page)
+    for text in (results["machine"]["cpu"], results["versions"]["torch"], *results["data"].values()):
+        assert text in page
+    assert results["encoding"][0]["precision"] in page
     images = re.findall(r"data:image/png;base64,[A-Za-z0-9+/=]+", page)
     assert len(images) == len(set(images)) >= 6
     assert {path.name for path in (out / "plots").iterdir()} >= {

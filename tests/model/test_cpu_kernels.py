@@ -55,14 +55,14 @@ def nothing_measured(monkeypatch: Any) -> None:
 @pytest.fixture(params=["oneDNN", "torch"])
 def faster(request: Any, monkeypatch: Any, nothing_measured: None) -> str:
     """Machines on which oneDNN is faster, and on which torch is; both have bfloat16 instructions if this one has."""
-    monkeypatch.setattr(kernels, "_shortest", Machine(request.param, "bfloat16" if HAS_BFLOAT16 else "float32"))
+    monkeypatch.setattr(kernels, "shortest_times", Machine(request.param, "bfloat16" if HAS_BFLOAT16 else "float32"))
     return str(request.param)
 
 
 @pytest.fixture
 def onednn_is_faster(monkeypatch: Any, nothing_measured: None) -> Machine:
     machine = Machine("oneDNN", "bfloat16" if HAS_BFLOAT16 else "float32")
-    monkeypatch.setattr(kernels, "_shortest", machine)
+    monkeypatch.setattr(kernels, "shortest_times", machine)
     return machine
 
 
@@ -70,7 +70,7 @@ def onednn_is_faster(monkeypatch: Any, nothing_measured: None) -> Machine:
 def no_bfloat16(monkeypatch: Any, nothing_measured: None) -> Machine:
     """A machine on which float32 is faster than bfloat16."""
     machine = Machine("oneDNN", "float32")
-    monkeypatch.setattr(kernels, "_shortest", machine)
+    monkeypatch.setattr(kernels, "shortest_times", machine)
     return machine
 
 
@@ -269,7 +269,7 @@ def test_what_was_measured_faster_runs(checkpoint: Path, faster: str, caplog: An
     assert all(choice.what in caplog.text for choice in found)
     load(checkpoint)
     assert kernels.choices() == found
-    assert kernels._shortest.measured == len(found)  # type: ignore[attr-defined]
+    assert kernels.shortest_times.measured == len(found)  # type: ignore[attr-defined]
 
 
 @needs_x86
@@ -278,7 +278,7 @@ def test_a_tie_keeps_a_matrix_and_replaces_a_network(
     checkpoint: Path, nothing_measured: None, monkeypatch: Any, onednn: float, networks: bool
 ) -> None:
     """In a network oneDNN spares passes over the data, which count for more with more rows than are measured."""
-    monkeypatch.setattr(kernels, "_shortest", lambda actions: {"torch": 1.0, "oneDNN": onednn})
+    monkeypatch.setattr(kernels, "shortest_times", lambda actions: {"torch": 1.0, "oneDNN": onednn})
     kinds = {type(module) for module in load(checkpoint).model.get_decoder().layers.modules()}
     assert nn.Linear in kinds
     assert kernels.FastLinear not in kinds
@@ -309,13 +309,13 @@ def test_a_busy_machine_does_not_change_the_choice(monkeypatch: Any, slow: int) 
     busy = clock.action(0.01, 0.012, 0.001, 0.015, 0.014, 0.02, 0.001, 0.03)
     idle = clock.action(0.002)
     actions = {"one": busy, "two": idle} if slow else {"two": idle, "one": busy}
-    assert kernels._shortest(actions) == pytest.approx({"one": 0.001, "two": 0.002})
+    assert kernels.shortest_times(actions) == pytest.approx({"one": 0.001, "two": 0.002})
 
 
 def test_measuring_ends(monkeypatch: Any) -> None:
     """Also where no time is reached twice."""
     clock = Clock(monkeypatch)
-    kernels._shortest({"one": clock.action(*(0.5**number for number in range(3, 60)))})
+    kernels.shortest_times({"one": clock.action(*(0.5**number for number in range(3, 60)))})
     assert clock.now < 0.3
 
 
@@ -518,7 +518,7 @@ def test_a_doubtful_time_of_bfloat16_is_measured_again(
 ) -> None:
     """A busy machine must not make a fast CPU a slow one."""
     left = list(times)
-    monkeypatch.setattr(kernels, "_shortest", lambda actions: dict(zip(actions, left.pop(0), strict=True)))
+    monkeypatch.setattr(kernels, "shortest_times", lambda actions: dict(zip(actions, left.pop(0), strict=True)))
     assert kernels.has_fast_bfloat16() == fast
     assert len(times) - len(left) == measured
 
@@ -598,7 +598,7 @@ def test_int8_projections_are_what_the_processor_is_fast_at(
     checkpoint: Path, passages: list[str], monkeypatch: Any, nothing_measured: None, fast: bool
 ) -> None:
     """And so is the attention, whose prefilled keys and values are kept in bfloat16."""
-    monkeypatch.setattr(kernels, "_shortest", Machine("oneDNN", "bfloat16" if fast else "float32"))
+    monkeypatch.setattr(kernels, "shortest_times", Machine("oneDNN", "bfloat16" if fast else "float32"))
     expected = KaLMReranker(checkpoint, device="cpu", cache=None).predict([("query", text) for text in passages[:6]])
     reranker = KaLMReranker(checkpoint, device="cpu", cache=None, dtype="int8")
     loaded = reranker.scorer.loaded
