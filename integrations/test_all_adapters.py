@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from adapterkit import QUERY, TEXTS
+from adapterkit import MODES, QUERY, TEXTS
 from haystack import Document as HaystackDocument
 from haystack import Pipeline
 from haystack.utils import ComponentDevice
@@ -315,6 +316,25 @@ def test_documents_of_a_framework_are_ranked_as_they_are(adapter: Adapter, given
     assert made.reranker.cache.stats().encoded == encoded, "the text is the adapter's"
     with pytest.raises(TypeError, match="documents must be a list of passages, got one"):
         made.reranker.rank(QUERY, documents[0])
+
+
+@MODES
+def test_what_a_document_left_is_forgotten(adapter: Adapter, given: dict[str, Any], mode: str) -> None:
+    documents = adapter.documents(TEXTS)
+    made = adapter.make(**given, keep="prefilled")
+    adapter.rank(made, documents)
+    made.reranker.cache.flush()
+    if mode == "sync":
+        report = made.forget(documents[:2])
+    else:
+        report = asyncio.run((getattr(made, "aforget", None) or made.forget_async)(documents[:2]))
+    assert (report.texts, report.store.states, report.store.prefilled) == (2, 2, 2)
+    assert (report.memory.states, report.memory.prefilled) == (2, 2)
+    assert len(made.reranker.unknown(documents)) == 2
+    for make in adapter.others:  # what ingests documents forgets them too
+        assert make(**given, keep="prefilled").forget(documents[2:3]).store.total == (
+            2 if make is adapter.others[0] else 0
+        )
 
 
 def test_settings_of_one_query_in_llama_index(given: dict[str, Any]) -> None:

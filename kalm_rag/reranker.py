@@ -451,6 +451,10 @@ class KaLMReranker:
         """`encode` for asynchronous programs; see `arank`."""
         return await self._calls.run("encode", partial(self.encode, text=text), documents, show_progress)
 
+    async def aforget(self, documents: Iterable[D], *, text: TextOf[D] | None = None) -> ForgetReport:
+        """`forget` for asynchronous programs; see `arank`."""
+        return await self._calls.run("encode", partial(self.forget, text=text), documents)
+
     def prefill_stats(self) -> PrefillStats | None:
         """Hits, misses and size of the prefilled passages in memory; None while the model is not loaded."""
         scorer = self._scorer

@@ -28,6 +28,7 @@ from kalm_rag.adapters import (
     check_cache,
     serialisable_cache,
 )
+from kalm_rag.cache import ForgetReport
 from kalm_rag.cache.passage_cache import Keep
 
 
@@ -112,6 +113,14 @@ class KalmBase(BaseModel):
             ratio=self.ratio,
             options=Options.of(self.options),
         )
+
+    def forget(self, documents: Iterable[Document]) -> ForgetReport:
+        """Delete what the cache keeps of documents, by the text that is ranked; see `KaLMReranker.forget`."""
+        return self.reranker.forget(passage_texts(document_list(documents)))
+
+    async def aforget(self, documents: Iterable[Document]) -> ForgetReport:
+        """`forget` without blocking the event loop."""
+        return await self.reranker.aforget(passage_texts(document_list(documents)))
 
     def close(self) -> None:
         """Write out the cache, and free the model unless another instance uses it. The next use loads it again."""

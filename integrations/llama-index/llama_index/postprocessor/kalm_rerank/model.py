@@ -29,6 +29,7 @@ from kalm_rag.adapters import (
     check_cache,
     serialisable_cache,
 )
+from kalm_rag.cache import ForgetReport
 from kalm_rag.cache.passage_cache import Keep
 
 
@@ -143,6 +144,14 @@ class KalmBase(BaseComponent):
             ratio=self.ratio,
             options=Options.of(self.options),
         )
+
+    def forget(self, nodes: Iterable[BaseNode | NodeWithScore]) -> ForgetReport:
+        """Delete what the cache keeps of nodes, by the text that is ranked; see `KaLMReranker.forget`."""
+        return self.reranker.forget(passage_texts(node_list(nodes), self.metadata_mode))
+
+    async def aforget(self, nodes: Iterable[BaseNode | NodeWithScore]) -> ForgetReport:
+        """`forget` without blocking the event loop."""
+        return await self.reranker.aforget(passage_texts(node_list(nodes), self.metadata_mode))
 
     def close(self) -> None:
         """Write out the cache, and free the model unless another instance uses it. The next use loads it again."""

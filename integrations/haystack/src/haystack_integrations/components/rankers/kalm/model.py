@@ -21,6 +21,7 @@ from kalm_rag.adapters import (
     check_cache,
     serialisable_cache,
 )
+from kalm_rag.cache import ForgetReport
 from kalm_rag.cache.passage_cache import Keep
 from kalm_rag.model.checkpoint import clean_token
 
@@ -116,6 +117,14 @@ class KalmBase:
     async def warm_up_async(self) -> None:
         """Load the model without blocking the event loop."""
         await asyncio.to_thread(self.reranker.load)
+
+    def forget(self, documents: list[Document]) -> ForgetReport:
+        """Delete what the cache keeps of documents, by the text that is ranked; see `KaLMReranker.forget`."""
+        return self.reranker.forget(self.texts(documents))
+
+    async def forget_async(self, documents: list[Document]) -> ForgetReport:
+        """`forget` without blocking the event loop."""
+        return await self.reranker.aforget(self.texts(documents))
 
     def close(self) -> None:
         """Write out the cache, and free the model unless another component uses it. The next run loads it again."""
