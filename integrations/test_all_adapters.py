@@ -170,6 +170,11 @@ def test_credentials_stay_out_of_files_and_words(adapter: Adapter, given: dict[s
         assert "horse" not in text
     with pytest.raises(Exception, match=r"options\.\w+ is a credential and is never serialised"):
         adapter.saved(made)
+    if adapter is not ADAPTERS["haystack"]:
+        data = made.to_dict() if hasattr(made, "to_dict") else made.model_dump()
+        assert "horse" not in str(data)
+        data.pop("class_name", None)
+        assert type(made)(**data) == made, "what is handed on in a process still works"
     adapter.rank(made, adapter.documents(TEXTS))
     made.reranker.cache.flush()
     plain = KaLMReranker(given["model"], cache=given["cache"], device="cpu")
@@ -284,6 +289,7 @@ def test_equal_arguments_make_equal_adapters(adapter: Adapter, given: dict[str, 
         assert first != make(**given, options={"batch_size": 3})
         assert first != make(**{**given, "model": "nano"})
         assert first != "another thing"
+        assert make(**{**given, "cache": Path(given["cache"]), "model": Path(given["model"])}) == first
 
 
 def test_closing_spares_what_another_uses(adapter: Adapter, given: dict[str, Any]) -> None:

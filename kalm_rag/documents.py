@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 from kalm_rag.results import D
 from kalm_rag.utils import forks
 from kalm_rag.utils.checks import check_string
+from kalm_rag.utils.framework_texts import framework_text, framework_text_name
 
 logger = logging.getLogger(__name__)
 
@@ -75,16 +76,6 @@ TRUNCATED = (
 TextOf: TypeAlias = str | Callable[[D], str]
 """Where the text of a document is: a key of a mapping, an attribute of another object, or a function."""
 
-_FRAMEWORK_TEXTS: tuple[tuple[str, Callable[[Any], Any]], ...] = (
-    ("page_content", lambda document: document.page_content),  # LangChain
-    ("get_content", lambda node: node.get_content(metadata_mode="embed")),  # LlamaIndex, nodes with a score as well
-    ("content", lambda document: "" if document.content is None else document.content),  # Haystack
-)
-"""The texts of the frameworks' documents, which are recognised by a name: the core imports no framework.
-
-They are the texts that the adapters rank by default, so that both find each other's encoded passages.
-"""
-
 
 def document_text(document: Any, where: str, text: TextOf[Any] | None = None) -> str:
     """Return the text of one passage.
@@ -115,10 +106,9 @@ def document_text(document: Any, where: str, text: TextOf[Any] | None = None) ->
             msg = f"{where} has no attribute {text!r}, it is of type {type(document).__name__}: {document!r:.80}"
             raise TypeError(msg)
         return check_string(f"{where}.{text}", getattr(document, text))
-    # A class has these names too, but no text.
-    for name, read in () if isinstance(document, type) else _FRAMEWORK_TEXTS:
-        if hasattr(document, name):
-            return check_string(f"{where}.{name}", read(document))
+    name = framework_text_name(document)
+    if name is not None:
+        return check_string(f"{where}.{name}", framework_text(document))
     msg = (
         f"{where} must be a string, a mapping with the key 'text' or a document of LangChain, LlamaIndex or Haystack, "
         f"got {type(document).__name__}: {document!r:.80}; for others give text=, a key or a function"
@@ -160,7 +150,7 @@ def _is_one_document(documents: Any, text: TextOf[Any] | None) -> bool:
     """Whether it is a passage itself; a document of a framework iterates too, over its fields."""
     if isinstance(documents, Mapping):
         return (text if isinstance(text, str) else "text") in documents
-    return any(hasattr(documents, name) for name, _ in _FRAMEWORK_TEXTS)
+    return framework_text_name(documents) is not None
 
 
 def iter_pairs(pairs: object) -> Iterator[tuple[str, str]]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, SupportsIndex, overload
 
-from kalm_rag.utils.display import Shown, html_table, short_repr, text_of
+from kalm_rag.utils.display import Shown, html_table, short_repr, shown_document, text_of
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVar  # every type checker brings it; `typing` has no default before 3.13
@@ -84,7 +84,7 @@ class Ranking(list[RankedPassage[D]]):
             lines.append("rank   score  margin  index  document")
         for place, hit in enumerate(self[:_ROWS], start=1):
             line = f"{place:>4}  {hit.score:.4f}  {hit.margin:>6.2f}  {hit.index:>5}  "
-            lines.append(line + short_repr(hit.document, 78 - len(line)))
+            lines.append(line + short_repr(shown_document(hit.document), 78 - len(line)))
         if len(self) > _ROWS:
             lines.append(f"… and {len(self) - _ROWS} more")
         return "\n".join(lines)

@@ -14,7 +14,7 @@ from cachekit import DictByteStore
 from machine import needs_int8
 
 from kalm_rag import KaLMReranker, PassageCache
-from kalm_rag.cache import ByteStoreAdapter, DiskStore, StoreError
+from kalm_rag.cache import ByteStoreAdapter, DiskStore, MemoryStore, StoreError, records
 from kalm_rag.cache.records import RECORDS
 from kalm_rag.forget import spaces_of
 from kalm_rag.model.checkpoint import find_checkpoint
@@ -180,3 +180,34 @@ def test_records_are_searched_without_torch(checkpoint: Path, tmp_path: Path) ->
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["3", "False"]
+
+
+def test_a_folder_that_is_replaced_is_recorded_anew(checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    cache = PassageCache(folder)
+    reranker = KaLMReranker(checkpoint, device="cpu", cache=cache)
+    reranker.encode(["one"])
+    cache.flush()
+    shutil.rmtree(folder)
+    for text in ("two", "three"):
+        reranker.encode([text])
+        cache.flush()
+    report = PassageCache(folder).forget(["two", "three"])
+    assert (report.store.states, report.spaces) == (2, 1)
+
+
+def test_a_store_without_room_for_records_says_so(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "MOST_SLOTS", 2)
+    monkeypatch.setattr(records.SlotRecords, "most", 2)
+    store = ByteStoreAdapter(DictByteStore())
+    cache = PassageCache(store, keep="prefilled")
+    reranker = KaLMReranker(checkpoint, device="cpu", cache=cache)
+    for instruction in ("Find one.", "Find two.", "Find three."):
+        reranker.rank("query", ["one"], instruction=instruction)
+    cache.flush()
+    assert PassageCache(store).forget(["one"]).unreadable == 1
+
+
+def test_a_store_without_records_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    PassageCache(MemoryStore(1000)).forget(["one"])
+    assert "MemoryStore keeps no records of key spaces" in caplog.text

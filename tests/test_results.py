@@ -261,3 +261,18 @@ def test_the_results_need_no_typing_extensions() -> None:
     """Only a type checker reads it, and brings it along."""
     code = "import sys; sys.modules['typing_extensions'] = None; import kalm_rag.results"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class Chunk:
+    """Like a document of LangChain."""
+
+    page_content = "The text <b>that</b> matters."
+
+    def __repr__(self) -> str:
+        return "Chunk(id='2b2e551f-0000-0000-0000-000000000000')"
+
+
+def test_documents_of_a_framework_show_their_text() -> None:
+    ranking = Ranking([RankedPassage(0, 0.5, 0.0, Chunk())])
+    assert "The text <b>that</b> matters." in repr(ranking)
+    assert ["1", "The text <b>that</b> matters.", "0.5000", "0.00", "0"] in Page(ranking._repr_html_()).rows

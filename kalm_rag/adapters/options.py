@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeAlias, get_args
 
@@ -38,13 +38,14 @@ class Options:
         prefill_memory: bytes of prefilled passages kept in memory, on the model's device.
         prefill_storage: `native`, or `int8` for fewer bytes and slightly different scores.
         show_progress: True, False, or None for bars on long work when standard error is a terminal.
-        token: hub token, if the model needs one. It is never serialised.
+        token: hub token, if the model needs one. It is never written to JSON or YAML; a pickle holds it.
         local_files_only: never ask the hub, use what was downloaded.
         cache_memory: bytes of encoded passages kept in memory in front of the folder.
         cache_limit: bytes a folder may take; None leaves its limit as it is, 10 GB for a new one.
         cache_base_ratio: the ratio at which states are kept. Default: 4, or `ratio` if 4 does not divide it.
         cache_storage: `native`, or `int8` for fewer bytes and slightly different scores.
-        cache_secret: authenticates entries of a folder that others can write to. It is never serialised.
+        cache_secret: authenticates entries of a folder that others can write to. It is never written to JSON or YAML; a
+            pickle holds it.
         cache_read_only: write nothing to the folder.
 
     Raises:
@@ -114,7 +115,7 @@ class Options:
                     advice = "it is an argument of its own, outside of options"
                 msg = f"unknown option {name!r:.80}: {advice}"
                 raise ValueError(msg)
-        return cls(**given)
+        return cls(**{name: _unwrapped(value) for name, value in given.items()})
 
     def of_reranker(self) -> dict[str, Any]:
         """Return the arguments of `KaLMReranker` among them."""
@@ -130,9 +131,11 @@ class Options:
         found = {name: getattr(self, name) for name in sorted(_names())}
         return {name: value for name, value in found.items() if value != getattr(default, name)}
 
-    def holds_a_credential(self) -> bool:
-        """Whether `serialised` refuses them."""
-        return any(isinstance(getattr(self, name), (str, bytes)) for name in _CREDENTIALS)
+    def wrapped(self, wrap: Callable[[Any], Any]) -> dict[str, Any] | None:
+        """Return what differs from the defaults, or None, with credentials wrapped so that they are not shown."""
+        found = self.changed()
+        secret = {name: wrap(found[name]) for name in _CREDENTIALS if isinstance(found.get(name), (str, bytes))}
+        return (found | secret) or None
 
     def serialised(self) -> dict[str, Any] | None:
         """Return the options as JSON and YAML hold them: what differs from the defaults, or None.
@@ -156,6 +159,11 @@ _ARGUMENTS = frozenset(
     {"model", "revision", "cache", "keep", "device", "dtype", "max_length", "ratio", "instruction", "top_n", "top_k"}
     | {"score_threshold"}
 )
+
+
+def _unwrapped(value: Any) -> Any:
+    """A credential may come wrapped, as in pydantic's `SecretStr`."""
+    return value.get_secret_value() if hasattr(value, "get_secret_value") else value
 
 
 def _names() -> frozenset[str]:

@@ -163,8 +163,11 @@ class DiskStore:
         self._writer.close()
 
     def clear(self) -> int:
-        """Delete everything; returns how many entries there were."""
-        return self.delete(list(self.keys()))
+        """Delete everything, the records of key spaces too; returns how many entries there were."""
+        gone = self.delete(list(self.keys()))
+        if not self.read_only:
+            self.records.clear()
+        return gone
 
     def check(self, *, fix: bool = False, secret: bytes | None = None, orphan_age: float = 600.0) -> CheckReport:
         """Verify every entry; find files that a crash left behind, and damage to the database itself.

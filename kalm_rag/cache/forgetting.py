@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence, Set
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kalm_rag.cache import database
 from kalm_rag.cache.disk import DiskStore
+from kalm_rag.cache.heads import older_than_records
 from kalm_rag.cache.keys import KEY_PATTERN
 from kalm_rag.cache.lru import BudgetLRU
 from kalm_rag.cache.memory import MemoryStore
@@ -22,6 +24,8 @@ from kalm_rag.utils.display import Shown
 
 if TYPE_CHECKING:
     from kalm_rag.results import Document
+
+logger = logging.getLogger(__name__)
 
 _AT_ONCE = 256
 
@@ -54,7 +58,10 @@ class ForgetReport(Shown):
         store: entries that went in the store.
         spaces: key spaces that were searched: ways to encode, each with keys of its own.
         unrecorded: key spaces that this process used and could not record. Other processes do not search them.
-        unreadable: records of key spaces that could not be read. Entries in those spaces were not searched.
+        unreadable: records of key spaces that could not be read, or found no room. Entries in those spaces were not
+            searched.
+        older: entries left in a folder that are older than its first record, as earlier versions kept them. They were
+            searched in the recorded and named key spaces only.
     """
 
     texts: int
@@ -63,6 +70,7 @@ class ForgetReport(Shown):
     spaces: int
     unrecorded: int = 0
     unreadable: int = 0
+    older: int = 0
 
     @property
     def total(self) -> int:
@@ -179,6 +187,11 @@ class Forgetter:
         check_can_delete(store)
         self._flush()  # a record may be among the pending writes
         recorded, unreadable = recorded_spaces(store)
+        if store is not None and records_of(store) is None:
+            logger.warning(
+                "%s keeps no records of key spaces: texts are searched only in those that this process has used",
+                type(store).__name__,
+            )
         searched = distinct(recorded.values(), self.book.used().values(), spaces)
         memory, kept = Counter[Kind](), Counter[Kind]()
         if self.book.overflowed:  # not every key of what is in memory is known
@@ -202,6 +215,7 @@ class Forgetter:
             len(searched),
             self.unrecorded(store),
             unreadable,
+            older_than_records(store),
         )
 
     def _levels(self) -> list[BudgetLRU[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sqlite3
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
@@ -13,6 +14,9 @@ from kalm_rag.cache.frame import HEADER_BYTES, FrameError, Head
 from kalm_rag.cache.keys import KEY_PATTERN
 from kalm_rag.cache.spaces import Space
 from kalm_rag.cache.store import Store, StoreError
+
+_CLOCK_SECONDS = 10.0
+"""What the times of a file and of a row may differ by; a record is written before the first entry of its key space."""
 
 _AT_ONCE = 64
 
@@ -77,6 +81,27 @@ def unsearchable(store: Store, spaces: Iterable[Space]) -> dict[bytes, int]:
             mark = (head.model, head.prefilled, head.dtype, head.ratio if head.prefilled else 0)
             found[head.model] += head.tokens > longest.get(mark, -1)
     return {model: count for model, count in found.items() if count}
+
+
+def older_than_records(store: Store | None) -> int:
+    """Count the entries of a folder that are older than its first record of a key space: no record may speak of them.
+
+    Raises:
+        StoreError: the folder cannot be read.
+    """
+    if not isinstance(store, DiskStore) or store.place.file() is None:
+        return 0
+    since = store.records.since()
+    before = math.inf if since is None else since - _CLOCK_SECONDS
+    try:
+        connection, _ = database.connect_reading(store.folder)
+        with contextlib.closing(connection):
+            if not database.is_complete(connection):
+                return 0
+            (count,) = connection.execute("SELECT COUNT(*) FROM Cache WHERE store_time < ?", (before,)).fetchone()
+            return int(count)
+    except (sqlite3.Error, OSError) as error:
+        raise StoreError(database.explain(error, store.folder)) from error
 
 
 def _heads_of(store: Store, keys: list[str]) -> Iterator[tuple[str, Head | None]]:

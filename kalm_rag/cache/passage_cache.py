@@ -322,8 +322,13 @@ class PassageCache:
             kept: the store holds entries of it, or is about to. It is recorded there, asynchronously and once; a
                 failure is a log line and a counter.
         """
-        self._forgetter.book.use(space)
-        if kept and self._has_records and self.keeps(space.kind) and self._forgetter.book.begin(space):
+        book = self._forgetter.book
+        book.use(space)
+        if not (kept and self._has_records and self.keeps(space.kind)):
+            return
+        if isinstance(self.store, DiskStore) and not self.store.records.holds(space.id):
+            book.lost(space)
+        if book.begin(space):
             self._writer.submit(0, partial(self._record, space))
 
     def attach(self, memory: BudgetLRU[str, Any]) -> None:

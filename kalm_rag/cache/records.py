@@ -15,7 +15,7 @@ from kalm_rag.cache import database
 from kalm_rag.cache.connections import Writer
 from kalm_rag.cache.keys import KEY_PATTERN
 from kalm_rag.cache.place import Place
-from kalm_rag.cache.spaces import LARGEST_RECORD
+from kalm_rag.cache.spaces import LARGEST_RECORD, Space, SpaceError
 from kalm_rag.cache.store import StoreError
 
 RECORDS = "key-spaces"
@@ -42,6 +42,8 @@ class FolderRecords:
         place: the cache's folder.
         writer: makes the folder, if it does not exist yet.
     """
+
+    most = MOST_RECORDS
 
     def __init__(self, place: Place, writer: Writer) -> None:
         self._place = place
@@ -91,6 +93,34 @@ class FolderRecords:
             raise StoreError(database.explain(error, place.folder)) from error
         return True
 
+    def holds(self, name: str) -> bool:
+        """Whether a record is there; a folder that was removed or replaced has lost it."""
+        return os.path.lexists(self._folder / f"{name}{_SUFFIX}")
+
+    def since(self) -> float | None:
+        """Return when the oldest record was written, in seconds since the epoch; None without any."""
+        try:
+            return min((os.lstat(self._folder / name).st_mtime for name in self._names()), default=None)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise StoreError(database.explain(error, self._place.folder)) from error
+
+    def clear(self, model: bytes | None = None) -> None:
+        """Delete the records, or those of the model with this digest. What uses them writes them again.
+
+        Raises:
+            StoreError: the folder of records cannot be read or changed.
+        """
+        try:
+            for name in self._names():
+                path = self._folder / name
+                with contextlib.suppress(FileNotFoundError):
+                    if model is None or _model_of(_read(path)) == model:
+                        path.unlink()
+        except OSError as error:
+            raise StoreError(database.explain(error, self._place.folder)) from error
+
     @property
     def _folder(self) -> Path:
         return self._place.folder / RECORDS
@@ -124,9 +154,31 @@ class FolderRecords:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """Files in a cache's folder that an interrupted recording may have left."""
+    """Files in a cache's folder that an interrupted recording may have left, and records that do not verify.
+
+    Raises:
+        OSError: a record cannot be read, which says nothing about its content.
+    """
     records = folder / RECORDS
-    return [] if records.is_symlink() else list(records.glob(f"{PARTIAL}*"))
+    if records.is_symlink():
+        return []
+    damaged = []
+    for path in records.glob(f"*{_SUFFIX}"):
+        with contextlib.suppress(FileNotFoundError):
+            if KEY_PATTERN.fullmatch(path.stem) and path.is_file() and not path.is_symlink():
+                with path.open("rb") as file:
+                    data = file.read(LARGEST_RECORD + 1)
+                if _model_of(data) is None:
+                    damaged.append(path)
+    return [*records.glob(f"{PARTIAL}*"), *damaged]
+
+
+def _model_of(data: bytes) -> bytes | None:
+    """Return the digest of a record's model, or None if the record does not verify."""
+    try:
+        return Space.from_bytes(data).keys.model
+    except SpaceError:
+        return None
 
 
 def _read(path: Path) -> bytes:
@@ -170,6 +222,8 @@ class SlotRecords:
         write: stores values.
     """
 
+    most = MOST_SLOTS
+
     def __init__(
         self, read: Callable[[Sequence[str]], Mapping[str, Any]], write: Callable[[Mapping[str, bytes]], object]
     ) -> None:
@@ -197,7 +251,8 @@ class SlotRecords:
             msg = f"the store has {MOST_SLOTS} records of key spaces, and takes no more"
             raise StoreError(msg)
         self._write({free: data})
-        # Two processes may have chosen the same name at once: the one that lost tries again at its next write.
+        # Two processes may have chosen the same name at once. Whoever finds the other's record here tries again at its
+        # next write; a record that is replaced after that is lost, and its entries count as unsearchable.
         if self._read([free]).get(free) != data:
             msg = "the store does not keep the record of a key space"
             raise StoreError(msg)

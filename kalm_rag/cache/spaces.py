@@ -198,12 +198,17 @@ def records_of(store: object) -> Records | None:
 
 
 def recorded_spaces(store: object) -> tuple[dict[str, Space], int]:
-    """Return the key spaces that a store has recorded, by id, and how many records could not be read."""
+    """Return the key spaces that a store has recorded, by id, and how many records could not be read.
+
+    Where there is no room for another record, one more counts: some key space may be without.
+    """
     records = records_of(store)
     if records is None:
         return {}, 0
     found: dict[str, Space] = {}
     kept, unreadable = records.read()
+    if not unreadable and len(kept) >= getattr(records, "most", len(kept) + 1):
+        unreadable = 1
     for data in kept:
         try:
             space = Space.from_bytes(data)
@@ -230,7 +235,8 @@ class SpaceBook:
     def __init__(self) -> None:
         self.overflowed = False
         self._used: OrderedDict[str, Space] = OrderedDict()
-        self._recorded: set[str] = set()
+        self._recorded: set[str] = set()  # or being recorded
+        self._kept: set[str] = set()
         self._failed: set[str] = set()
         self._lock = forks.Lock()  # of all of the above
 
@@ -242,7 +248,15 @@ class SpaceBook:
             if len(self._used) > _MOST_USED:
                 gone, _ = self._used.popitem(last=False)
                 self._recorded.discard(gone)
+                self._kept.discard(gone)
                 self.overflowed = True
+
+    def lost(self, space: Space) -> None:
+        """Note that a store has lost the record of a key space, so that it is recorded again."""
+        with self._lock:
+            if space.id in self._kept:
+                self._kept.discard(space.id)
+                self._recorded.discard(space.id)
 
     def begin(self, space: Space) -> bool:
         """Return whether a key space is still to be recorded; whoever asks does so, and says how it went."""
@@ -263,6 +277,8 @@ class SpaceBook:
         with self._lock:
             if failed or again:
                 self._recorded.discard(space.id)
+            else:
+                self._kept.add(space.id)
             (self._failed.add if failed else self._failed.discard)(space.id)
 
     def used(self) -> dict[str, Space]:

@@ -16,6 +16,8 @@ from kalm_rag.cli.options import (
     DeviceOption,
     JsonOption,
     RevisionOption,
+    check_revision,
+    choices,
     console,
     note_mini,
     print_json,
@@ -41,6 +43,7 @@ def doctor(
             help="Also load this model and compare every path from a passage to a score.",
             metavar="MODEL",
             show_default=False,
+            autocompletion=choices("nano", "small", "large", "mini"),
         ),
     ] = None,
     card: Annotated[
@@ -66,6 +69,11 @@ def doctor(
     is 0 if everything works, with or without warnings, and 1 if something is broken. The JSON form is meant for fault
     reports: it holds no tokens, and the home folder is written as ~.
     """
+    if model is None:
+        check_revision(revision)
+        if card is not None:
+            msg = f"--card {card} belongs to a model: name the folder of its copy with --model"
+            raise ValueError(msg)
     try:
         from kalm_rag.diagnosis.doctor import diagnose
     except (ImportError, OSError) as error:  # a library that does not load is an OSError of torch

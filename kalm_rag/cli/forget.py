@@ -16,6 +16,8 @@ from kalm_rag.cli.options import (
     JsonOption,
     RevisionOption,
     TextFieldOption,
+    check_revision,
+    choices,
     print_json,
     show,
 )
@@ -42,13 +44,20 @@ def clear(
     doomed = list(store.keys()) if digest is None else keys_of_models(store, [digest]).get(digest, [])
     if doomed and not yes:
         typer.confirm(f"Delete {len(doomed)} passages in {visible_line(str(store.folder))}?", abort=True)
-    show(f"{delete_from(store, doomed)} passages deleted")
+    deleted = delete_from(store, doomed)
+    store.records.clear(digest)
+    show(f"{deleted} passages deleted")
 
 
 def prune(
     keep_models: Annotated[
         list[str],
-        typer.Option("--keep-model", help="A model whose passages stay. The option may be repeated.", metavar="MODEL"),
+        typer.Option(
+            "--keep-model",
+            help="A model whose passages stay. The option may be repeated.",
+            metavar="MODEL",
+            autocompletion=choices("nano", "small", "large", "mini"),
+        ),
     ],
     cache: CacheOption = "default",
     revision: RevisionOption = None,
@@ -97,6 +106,7 @@ def forget(
             help="Also search what older versions kept for this model. The option may be repeated.",
             metavar="MODEL",
             show_default=False,
+            autocompletion=choices("nano", "small", "large", "mini"),
         ),
     ] = None,
     revision: RevisionOption = None,
@@ -117,7 +127,7 @@ def forget(
     """Delete what the cache keeps of given texts.
 
     They are searched under every model and setting that the cache has recorded, without loading a model. The exit
-    status is 0 only if every entry of the cache could be searched.
+    status is 1 if entries are left that these may not cover.
     """
     from kalm_rag.cache import PassageCache
     from kalm_rag.cache.forgetting import check_can_delete
@@ -140,16 +150,20 @@ def forget(
         print_json({"folder": str(store.folder), **dataclasses.asdict(report), "unsearchable": hidden})
     else:
         _show_forgotten(report, hidden)
-    if hidden or report.unreadable:
+    if hidden or report.unreadable or report.older:
         sys.exit(1)
+
+
+def _count(number: int, one: str, many: str = "") -> str:
+    return f"{number} {one if number == 1 else many or one + 's'}"
 
 
 def _show_forgotten(report: ForgetReport, hidden: dict[str, int]) -> None:
     went = report.store
-    deleted = f"{went.total} entries deleted ({went.states} states, {went.prefilled} prefilled)"
+    deleted = f"{_count(went.total, 'entry', 'entries')} deleted ({went.states} states, {went.prefilled} prefilled)"
     show(
-        f"{report.texts} texts read, {deleted if went.total else 'nothing is kept of them'}, "
-        f"{report.spaces} key spaces searched"
+        f"{_count(report.texts, 'text')} read, {deleted if went.total else 'nothing is kept of them'}, "
+        f"{_count(report.spaces, 'key space')} searched"
     )
     if report.unreadable:
         show(
@@ -161,6 +175,12 @@ def _show_forgotten(report: ForgetReport, hidden: dict[str, int]) -> None:
             f"{sum(hidden.values())} entries are in key spaces that are not recorded, so they cannot be searched by "
             "text: name their model with --model, or delete them with `kalm-rag cache clear --model`"
         )
+    elif report.older:
+        show(
+            f"{_count(report.older, 'entry', 'entries')} left that are older than the cache's records, so they can be "
+            "searched by text only under recorded settings and, with --model, a model's default ones: to be sure, "
+            "delete them with `kalm-rag cache clear --model`"
+        )
     for name, count in hidden.items():
         show(f"  model {name}: {count} entries")
 
@@ -170,6 +190,7 @@ def _spaces_of_models(
 ) -> list[Space]:
     """Return the key spaces of models, for the `max_length` and the ratios that are named or recorded too."""
     if not models:
+        check_revision(revision)
         if max_lengths:
             msg = "--max-length goes with --model: recorded key spaces have a max_length of their own; leave it out"
             raise ValueError(msg)

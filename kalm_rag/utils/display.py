@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+from kalm_rag.utils.framework_texts import framework_text
+
 _WIDTH = 60
 """Characters of a text in a `repr`."""
 _CELL = 200
@@ -79,10 +81,19 @@ def _first_of(first: list[str], count: int) -> str:
     return ", ".join(first + [f"… {count - 1} more"] * (count > 1))
 
 
+def shown_document(document: object) -> object:
+    """Return what says most of a document: the text of a framework's document, else the document itself."""
+    try:
+        text = framework_text(document)
+    except Exception:  # noqa: BLE001 - a foreign object must not keep the rest from being shown
+        text = None
+    return text if isinstance(text, str) else document
+
+
 def text_of(document: object) -> str:
     """Return what a table shows of a document: its text on one line, or a short `repr`."""
     try:
-        text = document.get("text") if isinstance(document, Mapping) else document
+        text = document.get("text") if isinstance(document, Mapping) else shown_document(document)
     except Exception:  # noqa: BLE001 - as above
         text = None
     if not isinstance(text, str):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -89,8 +91,38 @@ def test_entries_older_than_the_records_are_named_and_found_by_their_model(folde
     assert "cache clear --model" in done.stdout
     assert done.stdout.rstrip().endswith(": 6 entries")
     named = run("forget", *at, "--model", str(checkpoint), "--json", stdin=stdin)
-    assert named.returncode == 0, named.stderr
-    assert json.loads(named.stdout)["store"] == {"states": 2, "prefilled": 2}
+    found = json.loads(named.stdout)
+    assert (found["store"], found["unsearchable"]) == ({"states": 2, "prefilled": 2}, {})
+    assert (named.returncode, found["older"]) == (1, 2), "nobody knows under which settings the last text was kept"
+    last = run("forget", *at, "--model", str(checkpoint), stdin=TEXTS[2])
+    assert last.returncode == 0, last.stdout
+
+
+def test_what_an_earlier_version_kept_under_another_instruction_is_not_denied(checkpoint: Path, tmp_path: Path) -> None:
+    cache = PassageCache(tmp_path, keep="prefilled")
+    KaLMReranker(checkpoint, device="cpu", cache=cache, instruction="Find it.").rank("query", TEXTS[:1])
+    cache.close()
+    shutil.rmtree(tmp_path / RECORDS)
+    past = time.time() - 3600
+    with sqlite3.connect(tmp_path / "cache.db") as connection:
+        connection.execute("UPDATE Cache SET store_time = ?", (past,))
+    KaLMReranker(checkpoint, device="cpu", cache=PassageCache(tmp_path, keep="prefilled")).encode(TEXTS[1:2])
+    done = run("forget", "-", "--cache", str(tmp_path), "--model", str(checkpoint), stdin=TEXTS[0])
+    assert done.returncode == 1
+    assert "1 entry left that are older than the cache's records" in done.stdout.replace("\n", " ")
+
+
+def test_check_finds_and_removes_a_damaged_record_and_clear_removes_all(folder: Path) -> None:
+    records = sorted((folder / RECORDS).iterdir())
+    records[0].write_bytes(b"damaged")
+    old = time.time() - 3600
+    os.utime(records[0], (old, old))
+    assert run("check", "--cache", str(folder)).returncode == 1
+    assert "1 orphan files" in run("check", "--cache", str(folder), "--fix").stdout
+    assert sorted((folder / RECORDS).iterdir()) == records[1:]
+    assert run("check", "--cache", str(folder)).returncode == 0
+    assert run("clear", "--cache", str(folder), "--yes").returncode == 0
+    assert list((folder / RECORDS).iterdir()) == []
 
 
 def test_another_max_length_of_a_named_model(checkpoint: Path, tmp_path: Path) -> None:

@@ -12,9 +12,13 @@ from pydantic import (
     ConfigDict,
     Field,
     PrivateAttr,
+    SecretBytes,
+    SecretStr,
+    SerializationInfo,
     SkipValidation,
     WithJsonSchema,
     field_serializer,
+    field_validator,
     model_validator,
 )
 
@@ -78,6 +82,11 @@ class KalmBase(BaseModel):
         except TypeError as error:
             raise ValueError(str(error)) from None
 
+    @field_validator("model", "cache", mode="before")
+    @classmethod
+    def _plain(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else value
+
     @model_validator(mode="after")
     def _check_cache(self) -> KalmBase:
         check_cache(self.cache, self.keep, self.options)
@@ -87,9 +96,10 @@ class KalmBase(BaseModel):
     def _serialise_cache(self, cache: CacheLike) -> str | None:
         return serialisable_cache(cache)
 
-    @field_serializer("options", when_used="json")
-    def _serialise_options(self, options: OptionsLike) -> dict[str, Any] | None:
-        return Options.of(options).serialised()
+    @field_serializer("options")
+    def _serialise_options(self, options: OptionsLike, info: SerializationInfo) -> Any:
+        given = Options.of(options)
+        return given.wrapped(wrapped) if info.mode == "python" else given.serialised()
 
     def __eq__(self, other: object) -> bool:
         """Whether it is of the same class, with equal arguments; the loaded model is not compared."""
@@ -125,6 +135,11 @@ class KalmBase(BaseModel):
     def close(self) -> None:
         """Write out the cache, and free the model unless another instance uses it. The next use loads it again."""
         self._handle.close()
+
+
+def wrapped(credential: str | bytes) -> SecretStr | SecretBytes:
+    """A credential that does not show when it is printed."""
+    return SecretBytes(credential) if isinstance(credential, bytes) else SecretStr(credential)
 
 
 def passage_text(document: Document) -> str:

@@ -16,7 +16,7 @@ from llama_index.core.bridge.pydantic import (
     model_validator,
 )
 from llama_index.core.schema import BaseComponent, BaseNode, MetadataMode, NodeWithScore
-from pydantic import SerializationInfo, SkipValidation
+from pydantic import SecretBytes, SecretStr, SerializationInfo, SkipValidation
 
 from kalm_rag import KaLMReranker
 from kalm_rag.adapters import (
@@ -105,8 +105,7 @@ class KalmBase(BaseComponent):
     @field_serializer("options")
     def _serialise_options(self, options: OptionsLike, info: SerializationInfo) -> Any:
         given = Options.of(options)
-        # `to_dict` hands on what must not be written down, as it hands on a ready-made cache.
-        return given if info.mode == "python" and given.holds_a_credential() else given.serialised()
+        return given.wrapped(wrapped) if info.mode == "python" else given.serialised()
 
     def __eq__(self, other: object) -> bool:
         """Whether it is of the same class, with equal arguments; the loaded model and callbacks are not compared."""
@@ -156,6 +155,11 @@ class KalmBase(BaseComponent):
     def close(self) -> None:
         """Write out the cache, and free the model unless another instance uses it. The next use loads it again."""
         self._handle.close()
+
+
+def wrapped(credential: str | bytes) -> SecretStr | SecretBytes:
+    """A credential that does not show when it is printed."""
+    return SecretBytes(credential) if isinstance(credential, bytes) else SecretStr(credential)
 
 
 def node_list(nodes: object) -> Sequence[Any]:
