@@ -175,7 +175,7 @@ def test_more_calls_than_one_wait_side_by_side(checkpoint: Path) -> None:
     """As many as the pool has threads are inside at once: a small one does not wait until a large one has ended."""
     reranker = KaLMReranker(checkpoint, cache=None)
     meet = threading.Barrier(4, timeout=SECONDS)
-    reranker.rank = lambda *_: [meet.wait() >= 0]  # type: ignore[assignment,method-assign]
+    reranker.rank = lambda *_, **__: [meet.wait() >= 0]  # type: ignore[assignment,method-assign]
 
     async def main() -> None:
         assert await asyncio.gather(*(reranker.arank("query", []) for _ in range(4))) == [[True]] * 4

@@ -63,7 +63,10 @@ def main() -> None:
     except (KaLMError, ValueError, TypeError, OSError, OverflowError) as error:
         if _debug:
             raise
-        typer.echo(f"error: {visible_line(with_flags(str(error), _flags()))}", err=True)
+        text = str(error)
+        if isinstance(error, PermissionError) and error.filename is not None:
+            text = f"no permission to use {error.filename}: run as a user who may use it, or name another place"
+        typer.echo(f"error: {visible_line(with_flags(text, _flags()))}", err=True)
         sys.exit(2)
 
 

@@ -157,3 +157,19 @@ def test_a_revision_without_its_model_deletes_nothing(
 
     said("cache clear --cache cache --yes --revision v1", monkeypatch, capsys)
     assert DiskStore(place / "cache").stats().entries == 1
+
+
+def test_a_place_without_permission_is_told_with_a_way_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "/data/cache")
+
+    monkeypatch.setattr("kalm_rag.cli.cache.open_folder", refused)
+    monkeypatch.setattr("sys.argv", ["kalm-rag", "cache", "info"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: no permission to use /data/cache: run as a user who may use it, or name another place\n"
+    )
