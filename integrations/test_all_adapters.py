@@ -343,6 +343,19 @@ def test_what_a_document_left_is_forgotten(adapter: Adapter, given: dict[str, An
         )
 
 
+def test_the_compact_form_is_read_from_the_folder(adapter: Adapter, given: dict[str, Any]) -> None:
+    documents = adapter.documents(TEXTS)
+    made = adapter.make(**given, keep="compact")
+    adapter.rank(made, documents)
+    made.reranker.cache.flush()
+    reader = KaLMReranker(given["model"], cache=PassageCache(given["cache"], keep="compact", memory=0), device="cpu")
+    reader.rank(QUERY, documents)
+    assert reader.cache.stats().encoded == 0
+    stats = reader.prefill_stats()
+    assert stats is not None
+    assert stats.counters.stored == len(TEXTS)
+
+
 def test_settings_of_one_query_in_llama_index(given: dict[str, Any]) -> None:
     made, nodes = KalmRerank(**given, top_n=None), ADAPTERS["llama-index"].documents(TEXTS)
     texts = [node.node.get_content(MetadataMode.EMBED) for node in nodes]

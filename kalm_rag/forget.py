@@ -50,7 +50,8 @@ def spaces_of(
     """
     from kalm_rag.model.identity import identify
     from kalm_rag.model.loading import load_tokenizer
-    from kalm_rag.model.prefill import find_prompt_prefix, precision_names
+    from kalm_rag.model.prefill import precision_names
+    from kalm_rag.model.prefiller import find_prompt_prefix
     from kalm_rag.model.prompts import Prompts
 
     settings = settings or Settings()

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from kalm_rag.cache import PassageCache
 from kalm_rag.cache.frame import HEADER_BYTES, Frame, FrameError
 from kalm_rag.cache.keys import KeySpace
 from kalm_rag.cache.lru import BudgetLRU
 from kalm_rag.cache.spaces import Behind, Space
+from kalm_rag.model.compact import CompactKV, Reference, from_rows, rows_of, to_rows
 from kalm_rag.model.loading import LoadedModel
 from kalm_rag.model.padding import to_device
 from kalm_rag.model.passage import PassageKV
 from kalm_rag.model.pooling import PassageStates
-from kalm_rag.model.prefill import PrefilledDecoder, PromptPrefix, find_prompt_prefix
+from kalm_rag.model.prefill import PrefilledDecoder
+from kalm_rag.model.prefiller import PromptPrefix, find_prompt_prefix
 from kalm_rag.model.prompts import Prompts
+from kalm_rag.reference import ReferenceSource
 from kalm_rag.results import PrefillCounters, PrefillStats
 from kalm_rag.settings import Settings
 from kalm_rag.source import CachedSource, ValueCache
@@ -28,19 +32,33 @@ from kalm_rag.utils.turns import Room, Turns
 if TYPE_CHECKING:
     import torch
 
+Prefilled: TypeAlias = PassageKV | CompactKV
+"""A prefilled passage in either form."""
+
 _MOST_INSTRUCTIONS = 256
 _GROUP_BYTES = 1_000_000_000
 _READ_AT_ONCE = 64
 
 
 class BehindPrefix(NamedTuple):
-    """A request for keys and values: what they depend on besides the passage."""
+    """A request for keys and values: what they depend on besides the passage.
+
+    Attributes:
+        prefix: of the prompt.
+        ratio: of the passage's states.
+        reference: of both, for the compact form.
+    """
 
     prefix: PromptPrefix
     ratio: int
+    reference: Reference | None = None
+
+    def kind(self, precision: str) -> str:
+        """What the keys and values are kept in: their precision, and the reference if there is one."""
+        return precision if self.reference is None else f"{precision}, {self.reference.digest}"
 
 
-class PassageKVCache(ValueCache[BehindPrefix, PassageKV]):
+class PassageKVCache(ValueCache[BehindPrefix, Prefilled]):
     """Keys and values as tensors in memory, and in the store of a `PassageCache` that keeps prefilled passages.
 
     `_lock` guards the counters; `memory` has a lock of its own.
@@ -60,7 +78,7 @@ class PassageKVCache(ValueCache[BehindPrefix, PassageKV]):
         self, limit: int, cache: PassageCache, keys: KeySpace, shape: tuple[int, int, int], device: torch.device
     ) -> None:
         super().__init__("passage_kv", cache)
-        self.memory: BudgetLRU[str, PassageKV] = BudgetLRU(limit, lambda passage: passage.nbytes, "prefilled passages")
+        self.memory: BudgetLRU[str, Prefilled] = BudgetLRU(limit, lambda passage: passage.nbytes, "prefilled passages")
         cache.attach(self.memory)
         self._model = keys.model
         self._shape = shape
@@ -68,40 +86,43 @@ class PassageKVCache(ValueCache[BehindPrefix, PassageKV]):
         self._lock = forks.Lock()
         self._counters = PrefillCounters()
 
-    def get_many(self, keys: Sequence[str], request: BehindPrefix) -> dict[str, PassageKV]:
+    def get_many(self, keys: Sequence[str], request: BehindPrefix) -> dict[str, Prefilled]:
         """As in `ValueCache`."""
-        found = self.memory.get_many(keys)
+        found: dict[str, Prefilled] = self.memory.get_many(keys)
         missing = [key for key in keys if key not in found]
-        stored = self.cache.get_many(self.kind, missing, partial(self._decode, len(request.prefix)))
+        decode: Callable[[Frame], Prefilled] = partial(self._decode, request)
+        stored: dict[str, Prefilled] = self.cache.get_many(self.kind, missing, decode)
         for key, passage in stored.items():
-            self.memory.put(key, passage)
+            if isinstance(passage, PassageKV):  # the other form needs its states first
+                self.memory.put(key, passage)
         self.count(hits=len(found), stored=len(stored), misses=len(missing) - len(stored))
         return found | stored
 
-    def recall(self, keys: Sequence[str], request: BehindPrefix) -> dict[str, PassageKV]:
+    def recall(self, keys: Sequence[str], request: BehindPrefix) -> dict[str, Prefilled]:
         """As in `ValueCache`."""
         return self.memory.get_many(keys)
 
     def put_in_memory(
-        self, made: Mapping[str, PassageKV], request: BehindPrefix
-    ) -> tuple[dict[str, PassageKV], dict[str, bytes]]:
+        self, made: Mapping[str, Prefilled], request: BehindPrefix
+    ) -> tuple[dict[str, Prefilled], dict[str, bytes]]:
         """As in `ValueCache`."""
         for key, passage in made.items():
             self.memory.put(key, passage)
         return dict(made), {}
 
-    def put_in_store(self, made: Mapping[str, PassageKV], sealed: Mapping[str, bytes]) -> None:
+    def put_in_store(self, made: Mapping[str, Prefilled], sealed: Mapping[str, bytes]) -> None:
         """As in `ValueCache`; sealing happens here, where no other call waits."""
         if self.cache.keeps(self.kind):
             self.cache.put_in_store(self.kind, self.seal(made))
 
-    def to_frame(self, key: str, value: PassageKV) -> Frame:
-        """As in `ValueCache`."""
+    def to_frame(self, key: str, value: Prefilled) -> Frame:
+        """As in `ValueCache`; the states of a compact passage are an entry of their own."""
+        numbers, scales = to_rows(value) if isinstance(value, CompactKV) else (value.key_values, value.scales)
         return Frame.from_tensors(
             key,
             self._model,
-            value.key_values,
-            value.scales,
+            numbers,
+            scales,
             ratio=value.ratio,
             tokens=value.tokens,
             truncated=value.truncated,
@@ -120,21 +141,35 @@ class PassageKVCache(ValueCache[BehindPrefix, PassageKV]):
             counters = replace(self._counters)
         return PrefillStats(counters, self.memory.stats())
 
-    def _decode(self, prefix_length: int, frame: Frame) -> PassageKV:
+    def _decode(self, request: BehindPrefix, frame: Frame) -> Prefilled:
+        return self._whole(request, frame) if request.reference is None else self._compact(request, frame)
+
+    def _whole(self, request: BehindPrefix, frame: Frame) -> PassageKV:
         layers, heads, width = self._shape
-        positions = prefix_length - (-frame.tokens // frame.ratio)
-        if not frame.prefilled or (frame.rows, frame.width) != (2 * layers * heads * positions, width):
+        positions = len(request.prefix) - (-frame.tokens // frame.ratio)
+        shape = (2, layers, heads, positions)
+        if not frame.prefilled or (frame.rows, frame.width) != (math.prod(shape), width):
             msg = f"{frame.rows} x {frame.width} numbers are not a prefilled passage of {positions} positions"
             raise FrameError(msg)
         tensor, scales = frame.tensors()
-        shape = (2, layers, heads, positions)
         if scales is not None:
             scales = to_device(scales.view(*shape, 1), self._device)
         numbers = to_device(tensor.view(*shape, width), self._device)
         return PassageKV(numbers, scales, frame.tokens, frame.ratio, frame.truncated)
 
+    def _compact(self, request: BehindPrefix, frame: Frame) -> CompactKV:
+        layers, heads, width = self._shape
+        shape = (2, layers - 1, heads, len(request.prefix))
+        numbers, scales = frame.tensors()
+        wrong = (frame.rows, frame.width) != (rows_of(shape, width // 2), width // 2)
+        if not frame.prefilled or scales is None or wrong:
+            msg = f"{frame.rows} x {frame.width} numbers are not a compact passage behind {len(request.prefix)} tokens"
+            raise FrameError(msg)
+        rest, scales, along = (to_device(part, self._device) for part in from_rows(numbers, scales, shape))
+        return CompactKV(rest, scales, along, frame.tokens, frame.ratio, frame.truncated)
 
-class PassageKVSource(CachedSource[BehindPrefix, PassageStates, PassageKV]):
+
+class PassageKVSource(CachedSource[BehindPrefix, PassageStates, Prefilled]):
     """Gets keys and values of passages behind a prompt prefix.
 
     `_room` bounds what all calls hold together; `_lock` guards the prefixes and the key spaces.
@@ -166,7 +201,8 @@ class PassageKVSource(CachedSource[BehindPrefix, PassageStates, PassageKV]):
         states: StatesSource,
         turns: Turns,
     ) -> None:
-        self.decoder = PrefilledDecoder(loaded, settings, turns, int8=settings.prefill_storage == "int8")
+        storage = "compact" if cache.keep == "compact" else settings.prefill_storage
+        self.decoder = PrefilledDecoder(loaded, settings, turns, storage=storage)
         cached = PassageKVCache(settings.prefill_memory, cache, keys, self.decoder.shape, loaded.device)
         super().__init__(loaded, cached, turns)
         self.is_used = settings.prefill_memory > 0 or cache.keeps_prefilled
@@ -175,6 +211,9 @@ class PassageKVSource(CachedSource[BehindPrefix, PassageStates, PassageKV]):
         self._key_space = keys
         self._prompts = prompts
         self._states = states
+        self._references = (
+            ReferenceSource(loaded, cache, keys, states, self.decoder, turns) if storage == "compact" else None
+        )
         self._room = Room(2 * _GROUP_BYTES)
         self._lock = forks.Lock()
         self._prefixes: dict[str, PromptPrefix] = {}
@@ -192,7 +231,33 @@ class PassageKVSource(CachedSource[BehindPrefix, PassageStates, PassageKV]):
                 self._prefixes[instruction] = found
         return found
 
-    def in_groups(self, texts: Sequence[str], request: BehindPrefix) -> Iterator[dict[str, PassageKV]]:
+    def request(self, instruction: str, ratio: int) -> BehindPrefix:
+        """What asks for passages under an instruction, at a ratio."""
+        prefix = self.prefix(instruction)
+        return BehindPrefix(prefix, ratio, None if self._references is None else self._references.get(prefix, ratio))
+
+    def find(self, texts: Sequence[str], request: BehindPrefix) -> dict[str, Prefilled]:
+        """As in `CachedSource`; compact passages get their states."""
+        found = super().find(texts, request)
+        bare = {
+            text: passage
+            for text, passage in found.items()
+            if isinstance(passage, CompactKV) and passage.states is None
+        }
+        if not bare:
+            return found
+        states = self._states.get(list(bare), request.ratio)
+        whole = {}
+        for text, passage in bare.items():
+            if states[text].tokens == passage.tokens:
+                whole[text] = passage.with_states(states[text])
+            else:  # one of them is forged; the encoder decides
+                del found[text]
+        for key, passage in zip(self.keys(list(whole), request), whole.values(), strict=True):
+            self.cached.memory.put(key, passage)
+        return found | whole
+
+    def in_groups(self, texts: Sequence[str], request: BehindPrefix) -> Iterator[dict[str, Prefilled]]:
         """Yield what `get` would return in groups that fit in memory: keys and values are much larger than states.
 
         Args:
@@ -207,7 +272,7 @@ class PassageKVSource(CachedSource[BehindPrefix, PassageStates, PassageKV]):
             part = texts[start : start + at_once]
             found = self.find(part, request)
             states = self._states.get([text for text in part if text not in found], request.ratio)
-            for group, size in self._groups(part, found, states, request.prefix):
+            for group, size in _groups(part, found, states, request.prefix, self.decoder):
                 with self._room.of(size):
                     ready = {text: found.pop(text) for text in group if text in found}
                     missing = [text for text in group if text not in ready]
@@ -219,52 +284,34 @@ class PassageKVSource(CachedSource[BehindPrefix, PassageStates, PassageKV]):
     def encode(self, texts: Sequence[str]) -> None:
         """Prefill what the store lacks, for the default instruction and ratio, if the store keeps such passages."""
         if self._cache.keeps("passage_kv"):
-            request = BehindPrefix(self.prefix(self._settings.instruction), self._settings.ratio)
+            request = self.request(self._settings.instruction, self._settings.ratio)
             for _ in self.in_groups(list(dict.fromkeys(texts)), request):
                 pass
 
     def bytes_of(self, tokens: int) -> int:
         """Return the bytes of one passage of so many tokens, for the default instruction and ratio."""
-        positions = len(self.prefix(self._settings.instruction)) - (-tokens // self._settings.ratio)
-        return HEADER_BYTES + self.decoder.bytes_of(positions)
+        groups = -(-tokens // self._settings.ratio)
+        return HEADER_BYTES + self.decoder.bytes_of(len(self.prefix(self._settings.instruction)), groups)
 
     def keys(self, texts: Sequence[str], request: BehindPrefix) -> list[str]:
         """As in `CachedSource`."""
-        prefix, ratio = request
-        return self._key_space.prefilled_keys(texts, ratio=ratio, prefix=prefix.ids, kind=self.decoder.name)
+        kind = request.kind(self.decoder.name)
+        return self._key_space.prefilled_keys(texts, ratio=request.ratio, prefix=request.prefix.ids, kind=kind)
 
-    def space(self, request: BehindPrefix) -> Space:
-        """As in `CachedSource`."""
+    def space(self, request: BehindPrefix) -> Space | None:
+        """As in `CachedSource`; compact passages have no keys without a reference."""
+        if request.reference is None and self._references is not None:
+            return None
         with self._lock:
             found = self._spaces.get(request)
         if found is None:
-            behind = Behind(request.ratio, request.prefix.ids, self.decoder.name)
+            behind = Behind(request.ratio, request.prefix.ids, request.kind(self.decoder.name))
             found = Space(self._key_space, self._loaded.tokenizer.control, behind)
             with self._lock:
                 if len(self._spaces) >= _MOST_INSTRUCTIONS:
                     self._spaces.clear()
                 self._spaces[request] = found
         return found
-
-    def _groups(
-        self,
-        texts: Sequence[str],
-        found: Mapping[str, PassageKV],
-        states: Mapping[str, PassageStates],
-        prefix: PromptPrefix,
-    ) -> Iterator[tuple[list[str], int]]:
-        """Passages in groups of at most `_GROUP_BYTES`, and those bytes; a single passage may be larger."""
-        group: list[str] = []
-        size = 0
-        for text in texts:
-            ready = found.get(text)
-            more = ready.nbytes if ready else self.decoder.bytes_of(len(prefix) + len(states[text].states))
-            if group and size + more > _GROUP_BYTES:
-                yield group, size
-                group, size = [], 0
-            group.append(text)
-            size += more
-        yield group, size
 
     def _inputs(self, texts: Sequence[str], request: BehindPrefix) -> list[PassageStates]:
         states = self._states.get(texts, request.ratio)
@@ -273,5 +320,26 @@ class PassageKVSource(CachedSource[BehindPrefix, PassageStates, PassageKV]):
     def _batches(self, inputs: Sequence[PassageStates], request: BehindPrefix) -> Iterator[list[int]]:
         return self.decoder.batches(request.prefix, inputs)
 
-    def _run(self, inputs: Sequence[PassageStates], request: BehindPrefix) -> list[PassageKV]:
-        return self.decoder.prefill(request.prefix, inputs)
+    def _run(self, inputs: Sequence[PassageStates], request: BehindPrefix) -> list[Prefilled]:
+        return self.decoder.prefiller.prefill(request.prefix, inputs, request.reference)
+
+
+def _groups(
+    texts: Sequence[str],
+    found: Mapping[str, Prefilled],
+    states: Mapping[str, PassageStates],
+    prefix: PromptPrefix,
+    decoder: PrefilledDecoder,
+) -> Iterator[tuple[list[str], int]]:
+    """Passages in groups of at most `_GROUP_BYTES`, and those bytes; a single passage may be larger."""
+    group: list[str] = []
+    size = 0
+    for text in texts:
+        ready = found.get(text)
+        more = ready.nbytes if ready else decoder.bytes_of(len(prefix), len(states[text].states))
+        if group and size + more > _GROUP_BYTES:
+            yield group, size
+            group, size = [], 0
+        group.append(text)
+        size += more
+    yield group, size

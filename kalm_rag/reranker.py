@@ -73,8 +73,8 @@ class KaLMReranker:
             process only. Default: the folder that `KALM_RAG_CACHE` names, else the user's, shared by all processes.
         prefill_memory: bytes of prefilled passages kept in memory, on the model's device: what makes a query on known
             passages fast. 0 keeps none.
-        prefill_storage: `native`, or `int8` for about half (of bfloat16) or a quarter (of float32) of the bytes;
-            scores change a little.
+        prefill_storage: `native`; or, where scores may change a little, `int8` for about half (of bfloat16) or a
+            quarter (of float32) of the bytes, or `compact` for about a seventh or a tenth.
         show_progress: True, False, or None for bars on long work when standard error is a terminal.
         token: hub token, if the model needs one.
         local_files_only: never ask the hub, use what was downloaded.

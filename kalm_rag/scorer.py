@@ -151,8 +151,8 @@ class Scorer:
 
     def spaces(self) -> list[Space]:
         """Return the cache's key spaces of this model and these settings."""
-        request = BehindPrefix(self.passage_kv.prefix(self.settings.instruction), self.settings.ratio)
-        found = (self.states.space(self._cache.base_ratio), self.passage_kv.space(request))
+        own = BehindPrefix(self.passage_kv.prefix(self.settings.instruction), self.settings.ratio)
+        found = (self.states.space(self._cache.base_ratio), self.passage_kv.space(own))
         return [space for space in found if space is not None]
 
     def encode(self, texts: Sequence[str], progress: Progress | None = None) -> EncodeReport:
@@ -192,20 +192,21 @@ class Scorer:
         """Score pairs on prefilled passages, where only the query's own tokens are run; returns those left to score."""
         if not self._prefills:
             return list(scores)
-        request = BehindPrefix(self.passage_kv.prefix(instruction), ratio)
+        prefix = self.passage_kv.prefix(instruction)
         by_passage: dict[str, list[Score]] = {}
         left = []
         for score in scores:
-            if request.prefix.starts(score.prompt):
+            if prefix.starts(score.prompt):
                 by_passage.setdefault(score.passage, []).append(score)
             else:
                 left.append(score)
         self.passage_kv.cached.count(full_prompts=len(left))
         try:
+            request = self.passage_kv.request(instruction, ratio)
             for passages in self.passage_kv.in_groups(list(by_passage), request):
                 group = [score for passage in passages for score in by_passage[passage]]
                 pairs = [PrefilledPair(score.prompt, passages[score.passage]) for score in group]
-                margins = self.passage_kv.decoder.margins(request.prefix, pairs)
+                margins = self.passage_kv.decoder.margins(prefix, pairs, request.reference)
                 for score, pair, margin in zip(group, pairs, margins, strict=True):
                     score.margin, score.passage_truncated = margin, pair.passage.truncated
                 del pairs, pair  # the next group may need their memory
@@ -237,8 +238,10 @@ class Scorer:
         if not bad:
             return
         passages = _passages(bad)
-        request = BehindPrefix(self.passage_kv.prefix(instruction), ratio)
-        self._cache.discard([*self.keys.states_keys(passages), *self.passage_kv.keys(passages, request)])
+        keys = self.keys.states_keys(passages)
+        if self._prefills:
+            keys += self.passage_kv.keys(passages, self.passage_kv.request(instruction, ratio))
+        self._cache.discard(keys)
         self._score_in_full(bad, self.states.make_all(passages, ratio))
 
 

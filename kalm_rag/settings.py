@@ -17,7 +17,7 @@ DEFAULT_SYSTEM_PROMPT = (
 """System sentence of the KaLM-Reranker-V1 model cards."""
 
 ControlTokens = Literal["escape", "allow"]
-PrefillStorage = Literal["native", "int8"]
+PrefillStorage = Literal["native", "int8", "compact"]
 
 DEFAULT_PREFILL_MEMORY = 1_000_000_000
 """Bytes of prefilled passages kept in memory: about 200 passages of 300 tokens of Nano in float32, 400 in bfloat16."""

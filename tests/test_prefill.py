@@ -14,7 +14,7 @@ import torch
 from machine import needs_int8
 
 from kalm_rag import KaLMReranker, PassageCache
-from kalm_rag.model.prefill import PromptPrefix, find_prompt_prefix
+from kalm_rag.model.prefiller import PromptPrefix, find_prompt_prefix
 
 QUERIES = ["How do I sort a list?", "what is a method", "  odd spaces ", "北京?", "", "a\n\nb", "x" * 300]
 TOLERANCE = 1e-5

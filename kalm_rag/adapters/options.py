@@ -36,7 +36,7 @@ class Options:
         batch_tokens: tokens per forward pass at most, padding included.
         control_tokens: `escape` or `allow` control tokens such as `<end_of_turn>` in passages and queries.
         prefill_memory: bytes of prefilled passages kept in memory, on the model's device.
-        prefill_storage: `native`, or `int8` for fewer bytes and slightly different scores.
+        prefill_storage: `native`, or `int8` or `compact` for fewer bytes and slightly different scores.
         show_progress: True, False, or None for bars on long work when standard error is a terminal.
         token: hub token, if the model needs one. It is never written to JSON or YAML; a pickle holds it.
         local_files_only: never ask the hub, use what was downloaded.

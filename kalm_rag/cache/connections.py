@@ -209,12 +209,18 @@ class Writer(_Shared):
                     self._drop()
                 raise StoreError(database.explain(error, self.place.folder)) from error
 
-    def put(self, cache: StrictCache, items: Mapping[str, bytes]) -> int:
-        """Keep values in transactions of bounded size, and evict; returns how many were kept."""
+    def put(self, cache: StrictCache, items: Mapping[str, bytes], *, lasting: bool = False) -> int:
+        """Keep values in transactions of bounded size, and evict; returns how many were kept.
+
+        Args:
+            cache: the open folder.
+            items: values by key.
+            lasting: leave keys alone that have a value, and evict these values last.
+        """
         limit = int(cache.reset("size_limit"))  # as it stands now: another process may have changed it
         kept = 0
         for part in _parts(items, min(_TRANSACTION, max(1, limit // 4))):
-            kept += self._put(cache, part, limit)
+            kept += self._put(cache, part, limit, lasting)
             _bound_log(cache, limit)
         self._evict(cache, limit)
         return kept
@@ -238,7 +244,7 @@ class Writer(_Shared):
         with self._lock:
             self._drop()
 
-    def _put(self, cache: StrictCache, items: list[tuple[str, bytes]], limit: int) -> int:
+    def _put(self, cache: StrictCache, items: list[tuple[str, bytes]], limit: int, lasting: bool) -> int:
         """Keep values in one transaction."""
         from kalm_rag.cache.strict_disk import LARGEST_VALUE
 
@@ -253,9 +259,8 @@ class Writer(_Shared):
                 most,
             )
         with cache.disk.batch(), cache.transact(retry=False):
-            for key, value in fitting:
-                cache.set(key, value, retry=False)
-        return len(fitting)
+            keep = cache.add_lasting if lasting else cache.set
+            return sum(bool(keep(key, value, retry=False)) for key, value in fitting)
 
     def _evict(self, cache: StrictCache, limit: int) -> None:
         try:

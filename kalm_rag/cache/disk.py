@@ -111,6 +111,17 @@ class DiskStore:
         with self._writer.use() as cache:
             return 0 if cache is None else self._writer.put(cache, items)
 
+    def add(self, key: str, value: bytes) -> bool:
+        """Store a value unless there is one already, in one transaction; returns whether this one is kept.
+
+        Eviction takes it last.
+
+        Raises:
+            StoreError: the folder cannot be written to.
+        """
+        with self._writer.use() as cache:
+            return cache is not None and self._writer.put(cache, {key: value}, lasting=True) == 1
+
     def delete(self, keys: Iterable[str]) -> int:
         """Delete keys; read-only stores delete none.
 

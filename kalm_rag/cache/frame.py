@@ -6,7 +6,7 @@ and is verified at every read. Layout, little-endian:
 | bytes | field |
 |---|---|
 | 8 | magic `KaLMpsg` and a zero |
-| 2, 1, 1 | format version, dtype code, flags (1: truncated, 2: a tag follows, 4: a prefilled passage) |
+| 2, 1, 1 | format version, dtype code, flags (1: truncated, 2: a tag follows, 4: a prefilled passage, 8: a reference) |
 | 4 x 4 | ratio, true token count, rows, width |
 | 8 | payload length |
 | 32 | model: SHA-256 of its identity |
@@ -38,7 +38,7 @@ _TAG = 32
 HEADER_BYTES = _HEAD.size + _CHECKSUM
 """Bytes in front of the payload."""
 
-_TRUNCATED, _TAGGED, _PREFILLED = 1, 2, 4
+_TRUNCATED, _TAGGED, _PREFILLED, _REFERENCE = 1, 2, 4, 8
 _CODES = {"float32": 1, "bfloat16": 2, "float16": 3, "int8": 4}
 _NAMES = {code: name for name, code in _CODES.items()}
 _SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
@@ -63,6 +63,7 @@ class Frame:
         truncated: whether the passage was longer than `max_length` tokens.
         prefilled: whether it holds keys and values, not encoder states.
         payload: the numbers; with int8, then the scales.
+        reference: whether it is what compact passages are kept against; then it is of no passage.
     """
 
     key: str
@@ -75,6 +76,7 @@ class Frame:
     truncated: bool
     prefilled: bool
     payload: memoryview
+    reference: bool = False
 
     @classmethod
     def from_tensors(
@@ -88,6 +90,7 @@ class Frame:
         tokens: int,
         truncated: bool,
         prefilled: bool = False,
+        reference: bool = False,
     ) -> Frame:
         """Make a frame of a tensor of vectors on any device.
 
@@ -100,6 +103,7 @@ class Frame:
             tokens: as the attribute.
             truncated: as the attribute.
             prefilled: as the attribute.
+            reference: as the attribute.
 
         Raises:
             ValueError: there is NaN or infinity among the numbers, which must not be kept.
@@ -114,7 +118,7 @@ class Frame:
         payload = _raw(tensor) + (b"" if scales is None else _raw(scales.detach().cpu()))
         dtype = str(tensor.dtype).removeprefix("torch.")
         rows = tensor.numel() // width
-        return cls(key, model, dtype, ratio, tokens, rows, width, truncated, prefilled, memoryview(payload))
+        return cls(key, model, dtype, ratio, tokens, rows, width, truncated, prefilled, memoryview(payload), reference)
 
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The numbers, shape `(rows, width)`, and with int8 the scales, float32 of shape `(rows, 1)`."""
@@ -134,7 +138,7 @@ class Frame:
             secret: also authenticate the frame with this key.
         """
         flags = (_TRUNCATED if self.truncated else 0) | (_TAGGED if secret else 0)
-        flags |= _PREFILLED if self.prefilled else 0
+        flags |= (_PREFILLED if self.prefilled else 0) | (_REFERENCE if self.reference else 0)
         numbers = (self.ratio, self.tokens, self.rows, self.width, len(self.payload))
         digests = (self.model, bytes.fromhex(self.key))
         head = _HEAD.pack(_MAGIC, FORMAT, _CODES[self.dtype], flags, *numbers, *digests)
@@ -177,7 +181,8 @@ class Frame:
         if secret and not (flags & _TAGGED and hmac.compare_digest(view[end:], _tag(view[:end], secret))):
             msg = "wrong tag" if flags & _TAGGED else "no tag"
             raise FrameError(msg)
-        return cls(key, model, name, ratio, tokens, rows, width, bool(flags & _TRUNCATED), prefilled, payload)
+        truncated, reference = bool(flags & _TRUNCATED), bool(flags & _REFERENCE)
+        return cls(key, model, name, ratio, tokens, rows, width, truncated, prefilled, payload, reference)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +195,7 @@ class Head:
         ratio: as of `Frame`.
         tokens: as of `Frame`.
         prefilled: as of `Frame`.
+        reference: as of `Frame`.
     """
 
     model: bytes
@@ -197,6 +203,7 @@ class Head:
     ratio: int
     tokens: int
     prefilled: bool
+    reference: bool
 
     @classmethod
     def from_bytes(cls, data: bytes, key: str) -> Head:
@@ -213,7 +220,7 @@ class Head:
         if echo.hex() != key or code not in _NAMES:
             msg = "frame of another key, or of an unknown dtype"
             raise FrameError(msg)
-        return cls(model, _NAMES[code], ratio, tokens, bool(flags & _PREFILLED))
+        return cls(model, _NAMES[code], ratio, tokens, bool(flags & _PREFILLED), bool(flags & _REFERENCE))
 
 
 def _unpacked(view: memoryview) -> tuple[int, int, int, int, int, int, int, bytes, bytes]:

@@ -77,7 +77,7 @@ def unsearchable(store: Store, spaces: Iterable[Space]) -> dict[bytes, int]:
         longest[mark] = max(longest.get(mark, 0), int(fields["max_length"]))
     found: Counter[bytes] = Counter()
     for _, head in heads(store):
-        if head is not None:
+        if head is not None and not head.reference:  # which is of no text
             mark = (head.model, head.prefilled, head.dtype, head.ratio if head.prefilled else 0)
             found[head.model] += head.tokens > longest.get(mark, -1)
     return {model: count for model, count in found.items() if count}

@@ -75,3 +75,19 @@ class KeySpace:
         """
         shared = extended(self._prefilled, str(ratio), ",".join(map(str, prefix)), kind)
         return [extended(shared, text).hexdigest() for text in texts]
+
+    def reference_key(self, *, ratio: int, prefix: Sequence[int], precision: str, texts: Sequence[str]) -> str:
+        """64 hexadecimal digits (SHA-256) for the reference of compact passages.
+
+        It does not depend on `max_length` and storage, which its short texts never meet.
+
+        Args:
+            ratio: of the states that it is made from.
+            prefix: token ids of the prompt's prefix.
+            precision: what it is computed in.
+            texts: what it is made from.
+        """
+        names = ("encoder", "tokenizer", "template", "dtype", "decoder")
+        flat = ["format", str(FORMAT), *(str(part) for name in names for part in (name, self.fields[name]))]
+        shared = tagged_digest("kalm-rag reference", *flat, str(ratio), ",".join(map(str, prefix)), precision)
+        return extended(shared, *texts).hexdigest()

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from kalm_rag.cache.disk import DiskStore
 from kalm_rag.cache.forgetting import ForgetReport, Forgetter
-from kalm_rag.cache.frame import Frame
+from kalm_rag.cache.frame import Frame, FrameError
 from kalm_rag.cache.lru import BudgetLRU
 from kalm_rag.cache.memory import MemoryStore
 from kalm_rag.cache.spaces import Kind, Space, record, records_of
-from kalm_rag.cache.store import Store, StoreStats
+from kalm_rag.cache.store import Store, StoreStats, add
 from kalm_rag.cache.writer import WriteBehind
 from kalm_rag.utils import forks
 from kalm_rag.utils.checks import check_bytes, check_choice, check_positive, check_ratio, check_secret
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Storage = Literal["native", "int8"]
-Keep = Literal["states", "prefilled"]
+Keep = Literal["states", "prefilled", "compact"]
 
 DEFAULT_MEMORY = 256_000_000
 """Bytes of encoded passages kept in memory: about 2,600 passages of 300 tokens of Nano."""
@@ -132,8 +132,9 @@ class PassageCache:
         limit: bytes a folder may take before the least recently stored passages are evicted. It is kept in the folder:
             None leaves it as it is, 10 GB for a new one.
         base_ratio: the ratio at which states are kept. Multiples are derived exactly; other ratios are encoded again.
-        keep: `states`, or `prefilled` to keep prefilled passages in the store too: about 25 times the bytes (2.4 MB in
-            bfloat16 for 300 tokens of Nano), for deployments on a CPU, where reading them beats computing them by far.
+        keep: `states`; or to keep prefilled passages in the store too, for deployments on a CPU, where reading them
+            beats computing them by far: `compact` at about three times the bytes of bfloat16 states (0.3 MB for 300
+            tokens of Nano) and scores that change a little, or `prefilled` at about 25 times (2.4 MB in bfloat16).
         storage: `native` keeps the numbers as they are; `int8` keeps a quarter (of float32) or half (of bfloat16) of
             the bytes and changes scores a little.
         secret: authenticate entries with this key: what was written without it is a miss. For folders that others can
@@ -172,7 +173,7 @@ class PassageCache:
             limit = check_positive("limit", limit)
         self.base_ratio = check_ratio("base_ratio", base_ratio)
         self.storage: Storage = storage
-        self.keeps_prefilled = keep == "prefilled"
+        self.keep: Keep = keep
         self.store = _make_store(where, limit, read_only)
         self._has_records = records_of(self.store) is not None
         self._secret = check_secret("secret", secret)
@@ -220,8 +221,13 @@ class PassageCache:
 
     def __repr__(self) -> str:
         place = self.store.folder if isinstance(self.store, DiskStore) else self.store
-        keep = "prefilled" if self.keeps_prefilled else "states"
-        return f"PassageCache({str(place)!r}, base_ratio={self.base_ratio}, keep={keep!r}, storage={self.storage!r})"
+        kept = f"base_ratio={self.base_ratio}, keep={self.keep!r}, storage={self.storage!r}"
+        return f"PassageCache({str(place)!r}, {kept})"
+
+    @property
+    def keeps_prefilled(self) -> bool:
+        """Whether the store keeps prefilled passages, in whatever form."""
+        return self.keep != "states"
 
     def get_many(self, kind: Kind, keys: Sequence[str], decode: Callable[[Frame], T | None]) -> dict[str, T]:
         """Return what is cached under the keys, in one batch; missing keys are left out.
@@ -249,6 +255,33 @@ class PassageCache:
     def keeps(self, kind: Kind) -> bool:
         """Whether the store keeps values of this kind."""
         return self.store is not None and (kind == "states" or self.keeps_prefilled)
+
+    def get_or_add(self, key: str, make: Callable[[], Frame], decode: Callable[[Frame], T]) -> T:
+        """Return what the store holds under a key, or what is made now and added, unless another process was first.
+
+        Args:
+            key: the key.
+            make: makes the frame; called at most once.
+            decode: turns a verified frame into a value; raises `FrameError` for an unexpected one, which is replaced.
+        """
+        found = self._verified(key, decode)
+        if found is not None:
+            return found
+        made, store = make(), self.store
+        if store is not None:
+            self._attempt("write to", lambda: add(store, key, made.to_bytes(self._secret)))
+            found = self._verified(key, decode)
+        return decode(made) if found is None else found
+
+    def _verified(self, key: str, decode: Callable[[Frame], T]) -> T | None:
+        store = self.store
+        answer = None if store is None else self._attempt("read", lambda: store.get_many([key]))
+        try:
+            return decode(Frame.from_bytes(answer[key], key, self._secret)) if answer else None
+        except FrameError as error:
+            self.report("corrupt", f"an entry of the cache does not verify ({error}); it is made again")
+            self.discard([key])
+            return None
 
     def seal(self, frames: Mapping[str, Frame]) -> dict[str, bytes]:
         """Turn frames into bytes, with this cache's secret."""

@@ -93,3 +93,16 @@ class Store(Protocol):
     def close(self) -> None:
         """Release open resources. A later call may open them again."""
         ...
+
+
+def add(store: Store, key: str, value: bytes) -> None:
+    """Store a value unless there is one already.
+
+    A store that can do so in one step has a method `add(key, value)`. With any other, what a process reads back may be
+    overwritten later by a process that found nothing at the same time.
+    """
+    atomic = getattr(store, "add", None)
+    if atomic is not None:
+        atomic(key, value)
+    elif key not in store.get_many([key]):
+        store.put_many({key: value})

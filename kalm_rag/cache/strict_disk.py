@@ -131,6 +131,16 @@ class StrictCache(diskcache.Cache):  # type: ignore[misc]
         finally:
             self._sql(f"PRAGMA secure_delete = {('OFF', 'ON', 'FAST')[before]}").fetchall()
 
+    def add_lasting(self, key: str, value: bytes, *, retry: bool) -> bool:
+        """Store a value that eviction takes last, unless the key has one already; returns whether it did."""
+        with self.transact(retry=retry):
+            if self._sql("SELECT rowid FROM Cache WHERE key = ? AND raw = 1", (key,)).fetchone() is not None:
+                return False
+            self.set(key, value, retry=retry)
+            # Behind all times that `_in_order` gives.
+            self._sql("UPDATE Cache SET store_time = 1e300 WHERE key = ? AND raw = 1", (key,))
+            return True
+
     def evict_oldest(self, room: int) -> int:
         """Delete the least recently stored rows until database and files take `room` bytes; returns how many."""
         evicted = 0

@@ -71,9 +71,10 @@ def encode(
         str,
         typer.Option(
             "--keep",
-            help="Keep states, or prefilled passages too: 25 times the bytes, for fast cold starts on a CPU.",
+            help="Keep states, or prefilled passages too, for fast cold starts on a CPU: prefilled at 25 times the "
+            "bytes, or compact at three times with scores that change a little.",
             metavar="KIND",
-            autocompletion=choices("states", "prefilled"),
+            autocompletion=choices("states", "prefilled", "compact"),
         ),
     ] = "states",
     limit_gb: LimitOption = None,
@@ -121,7 +122,7 @@ def encode(
     if corpus != "-":
         next(texts(), None)  # report a missing or unreadable file before loading a model
     if dry_run:
-        _show_estimate(_estimate(reranker, texts(), everything=True), as_json)
+        _show_estimate(_estimate(reranker, texts(), everything=True), passages.keep, as_json)
         return
     if passages.store is None:
         msg = "no folder to keep encoded passages in; name one with --cache"
@@ -329,7 +330,7 @@ def _estimate(reranker: KaLMReranker, texts: Iterator[str], *, everything: bool)
     return _Estimate(total, known, len(sample), len(timed), mean, each, prefilled, rate * mean * (total - known))
 
 
-def _show_estimate(found: _Estimate, as_json: bool) -> None:
+def _show_estimate(found: _Estimate, keep: str, as_json: bool) -> None:
     new = found.passages - found.known
     facts = {
         "passages": found.passages,
@@ -349,7 +350,7 @@ def _show_estimate(found: _Estimate, as_json: bool) -> None:
         f"About {found.tokens:.0f} tokens and {size_text(found.each)} each: {size_text(found.each * new)} and "
         f"{_time(found.seconds)}."
     )
-    show(f"With --keep prefilled: {size_text(found.prefilled * new)} more, and more time.")
+    show(f"With --keep {keep.replace('states', 'prefilled')}: {size_text(found.prefilled * new)} more, and more time.")
     show(f"Sizes from {found.sampled} of them, time from {found.timed}.")
 
 

@@ -1,7 +1,7 @@
 """Scores the same pairs by every path that a score can take, so that the paths can be compared.
 
 A path is a precision, and a way from passage to score: the whole prompt on fresh states, prefilled passages made now or
-kept in memory, states or prefilled passages read back from disk, each in the model's own numbers or in 8 bits.
+kept in memory, states or prefilled passages read back from disk, each in the model's own numbers, in 8 bits or compact.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Literal
 
 from kalm_rag.cache import PassageCache
+from kalm_rag.cache.passage_cache import Keep
 from kalm_rag.demo_data import load_demo
 from kalm_rag.model.checkpoint import Checkpoint
 from kalm_rag.model.loading import LoadedModel
 from kalm_rag.scorer import Score, Scorer
 from kalm_rag.settings import DEFAULT_INSTRUCTION, DEFAULT_PREFILL_MEMORY, Settings
 
-Storage = Literal["native", "int8"]
+Storage = Literal["native", "int8", "compact"]
 Pairs = Sequence[tuple[str, str]]
 
 PAIRS = 20
@@ -51,10 +52,12 @@ PATHS = (
     ScorePath("prefilled", prefilled=True),
     ScorePath("prefilled, from memory", prefilled=True, again=True),
     ScorePath("8-bit prefilled, from memory", prefilled=True, again=True, storage="int8"),
+    ScorePath("compact, from memory", prefilled=True, again=True, storage="compact"),
     ScorePath("states, from disk", disk=True),
     ScorePath("8-bit states, from disk", disk=True, storage="int8"),
     ScorePath("prefilled, from disk", prefilled=True, disk=True),
     ScorePath("8-bit prefilled, from disk", prefilled=True, disk=True, storage="int8"),
+    ScorePath("compact, from disk", prefilled=True, disk=True, storage="compact"),
 )
 """Every path of one precision; the first one is what the others are compared with."""
 
@@ -146,9 +149,15 @@ def _cache(path: ScorePath, settings: Settings, folder: Path | None) -> PassageC
         folder,
         memory=0,
         base_ratio=settings.ratio,
-        storage="native" if path.prefilled else path.storage,
-        keep="prefilled" if path.prefilled else "states",
+        storage="int8" if path.storage == "int8" and not path.prefilled else "native",
+        keep=_keep(path),
     )
+
+
+def _keep(path: ScorePath) -> Keep:
+    if not path.prefilled:
+        return "states"
+    return "compact" if path.storage == "compact" else "prefilled"
 
 
 def _check_taken(path: ScorePath, scorer: Scorer, cache: PassageCache, pairs: int) -> None:

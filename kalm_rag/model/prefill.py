@@ -13,51 +13,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kalm_rag.model.batching import launch_tokens, plan, run_halving
+from kalm_rag.model.compact import CompactKV, Expansion, Reference, rows_of
 from kalm_rag.model.decoder import YesNoHead
 from kalm_rag.model.loading import LoadedModel
 from kalm_rag.model.merged_attention import PrefillUnsupportedError, cache_argument, install
-from kalm_rag.model.padding import host_integers, right_pad_states, to_device
+from kalm_rag.model.padding import host_integers, to_device
 from kalm_rag.model.passage import PassageKV
 from kalm_rag.model.pooling import PassageStates
 from kalm_rag.model.prefill_layout import PrefillLayout
-from kalm_rag.model.prompts import Prompt, Prompts
-from kalm_rag.settings import Settings
+from kalm_rag.model.prefiller import Prefiller, PromptPrefix
+from kalm_rag.model.prompts import Prompt
+from kalm_rag.settings import PrefillStorage, Settings
 from kalm_rag.utils.turns import Turns
 
 if TYPE_CHECKING:
     import torch
-
-_PROBES = ("", "a", " a", "A", "1", '"', "\n", "?", "的", "🦜")
-
-
-@dataclass(frozen=True, slots=True)
-class PromptPrefix:
-    """The tokens that start every prompt under one instruction."""
-
-    ids: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def starts(self, prompt: Prompt) -> bool:
-        """Whether a prompt starts with it; a query may join its first characters with the template's last ones."""
-        return len(prompt.ids) > len(self) and tuple(prompt.ids[: len(self)]) == self.ids
-
-
-def find_prompt_prefix(prompts: Prompts, instruction: str) -> PromptPrefix:
-    """Return the longest prefix that the prompts of very different queries share.
-
-    Where a tokenizer joins characters across the border between template and query, the border moves; it is found
-    here once per instruction, and verified for each query (`PromptPrefix.starts`).
-    """
-    rows = [prompts.prompt(probe, instruction).ids for probe in _PROBES]
-    shared = 0
-    for column in zip(*rows, strict=False):
-        if len(set(column)) > 1:
-            break
-        shared += 1
-    # At least one token must be left to a query.
-    return PromptPrefix(tuple(rows[0][: min(shared, min(map(len, rows)) - 1)]))
 
 
 def precision_names(dtype: str) -> list[str]:
@@ -71,6 +41,14 @@ def precision_names(dtype: str) -> list[str]:
     return names
 
 
+def _name(loaded: LoadedModel, kept: str) -> str:
+    if not loaded.int8:
+        return kept
+    from kalm_rag.model.cpu_kernels import int8_weights
+
+    return _int8_name(kept, int8_weights().projection.key_name)
+
+
 def _int8_name(kept: str, weights: str) -> str:
     return f"{kept}, int8 weights, {weights}"
 
@@ -80,7 +58,7 @@ class PrefilledPair:
     """A prompt that starts with the prefix, and a prefilled passage to score."""
 
     prompt: Prompt
-    passage: PassageKV
+    passage: PassageKV | CompactKV
 
 
 class PrefilledDecoder:
@@ -90,20 +68,27 @@ class PrefilledDecoder:
         loaded: the model; its decoder gets the attention of `kalm_rag.model.merged_attention`.
         settings: batch sizes.
         turns: taken for each batch; it guards `_layout` and `_verified`.
-        int8: keep keys and values in 8 bits.
+        storage: how keys and values are kept.
+
+    Attributes:
+        prefiller: prefills passages.
     """
 
-    def __init__(self, loaded: LoadedModel, settings: Settings, turns: Turns, *, int8: bool = False) -> None:
+    def __init__(
+        self, loaded: LoadedModel, settings: Settings, turns: Turns, *, storage: PrefillStorage = "native"
+    ) -> None:
         self._loaded = loaded
         self._settings = settings
         self._turns = turns
-        self._int8 = int8
+        self._storage = storage
         self._decoder = loaded.model.get_decoder()
         self._config = self._decoder.config
         self._head = YesNoHead(loaded)
         self._verified = False
-        self._layout = PrefillLayout(loaded, self._config)
+        expansion = Expansion(loaded) if storage == "compact" else None
+        self._layout = PrefillLayout(loaded, self._config, expansion)
         self._cache_argument = cache_argument(self._decoder)
+        self.prefiller = Prefiller(loaded, expansion, int8=storage == "int8")
         install(self._decoder)
 
     @property
@@ -113,85 +98,46 @@ class PrefilledDecoder:
         return config.num_hidden_layers, config.num_key_value_heads, config.head_dim
 
     @property
+    def precision(self) -> str:
+        """What keys and values are computed in, as part of the key of a reference."""
+        return _name(self._loaded, str(self._loaded.prefill_dtype).removeprefix("torch."))
+
+    @property
     def name(self) -> str:
         """The precision of keys and values, as part of their cache key."""
-        kept = "int8" if self._int8 else str(self._loaded.prefill_dtype).removeprefix("torch.")
-        if not self._loaded.int8:
-            return kept
-        from kalm_rag.model.cpu_kernels import int8_weights
+        if self._storage == "compact":
+            return f"int8, compact, {self.precision}"  # first of all what their frames hold: bytes and scales
+        return _name(self._loaded, "int8") if self._storage == "int8" else self.precision
 
-        return _int8_name(kept, int8_weights().projection.key_name)
-
-    def bytes_of(self, positions: int) -> int:
-        """Bytes of a prefilled passage of so many positions."""
+    def bytes_of(self, prefix_length: int, groups: int) -> int:
+        """Bytes of a prefilled passage behind a prefix; in the compact form without its states."""
         layers, heads, width = self.shape
-        item = 1 if self._int8 else self._loaded.prefill_dtype.itemsize
-        return 2 * layers * heads * positions * (width * item + (4 if self._int8 else 0))
+        if self._storage == "compact":
+            return rows_of((2, layers - 1, heads, prefix_length), width // 2) * (width // 2 + 4)
+        positions = prefix_length + groups
+        item = 1 if self._storage == "int8" else self._loaded.prefill_dtype.itemsize
+        return 2 * layers * heads * positions * (width * item + (4 if self._storage == "int8" else 0))
 
     def batches(self, prefix: PromptPrefix, passages: Sequence[PassageStates]) -> Iterator[list[int]]:
         """Positions into `passages` that are prefilled together."""
         return self._plan([len(prefix) + len(passage.states) for passage in passages])
 
-    def prefill(self, prefix: PromptPrefix, passages: Sequence[PassageStates]) -> list[PassageKV]:
-        """Run the prompt's prefix on one batch of passages; the caller holds the model's turn.
-
-        Args:
-            prefix: tokens of the prompt's prefix.
-            passages: pooled states, at the ratio that queries will be scored at.
-
-        Returns:
-            In input order, on the model's device.
-        """
-        return run_halving(lambda rows: self._prefill(prefix, rows), passages)
-
-    def _prefill(self, prefix: PromptPrefix, passages: Sequence[PassageStates]) -> list[PassageKV]:
-        import torch
-        from transformers import DynamicCache, EncoderDecoderCache
-
-        loaded = self._loaded
-        with self._loaded.computing():
-            states, mask = right_pad_states([passage.states for passage in passages], loaded)
-            cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-            ids = to_device(host_integers([prefix.ids]), loaded.device).expand(len(passages), -1)
-            self._decoder(
-                input_ids=ids,
-                encoder_hidden_states=states,
-                encoder_attention_mask=mask,
-                use_cache=True,
-                **{self._cache_argument: cache},
-            )
-            layers = list(zip(cache.self_attention_cache.layers, cache.cross_attention_cache.layers, strict=True))
-            found = []
-            for row, passage in enumerate(passages):
-                groups = len(passage.states)
-                both = [
-                    torch.stack(
-                        [
-                            torch.cat([getattr(own, name)[row], getattr(cross, name)[row, :, :groups]], dim=1)
-                            for own, cross in layers
-                        ]
-                    )
-                    for name in ("keys", "values")
-                ]
-                prefilled = PassageKV(
-                    torch.stack(both).to(loaded.prefill_dtype), None, passage.tokens, passage.ratio, passage.truncated
-                )
-                found.append(prefilled.quantized() if self._int8 else prefilled)
-            return found
-
-    def margins(self, prefix: PromptPrefix, pairs: Sequence[PrefilledPair]) -> list[float]:
+    def margins(
+        self, prefix: PromptPrefix, pairs: Sequence[PrefilledPair], reference: Reference | None = None
+    ) -> list[float]:
         """`z_yes - z_no` of each pair, in input order; not finite where the model overflows.
 
         Args:
             prefix: what the passages were prefilled with.
             pairs: prompts that start with it, and prefilled passages.
+            reference: what compact passages were kept against.
         """
         found = [0.0] * len(pairs)
         prefix_length = len(prefix)
         for batch in self._plan([len(pair.prompt.ids) - prefix_length + pair.passage.positions for pair in pairs]):
             with self._turns:
                 margins = run_halving(
-                    lambda rows: self._forward(prefix_length, rows), [pairs[place] for place in batch]
+                    lambda rows: self._forward(prefix_length, rows, reference), [pairs[place] for place in batch]
                 )
             for place, margin in zip(batch, margins, strict=True):
                 found[place] = margin
@@ -208,7 +154,7 @@ class PrefilledDecoder:
             padding_tokens=20 * launch_tokens(self._loaded.device.type),
         )
 
-    def _forward(self, prefix_length: int, pairs: Sequence[PrefilledPair]) -> list[float]:
+    def _forward(self, prefix_length: int, pairs: Sequence[PrefilledPair], reference: Reference | None) -> list[float]:
         import torch
 
         device, dtype = self._loaded.device, self._loaded.compute_dtype
@@ -220,7 +166,7 @@ class PrefilledDecoder:
             last = to_device(host_integers(lengths) - 1, device)
             passages = [pair.passage for pair in pairs]
             verify = not self._verified
-            key_values = self._layout.key_values(prefix_length, query_length, last, passages, verify=verify)
+            key_values = self._layout.key_values(prefix_length, query_length, last, passages, reference, verify=verify)
             nothing = torch.empty(len(pairs), 0, self._config.hidden_size, device=device, dtype=dtype)
             own = torch.empty(1, 1, query_length, query_length, device=device, dtype=torch.bool)
             none = torch.empty(1, 1, query_length, 0, device=device, dtype=torch.bool)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from kalm_rag.model.compact import CompactKV, Expansion, Reference
 from kalm_rag.model.loading import LoadedModel
 from kalm_rag.model.merged_attention import KeyValues
 from kalm_rag.model.padding import host_integers, to_device
@@ -20,10 +21,12 @@ class PrefillLayout:
     Args:
         loaded: the model.
         config: of its decoder.
+        expansion: turns compact passages into keys and values.
     """
 
-    def __init__(self, loaded: LoadedModel, config: Any) -> None:
+    def __init__(self, loaded: LoadedModel, config: Any, expansion: Expansion | None = None) -> None:
         self._loaded = loaded
+        self._expansion = expansion
         self._config = config
         self._attention_dtype = loaded.attention_dtype
         self._rooms: dict[torch.dtype, torch.Tensor] = {}
@@ -33,7 +36,8 @@ class PrefillLayout:
         prefix_length: int,
         query_length: int,
         last: torch.Tensor,
-        passages: Sequence[PassageKV],
+        passages: Sequence[PassageKV | CompactKV],
+        reference: Reference | None = None,
         *,
         verify: bool,
     ) -> KeyValues:
@@ -43,7 +47,8 @@ class PrefillLayout:
             prefix_length: tokens of the prompt's prefix.
             query_length: tokens of the longest query.
             last: position of each query's last token, shape `(batch,)`.
-            passages: a row each.
+            passages: a row each, all in one form.
+            reference: what compact passages were kept against.
             verify: whether to compare what the last layer writes with what the model computes.
         """
         config = self._config
@@ -51,7 +56,12 @@ class PrefillLayout:
         positions = max(passage.positions for passage in passages)
         shape = (2, layers, len(passages), kv_heads, positions + query_length, width)
         both = self._scratch(shape, self._attention_dtype)
+        compact = [passage for passage in passages if isinstance(passage, CompactKV)]
+        if compact and self._expansion is not None and reference is not None:
+            self._expansion.fill(both[:, :, :, :, :positions], compact, reference)
         for row, passage in enumerate(passages):
+            if isinstance(passage, CompactKV):
+                continue
             place = both[:, :, row, :, : passage.positions]
             if passage.scales is None:
                 place.copy_(passage.key_values)
@@ -77,7 +87,7 @@ class PrefillLayout:
         return self._rooms[dtype][:numbers].view(*shape)
 
     def _masks(
-        self, prefix_length: int, query_length: int, positions: int, passages: Sequence[PassageKV]
+        self, prefix_length: int, query_length: int, positions: int, passages: Sequence[PassageKV | CompactKV]
     ) -> dict[str, torch.Tensor]:
         """Additive masks by layer type: padding of short passages, causality, and the sliding window."""
         device = self._loaded.device

@@ -305,7 +305,7 @@ def test_large_batches_are_written_in_several_transactions(tmp_path: Path, monke
     sizes: list[int] = []
     writer = store._writer
     put = writer._put
-    monkeypatch.setattr(writer, "_put", lambda cache, part, limit: sizes.append(len(part)) or put(cache, part, limit))
+    monkeypatch.setattr(writer, "_put", lambda cache, part, *rest: sizes.append(len(part)) or put(cache, part, *rest))
     assert store.put_many({key: value_of(key, 40_000) for key in KEYS}) == 12
     assert sizes == [3, 3, 3, 3]
 

@@ -91,7 +91,7 @@ def test_a_model_is_verified_and_the_cache_left_alone(
 ) -> None:
     assert run_here(monkeypatch, "--model", str(checkpoint), "--cache", str(tmp_path / "cache")) == 0
     shown = capsys.readouterr().out
-    assert "9 of 9 agree within their tolerance" in shown
+    assert "11 of 11 agree within their tolerance" in shown
     assert "agrees: P(yes) of mteb's implementation" in shown
     assert "publishes no example" in " ".join(shown.split())
     assert max(map(len, shown.splitlines())) <= 80
@@ -116,7 +116,7 @@ def test_a_wrong_path_is_status_1_and_named(
     shown = capsys.readouterr().out
     assert "  prefilled, from disk          1.0e+00" in shown
     assert "differs" in shown
-    assert "Not usable as it is: 5 errors." in shown
+    assert "Not usable as it is: 7 errors." in shown
 
 
 @pytest.mark.parametrize("options", [(), ("--json",)])
