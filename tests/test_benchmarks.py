@@ -28,7 +28,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return call
 
 
-@pytest.mark.parametrize("script", ["warm.py", "memory.py", "cache.py", "peers.py", "precision.py", "adapters.py"])
+@pytest.mark.parametrize(
+    "script", ["warm.py", "memory.py", "compact.py", "cache.py", "peers.py", "precision.py", "adapters.py"]
+)
 def test_script(script: str, tmp_path: Path, run: Callable[..., dict[str, Any]]) -> None:
     if script in ("cache.py", "adapters.py"):
         assert run(script).keys() & {"samples", "samples_ms"}
