@@ -97,8 +97,8 @@ def test_a_ready_made_cache_has_no_keep_beside_it(checkpoint: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("cache", "keep", "message"),
     [
-        ("folder", "all", r"keep must be one of \('states', 'prefilled'\), got 'all'"),
-        (None, None, r"keep must be one of \('states', 'prefilled'\), got None"),
+        ("folder", "all", r"keep must be one of \('states', 'prefilled', 'compact'\), got 'all'"),
+        (None, None, r"keep must be one of \('states', 'prefilled', 'compact'\), got None"),
         (7, "states", "cache must be a folder, a PassageCache, a store or None, got int: 7; leave it out"),
         ({}, "prefilled", "cache must be a folder, a PassageCache, a store or None, got dict"),
     ],

@@ -67,7 +67,10 @@ def said(arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("encode file -m mini --cache new --limit-gb 1e12", f"{LIMIT}1e+12"),
         ("encode file -m mini --cache new --base-ratio 0", "--base-ratio must be at least 1, got 0"),
         ("encode file -m mini --cache new --storage int4", "--storage must be one of ('native', 'int8'), got 'int4'"),
-        ("encode file -m mini --cache new --keep all", "--keep must be one of ('states', 'prefilled'), got 'all'"),
+        (
+            "encode file -m mini --cache new --keep all",
+            "--keep must be one of ('states', 'prefilled', 'compact'), got 'all'",
+        ),
         ("encode file -m mini --cache new --max-length 0", "--max-length must be at least 1, got 0"),
         ("encode file -m mini --cache new --max-length 9999", "--max-length 9999 is more than the 8192 positions"),
         ("encode file -m mini --cache file", "file is a file; give a folder"),
