@@ -245,9 +245,9 @@ def test_prefilled_passages_at_work_are_bounded(
     groups: list[int] = []
     margins = engine.passage_kv.decoder.margins
 
-    def watch(beginning: Any, pairs: Any) -> Any:
+    def watch(beginning: Any, pairs: Any, *reference: Any) -> Any:
         groups.append(sum({id(pair.passage): pair.passage.nbytes for pair in pairs}.values()))
-        return margins(beginning, pairs)
+        return margins(beginning, pairs, *reference)
 
     monkeypatch.setattr(engine.passage_kv.decoder, "margins", watch)
     found = reranker.predict([("query", text) for text in passages[:12]])

@@ -6,7 +6,10 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,12 +22,24 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("examples")
 
 
+@pytest.fixture(scope="module")
+def runs(request: pytest.FixtureRequest, cache: Path, checkpoint: Path) -> Iterator[dict[str, Future[Any]]]:
+    """The selected examples, two at a time: most of their time is the start of a process."""
+
+    def run(name: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "KALM_EXAMPLE_CACHE": str(cache / name), "KALM_MODEL": str(checkpoint)}
+        (cache / name).mkdir()
+        return subprocess.run([sys.executable, str(FOLDER / name)], capture_output=True, text=True, env=environment)
+
+    selected = {item.name for item in request.session.items}
+    with ThreadPoolExecutor(2) as pool:
+        yield {name: pool.submit(run, name) for name in EXAMPLES if f"test_example[{name}]" in selected}
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_example(name: str, cache: Path, checkpoint: Path) -> None:
+def test_example(name: str, runs: dict[str, Future[Any]]) -> None:
     assert len((FOLDER / name).read_text().splitlines()) < 60
-    environment = {**os.environ, "KALM_EXAMPLE_CACHE": str(cache / name), "KALM_MODEL": str(checkpoint)}
-    (cache / name).mkdir()
-    done = subprocess.run([sys.executable, str(FOLDER / name)], capture_output=True, text=True, env=environment)
+    done = runs[name].result()
     assert done.returncode == 0, done.stderr[-2000:]
     assert " ms" in done.stdout
     if name == "shared_cache.py":
