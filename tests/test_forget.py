@@ -182,7 +182,7 @@ def test_records_are_searched_without_torch(checkpoint: Path, tmp_path: Path) ->
     assert done.stdout.split() == ["3", "False"]
 
 
-def test_a_folder_that_is_replaced_is_recorded_anew(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_replaced_is_recorded_again(checkpoint: Path, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     cache = PassageCache(folder)
     reranker = KaLMReranker(checkpoint, device="cpu", cache=cache)
