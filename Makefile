@@ -17,7 +17,7 @@ test: $(VENV)/.dev
 
 # Every figure of the documentation; about half an hour on 2 cores.
 bench: $(VENV)/.dev
-	for name in startup warm memory cache precision peers adapters; do $(VENV)/bin/python benchmarks/$$name.py $(BENCH) || exit 1; done
+	for name in startup warm encoder memory compact cache precision peers adapters; do $(VENV)/bin/python benchmarks/$$name.py $(BENCH) || exit 1; done
 
 # The fault tests with large counts: at least 1,000 kills and 10,000 bit flips.
 faults: $(VENV)/.dev

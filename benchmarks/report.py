@@ -17,7 +17,7 @@ def can_run(dtype: str) -> bool:
     """Whether this machine runs a precision: int8 needs an x86 CPU with VNNI instructions."""
     from kalm_rag.model.cpu_kernels import why_no_int8
 
-    return dtype != "int8" or not why_no_int8()
+    return dtype not in ("int8", "int8-all") or not why_no_int8()
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

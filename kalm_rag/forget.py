@@ -11,6 +11,7 @@ from kalm_rag.cache.keys import KeySpace
 from kalm_rag.cache.spaces import Behind, Space
 from kalm_rag.errors import CheckpointError
 from kalm_rag.model.checkpoint import Checkpoint, find_checkpoint
+from kalm_rag.model.loading import INT8_ENCODER
 from kalm_rag.settings import Settings
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 RATIOS = (1, 2, 4, 8, 16, 32)
 """The ratios that the models are trained for."""
 
-_DTYPES = ("float32", "bfloat16", "float16")
+_DTYPES = ("float32", "bfloat16", "float16", INT8_ENCODER)
 _STORAGES = ("native", "int8")
 
 

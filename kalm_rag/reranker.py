@@ -54,8 +54,9 @@ class KaLMReranker:
             trying things offline), a local folder, or a hub id.
         revision: branch, tag or commit on the hub.
         device: `cpu`, `cuda`, `cuda:1`, `mps`, ... Default: CUDA if there is one, else the CPU.
-        dtype: `float32`, `bfloat16`, `float16`, or `int8` (x86 CPU with VNNI instructions: the decoder's large matrices
-            in 8 bits, the encoder in float32; scores change a little). Default: bfloat16 on CUDA, float32 elsewhere.
+        dtype: `float32`, `bfloat16`, `float16`, or on an x86 CPU with VNNI instructions `int8` (the decoder's large
+            matrices in 8 bits, the encoder in float32) or `int8-all` (the encoder's matrices as well); with these two
+            scores change a little. Default: bfloat16 on CUDA, float32 elsewhere.
         max_length: tokens of a passage that are read, its prefix included. Longer passages are truncated, and
             the result says so.
         query_max_length: tokens of a query that are read.

@@ -97,7 +97,7 @@ class Scorer:
             template=identity.template,
             decoder=identity.decoder,
             max_length=settings.max_length,
-            dtype=str(loaded.dtype).removeprefix("torch."),
+            dtype=loaded.encoder_precision,
             storage=cache.storage,
         )
         self.prompts = Prompts(loaded.tokenizer, settings, loaded.model.config.decoder.max_position_embeddings)

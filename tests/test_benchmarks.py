@@ -29,7 +29,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.parametrize(
-    "script", ["warm.py", "memory.py", "compact.py", "cache.py", "peers.py", "precision.py", "adapters.py"]
+    "script",
+    ["warm.py", "memory.py", "compact.py", "encoder.py", "cache.py", "peers.py", "precision.py", "adapters.py"],
 )
 def test_script(script: str, tmp_path: Path, run: Callable[..., dict[str, Any]]) -> None:
     if script in ("cache.py", "adapters.py"):

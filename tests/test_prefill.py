@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from machine import needs_int8
+from spies import passages_in
 
 from kalm_rag import KaLMReranker, PassageCache
 from kalm_rag.model.prefiller import PromptPrefix, find_prompt_prefix
@@ -31,7 +32,7 @@ class Counted:
         model.get_decoder().register_forward_pre_hook(self._decoder, with_kwargs=True)
 
     def _encoder(self, _module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
-        self.encoded += len(kwargs["input_ids"])
+        self.encoded += passages_in(kwargs)
 
     def _decoder(self, _module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids")

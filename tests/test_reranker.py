@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from spies import passages_in
 
 from kalm_rag import EncodeReport, KaLMReranker, PassageCache, RankedPassage
 
@@ -134,11 +135,11 @@ def test_out_of_memory_halves_the_batch(
     forward = encoder.forward
     sizes: list[int] = []
 
-    def small_memory(input_ids: torch.Tensor, **rest: torch.Tensor) -> object:
-        sizes.append(len(input_ids))
-        if len(input_ids) > 3:
+    def small_memory(**kwargs: torch.Tensor) -> object:
+        sizes.append(passages_in(kwargs))
+        if sizes[-1] > 3:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return forward(input_ids=input_ids, **rest)
+        return forward(**kwargs)
 
     monkeypatch.setattr(encoder, "forward", small_memory)
     found = reranker.rank("lists", passages[:9])

@@ -101,7 +101,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             "--dtype",
-            help="Measure this precision: float32, bfloat16, float16, or int8 on a CPU. May be repeated.",
+            help="Measure this precision: float32, bfloat16, float16, or int8 or int8-all on a CPU. May be repeated.",
             metavar="DTYPE",
             show_default="the device's",
             autocompletion=complete_dtype,

@@ -76,12 +76,12 @@ DeviceOption = Annotated[
         autocompletion=choices("cpu", "cuda", "mps"),
     ),
 ]
-complete_dtype = choices("float32", "bfloat16", "float16", "int8")
+complete_dtype = choices("float32", "bfloat16", "float16", "int8", "int8-all")
 DtypeOption = Annotated[
     str | None,
     typer.Option(
         "--dtype",
-        help="Compute in this precision: float32, bfloat16, float16, or int8 on a CPU.",
+        help="Compute in this precision: float32, bfloat16, float16, or int8 or int8-all on a CPU.",
         metavar="DTYPE",
         show_default="bfloat16 on CUDA, else float32",
         autocompletion=complete_dtype,

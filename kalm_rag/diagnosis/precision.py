@@ -13,7 +13,7 @@ from torch import nn
 
 from kalm_rag.model.cpu_kernels import has_fast_bfloat16, optimize_network, shortest_times, slowdown, why_no_int8
 
-PRECISIONS = ("float32", "bfloat16", "int8", "float16")
+PRECISIONS = ("float32", "bfloat16", "int8", "int8-all", "float16")
 """Every name that `dtype` takes."""
 
 ROWS, WIDTH, HIDDEN = 64, 640, 2048
@@ -69,8 +69,8 @@ class Precisions:
 
 def why_not(precision: str, device: torch.device) -> str:
     """Return why a precision does not run on a device, or is too slow to try; empty if it runs."""
-    if precision == "int8":
-        return why_no_int8() if device.type == "cpu" else f"int8 runs only on a CPU, not on {device.type}"
+    if precision in ("int8", "int8-all"):
+        return why_no_int8() if device.type == "cpu" else f"{precision} runs only on a CPU, not on {device.type}"
     if precision == "float16" and device.type == "cpu" and (times := slowdown("float16")) > _SLOWEST:
         return f"{times:.0f} times as slow as float32 on this CPU"
     return ""
@@ -79,9 +79,10 @@ def why_not(precision: str, device: torch.device) -> str:
 def measure_precisions(device: torch.device) -> Precisions:
     """Time a feed-forward network in every precision that runs on a device, in about a second."""
     actions: dict[str, Callable[[], object]] = {}
-    notes = {precision: why_not(precision, device) for precision in PRECISIONS}
+    precisions = [name for name in PRECISIONS if name != "int8-all"]  # it is int8, as far as a query is concerned
+    notes = {precision: why_not(precision, device) for precision in precisions}
     with torch.inference_mode(), torch.autocast(device.type, enabled=False):
-        for precision in PRECISIONS:
+        for precision in precisions:
             if notes[precision]:
                 continue
             try:
@@ -97,7 +98,7 @@ def measure_precisions(device: torch.device) -> Precisions:
     seconds = {name: min(times[name] for times in rounds) for name in actions}
     return Precisions(
         str(device),
-        tuple(Timing(name, 1000 * seconds[name] if name in seconds else None, notes[name]) for name in PRECISIONS),
+        tuple(Timing(name, 1000 * seconds[name] if name in seconds else None, notes[name]) for name in precisions),
     )
 
 

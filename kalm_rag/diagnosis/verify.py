@@ -58,7 +58,7 @@ COARSE = Tolerance(0.5, 0.08)
 
 def tolerance_of(precision: str, path: ScorePath, base: str = "float32") -> Tolerance:
     """Return how far a path may be from the plain path of `base`."""
-    if precision == "int8":
+    if precision in ("int8", "int8-all"):
         return COARSE
     return EXACT if precision == base == "float32" and path.storage == "native" else ROUNDED
 
@@ -373,7 +373,7 @@ def _too_large(precision: str, numbers: int, device: torch.device) -> str:
     import torch
 
     room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
-    needed = numbers * (4 if precision in ("float32", "int8") else 2) + _ROOM
+    needed = numbers * (4 if precision in ("float32", "int8", "int8-all") else 2) + _ROOM
     if room is None or needed <= room:
         return ""
     return f"it takes about {needed / 1e9:.1f} GB, and {room / 1e9:.1f} GB are free"

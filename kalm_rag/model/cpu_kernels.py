@@ -29,7 +29,6 @@ from kalm_rag.model.cpu_weights import (
     RowInt8Weight,
     WidenedWeight,
 )
-from kalm_rag.model.encoder_attention import install
 
 logger = logging.getLogger(__name__)
 
@@ -204,6 +203,10 @@ def int8_weights() -> PackedWeights:
     )
 
 
+INT8_ENCODER_WEIGHTS = PackedWeights(RowInt8Weight, RowInt8Weight, RowInt8Weight, RowInt8Weight)
+"""An encoder in 8 bits. One scale per row: what is kept of a passage must not depend on what it was encoded with."""
+
+
 class FastLinear(nn.Module):
     """`nn.Linear` without a bias."""
 
@@ -252,8 +255,8 @@ class FastRMSNorm(nn.Module):
         return torch.mul(wide, inverse).mul_(self.scale).to(data.dtype)
 
 
-def optimize_for_cpu(model: Any, *, int8: bool = False) -> torch.dtype:
-    """On a CPU, replace the encoder's attention, and modules of encoder and decoder where that is faster and agrees.
+def optimize_for_cpu(model: Any, *, int8: bool = False, int8_encoder: bool = False) -> torch.dtype:
+    """On a CPU, replace modules of encoder and decoder where that is faster and agrees.
 
     Matrices are replaced only on x86; other processors were not measured. A bfloat16 model on a CPU that multiplies
     bfloat16 slowly is brought to float32 activations on any processor.
@@ -261,6 +264,7 @@ def optimize_for_cpu(model: Any, *, int8: bool = False) -> torch.dtype:
     Args:
         model: `T5Gemma2ForConditionalGeneration` in evaluation mode, in float32 or bfloat16.
         int8: bring the decoder's matrices to 8 bits, see `int8_weights`.
+        int8_encoder: and the encoder's, see `INT8_ENCODER_WEIGHTS`.
 
     Returns:
         The dtype of the model's activations.
@@ -270,7 +274,6 @@ def optimize_for_cpu(model: Any, *, int8: bool = False) -> torch.dtype:
         AttributeError: it does not know them.
     """
     encoder, decoder = model.get_encoder(), model.get_decoder()
-    install(encoder)
     dtype: torch.dtype = next(decoder.parameters()).dtype
     before = len(choices())
     wide = dtype == torch.bfloat16 and not has_fast_bfloat16()
@@ -280,9 +283,11 @@ def optimize_for_cpu(model: Any, *, int8: bool = False) -> torch.dtype:
     if not on_x86 and not wide:
         return dtype
     replacer = _Replacer(wide=wide, onednn=on_x86)
-    stay = replacer.run(encoder, PackedWeights(), "encoder")
+    matrices = INT8_ENCODER_WEIGHTS if int8_encoder else PackedWeights()
+    stay = replacer.run(encoder, matrices, "encoder", measured=not int8_encoder)
     stay += replacer.run(decoder, int8_weights() if int8 else PackedWeights(), "decoder", measured=not int8)
-    if int8 and any(isinstance(module, nn.Linear) and module.bias is None for module in decoder.modules()):
+    narrow = [*([decoder] if int8 else []), *([encoder] if int8_encoder else [])]
+    if any(isinstance(module, nn.Linear) and module.bias is None for part in narrow for module in part.modules()):
         msg = "8-bit products are unavailable, or not near the float ones"
         raise RuntimeError(msg)
     if stay:

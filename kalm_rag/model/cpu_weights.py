@@ -174,6 +174,11 @@ class RowInt8Weight(Int8Weight):
         rounded, scales = data
         return self._product((rounded, 1.0, 128), "none", "").mul_(scales)
 
+    def gelu(self, data: Any) -> torch.Tensor:
+        """`gelu(data @ weight.T)` in its tanh approximation."""
+        found: torch.Tensor = torch.ops.aten.gelu_(self.product(data), approximate="tanh")
+        return found
+
 
 @dataclass(frozen=True, slots=True)
 class PackedWeights:
@@ -186,7 +191,7 @@ class PackedWeights:
         down: its output.
     """
 
-    projection: type[PackedWeight] = PackedWeight
+    projection: Callable[[nn.Linear], Any] = PackedWeight
     output: Callable[[nn.Linear], Any] = PackedWeight
     hidden: Callable[[nn.Linear], Any] = PackedWeight
     down: Callable[[nn.Linear], Any] = PackedWeight

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+INT8_ENCODER = "float32, int8 encoder"
+"""Precision of an encoder with int8 matrices in the cache's keys, so it must not change."""
+
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
@@ -36,6 +39,7 @@ class LoadedModel:
         device: where it runs.
         dtype: what weights and states are kept in.
         int8: whether the decoder's matrices are int8 where `kalm_rag.model.cpu_kernels` says; all else is `dtype`.
+        int8_encoder: whether the encoder's are as well.
         computes: what activations are in, if not in `dtype`: float32 on a CPU that multiplies bfloat16 slowly.
         files: those that weights are mapped from; none where all weights were converted or copied to a device.
     """
@@ -45,6 +49,7 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
     int8: bool = False
+    int8_encoder: bool = False
     computes: torch.dtype | None = None
     files: MappedFiles = field(default_factory=lambda: MappedFiles(()))
 
@@ -74,8 +79,14 @@ class LoadedModel:
         """What really computes, for people: `float32`, `bfloat16 weights, float32 products`, ..."""
         weights, products = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.compute_dtype))
         if self.int8:
-            return f"int8 decoder, {weights} encoder"
+            return "int8 decoder and encoder" if self.int8_encoder else f"int8 decoder, {weights} encoder"
         return weights if weights == products else f"{weights} weights, {products} products"
+
+    @property
+    def encoder_precision(self) -> str:
+        """What the encoder computes in, as part of the cache's keys."""
+        name = str(self.dtype).removeprefix("torch.")
+        return INT8_ENCODER if self.int8_encoder else name
 
     @property
     def attention_dtype(self) -> torch.dtype:
@@ -184,9 +195,10 @@ def _load(
 ) -> LoadedModel:
     import torch
 
-    int8 = str(dtype).lower().removeprefix("torch.") == "int8"
+    name = str(dtype).lower()
+    int8, int8_encoder = name.removeprefix("torch.") in ("int8", "int8-all"), name == "int8-all"
     if int8 and device.type != "cpu":
-        msg = f"dtype='int8' runs only on the CPU, not on {device}: use bfloat16 there"
+        msg = f"dtype={name!r} runs only on the CPU, not on {device}: use bfloat16 there"
         raise ValueError(msg)
     dtype = resolve_dtype(dtype, device)
     tokenizer = load_tokenizer(checkpoint, escape=settings.control_tokens == "escape")
@@ -208,12 +220,12 @@ def _load(
         raise CheckpointError(msg)
     computes = dtype
     if fast and device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
-        computes = _optimize_for_cpu(model, int8=int8)
+        computes = _optimize_for_cpu(model, int8=int8, int8_encoder=int8_encoder)
     elif device.type == "cpu" and dtype == torch.float16:
         _warn_of_float16()
-    logger.info("loaded %s on %s in %s", checkpoint.name, device, "int8" if int8 else dtype)
+    logger.info("loaded %s on %s in %s", checkpoint.name, device, name if int8 else dtype)
     files = MappedFiles(checkpoint.shards if is_mapped else ())
-    return LoadedModel(model, tokenizer, device, dtype, int8, computes, files)
+    return LoadedModel(model, tokenizer, device, dtype, int8, int8_encoder, computes, files)
 
 
 def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
@@ -310,12 +322,12 @@ def _fill_constants(model: Any, device: torch.device, dtype: torch.dtype) -> Non
                 module._buffers[name] = buffer.to(device)
 
 
-def _optimize_for_cpu(model: Any, *, int8: bool) -> torch.dtype:
+def _optimize_for_cpu(model: Any, *, int8: bool, int8_encoder: bool) -> torch.dtype:
     """Install the faster modules; returns the dtype of the model's activations."""
     from kalm_rag.model.cpu_kernels import optimize_for_cpu
 
     try:
-        return optimize_for_cpu(model, int8=int8)
+        return optimize_for_cpu(model, int8=int8, int8_encoder=int8_encoder)
     except (RuntimeError, AttributeError) as error:
         if not int8:
             raise

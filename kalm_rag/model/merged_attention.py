@@ -6,7 +6,7 @@ layer copies it again. transformers' public `AttentionInterface` hands the decod
 and a keyword argument of the decoder's forward carries the `KeyValues`.
 
 Only the last token of a prompt is scored, and of the last layer it needs nothing but the other tokens' keys and values:
-a hook before that layer lets it run on one token (`last_token_only`).
+a hook before that layer lets it run on one token (`one_token_only`). A prefix needs nothing but these of any layer.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class KeyValues:
         masks: additive float32 mask by layer type, shape
             `(batch, 1, heads_per_kv_head * query_length, positions + query_length)`.
         layer_types: by layer.
-        verify: whether to compare what `last_token_only` wrote with what the layer itself makes of the last tokens.
+        verify: whether to compare what `one_token_only` wrote with what the layer itself makes of the last tokens.
         float32_keys: on a CPU, room for one layer's keys in float32, if they are narrower; the layers share it.
         written: layers whose new keys and values are in their place.
         used: layers that have read it, so that a forward that did not pass it on is noticed.
@@ -116,6 +116,19 @@ class KeyValues:
         return by_head[torch.arange(len(mask), device=mask.device), :, :, self.last]
 
 
+@dataclass(slots=True)
+class LastLayer:
+    """Receives the last layer's keys and values of a prompt's prefix, so that the layer runs on one token.
+
+    Attributes:
+        keys: shape `(batch, kv_heads, prefix_length, head_dim)`; None as long as the layer did not run.
+        values: the same.
+    """
+
+    keys: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+
+
 def _attend_fused(
     rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, scale: float
 ) -> torch.Tensor:
@@ -149,6 +162,7 @@ def merged_attention(
     *,
     scaling: float | None = None,
     key_values: KeyValues | None = None,
+    last_layer: LastLayer | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Compute the stock attention, or for a query on prefilled passages the one over `key_values`."""
@@ -166,21 +180,21 @@ def merged_attention(
     return key_values.attend(module.layer_idx, query, scaling), None
 
 
-def last_token_only(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Forward hook of the last decoder layer: write the keys and values of all new tokens, then run only the last one.
+def one_token_only(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward hook of the last decoder layer: compute the keys and values of all tokens, then run it on the last one.
 
-    If a version of transformers builds or calls the layer differently, it runs on all tokens; `KeyValues.compare`
+    A query's are written to its `KeyValues`, those of a prefix to a `LastLayer`. If a version of transformers builds or calls the layer differently, it runs on all tokens; `KeyValues.compare`
     notices if it computes differently.
     """
     import torch
 
-    key_values = kwargs.get("key_values")
-    if key_values is None:
+    key_values, last_layer = kwargs.get("key_values"), kwargs.get("last_layer")
+    if key_values is None and last_layer is None:
         return None
     try:
         hidden, (cos, sin), *rest = args
         attention = layer.self_attn
-        if attention.layer_idx in key_values.written:
+        if key_values is not None and attention.layer_idx in key_values.written:
             return None
         normed = layer.pre_self_attn_layernorm(hidden)
         heads = (*hidden.shape[:2], -1, attention.head_dim)
@@ -190,6 +204,10 @@ def last_token_only(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         return None
     first, second = key.chunk(2, dim=-1)
     key = key * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+    if last_layer is not None:
+        last_layer.keys, last_layer.values = key, value
+        # What the token attends to does not matter: nothing reads the layer's output.
+        return (hidden[:, -1:], (cos[:, -1:], sin[:, -1:]), None, *rest[1:]), kwargs
     key_values.write(attention.layer_idx, key, value)
     last = key_values.last
     place = torch.arange(len(last), device=last.device)
@@ -209,4 +227,4 @@ def install(decoder: Any) -> None:
     AttentionInterface.register(IMPLEMENTATION, merged_attention)
     AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
     decoder.set_attn_implementation(IMPLEMENTATION)
-    decoder.layers[-1].register_forward_pre_hook(last_token_only, with_kwargs=True)
+    decoder.layers[-1].register_forward_pre_hook(one_token_only, with_kwargs=True)

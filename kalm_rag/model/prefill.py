@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from kalm_rag.model.batching import launch_tokens, plan, run_halving
 from kalm_rag.model.compact import CompactKV, Expansion, Reference, rows_of
 from kalm_rag.model.decoder import YesNoHead
-from kalm_rag.model.loading import LoadedModel
+from kalm_rag.model.loading import INT8_ENCODER, LoadedModel
 from kalm_rag.model.merged_attention import PrefillUnsupportedError, cache_argument, install
 from kalm_rag.model.padding import host_integers, to_device
 from kalm_rag.model.passage import PassageKV
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 def precision_names(dtype: str) -> list[str]:
     """Return every `PrefilledDecoder.name` that a model of this dtype may have, on any CPU."""
     names = [dtype, "int8"]
-    if dtype == "float32":  # what a model with int8 weights keeps everything else in
+    if dtype in ("float32", INT8_ENCODER):  # what a model with int8 weights keeps everything else in
         from kalm_rag.model.cpu_weights import BFloat16Weight, PackedWeight
 
         weights = (PackedWeight.key_name, BFloat16Weight.key_name)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kalm_rag.model.batching import run_halving
 from kalm_rag.model.compact import CompactKV, Expansion, Reference, compacted
 from kalm_rag.model.loading import LoadedModel
-from kalm_rag.model.merged_attention import cache_argument
+from kalm_rag.model.merged_attention import LastLayer, PrefillUnsupportedError, cache_argument
 from kalm_rag.model.padding import host_integers, right_pad_states, to_device
 from kalm_rag.model.passage import PassageKV
 from kalm_rag.model.pooling import PassageStates
@@ -67,7 +67,7 @@ class Prefiller:
         self._int8 = int8
         self._decoder = loaded.model.get_decoder()
         self._cache_argument = cache_argument(self._decoder)
-        self._is_checked = False
+        self._is_checked = self._is_last_checked = False
 
     def prefill(
         self, prefix: PromptPrefix, passages: Sequence[PassageStates], reference: Reference | None = None
@@ -111,18 +111,39 @@ class Prefiller:
             states, mask = right_pad_states([passage.states for passage in passages], loaded)
             cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
             ids = to_device(host_integers([prefix.ids]), loaded.device).expand(len(passages), -1)
+            last = LastLayer()
             self._decoder(
                 input_ids=ids,
                 encoder_hidden_states=states,
                 encoder_attention_mask=mask,
                 use_cache=True,
+                last_layer=last,
                 **{self._cache_argument: cache},
             )
+            layers = cache.self_attention_cache.layers
+            if last.keys is None or last.values is None:  # this version of transformers ran it on all tokens
+                last.keys, last.values = layers[-1].keys, layers[-1].values
+            self._check_last(last, layers[-1])
+            found = [[getattr(layer, name) for layer in layers[:-1]] for name in _BOTH]
             own = [
-                torch.stack([getattr(layer, name) for layer in cache.self_attention_cache.layers], dim=1)
-                for name in ("keys", "values")
+                torch.stack([*kept, final], dim=1) for kept, final in zip(found, (last.keys, last.values), strict=True)
             ]
             return torch.stack(own, dim=1), states, cache.cross_attention_cache.layers
+
+    def _check_last(self, last: Any, own: Any) -> None:
+        """Compare the last token's keys and values with the layer's own, once.
+
+        Raises:
+            PrefillUnsupportedError: they differ by more than rounding.
+        """
+        if self._is_last_checked:
+            return
+        for ours, stock in ((last.keys, own.keys), (last.values, own.values)):
+            tolerance = 1e-4 if stock.element_size() == 4 else 3e-2
+            if (ours[:, :, -1].float() - stock[:, :, -1].float()).abs().max() > tolerance * stock.abs().max().float():
+                msg = "this version of transformers computes keys and values differently than kalm-rag expects"
+                raise PrefillUnsupportedError(msg)
+        self._is_last_checked = True
 
     def _prefilled(self, prefix: PromptPrefix, passages: Sequence[PassageStates]) -> list[PassageKV | CompactKV]:
         import torch

@@ -20,6 +20,7 @@ DTYPES = {
     "float16": "float16",
     "fp16": "float16",
     "int8": "float32",
+    "int8-all": "float32",
 }
 """Accepted names of a dtype, and what the encoder computes in under that name."""
 

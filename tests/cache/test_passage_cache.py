@@ -14,6 +14,7 @@ import pytest
 import torch
 from cachekit import frames, get, key_of, lookup, pack, passage, put, space, texts, unpack
 from machine import needs_bfloat16, needs_int8
+from spies import passages_in
 
 from kalm_rag import EncodeReport, KaLMReranker, PassageCache
 from kalm_rag.cache import DiskStore, MemoryStore, StoreStats
@@ -27,7 +28,7 @@ def counted(reranker: KaLMReranker) -> list[int]:
     """Passages per encoder call, from now on."""
     calls: list[int] = []
     encoder = reranker.scorer.loaded.model.get_encoder()
-    encoder.register_forward_pre_hook(lambda _m, _a, kwargs: calls.append(len(kwargs["input_ids"])), with_kwargs=True)
+    encoder.register_forward_pre_hook(lambda _m, _a, kwargs: calls.append(passages_in(kwargs)), with_kwargs=True)
     return calls
 
 

@@ -102,7 +102,7 @@ class TestHelp:
             get_args(Keep): ("encode", "keep"),
             tuple(FORMATS): ("rank", "file_format"),
             tuple(NAMES): ("rank", "model"),
-            ("float32", "bfloat16", "float16", "int8"): ("rank", "dtype"),
+            ("float32", "bfloat16", "float16", "int8", "int8-all"): ("rank", "dtype"),
         }.items():
             [parameter] = [found for found in COMMANDS[(command,)].params if found.name == option]
             assert [name for name in names if not re.search(rf"\b{name}\b", parameter.help)] == []
@@ -132,7 +132,7 @@ class TestCompletion:
             ("kalm-rag rank q --device c", ["cpu", "cuda"]),
             ("kalm-rag encode --storage ", ["native", "int8"]),
             ("kalm-rag encode --keep p", ["prefilled"]),
-            ("kalm-rag eval --dtype i", ["int8"]),
+            ("kalm-rag eval --dtype i", ["int8", "int8-all"]),
             ("kalm-rag rank q --model ./mod", []),
         ],
     )

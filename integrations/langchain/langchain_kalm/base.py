@@ -56,7 +56,7 @@ class KalmBase(BaseModel):
     device: str | None = None
     """`cpu`, `cuda`, ...; by default the best there is."""
     dtype: str | None = None
-    """`float32`, `bfloat16`, `int8`; by default bfloat16 on CUDA, else float32."""
+    """`float32`, `bfloat16`, `int8`, `int8-all`; by default bfloat16 on CUDA, else float32."""
     max_length: int = Field(default=1024, ge=1)
     """Tokens of a document that are read."""
     ratio: int | None = Field(default=None, ge=1)

@@ -55,7 +55,7 @@ class KalmBase(BaseComponent):
     )
     device: str | None = Field(default=None, description="cpu, cuda, ...; by default the best there is.")
     dtype: str | None = Field(
-        default=None, description="float32, bfloat16, int8; by default bfloat16 on CUDA, else float32."
+        default=None, description="float32, bfloat16, int8, int8-all; by default bfloat16 on CUDA, else float32."
     )
     max_length: int = Field(default=1024, ge=1, description="Tokens of a node that are read.")
     ratio: int | None = Field(

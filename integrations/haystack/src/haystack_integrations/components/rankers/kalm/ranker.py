@@ -63,7 +63,7 @@ class KalmRanker(KalmBase):
             keep: what a folder keeps: `states`, or `prefilled` to keep prefilled documents too, for fast first queries
                 on a CPU at about 25 times the bytes. Encoder and ranker must name the same.
             device: by default the best there is.
-            dtype: `float32`, `bfloat16`, `int8`; by default bfloat16 on CUDA, else float32.
+            dtype: `float32`, `bfloat16`, `int8`, `int8-all`; by default bfloat16 on CUDA, else float32.
             token: hub token, if the model needs one.
             max_length: tokens of a document that are read.
             top_k: how many documents to return.
