@@ -2,10 +2,11 @@
 
 Caveats first: weights are random, in the geometry of KaLM-Reranker-V1-Nano; the machine may be shared, so read ratios.
 All variants of a precision take turns in one process, and the shortest time counts. "stock" is the encoder of
-transformers in one padded batch, sorted by length. "products" has the matrices and norms that were measured to be faster,
-padded too. "packed" is what runs: passages side by side without padding, in batches of 2,048 tokens. "of peak" is the
-share of the matrix-multiply speed of this process that the multiplications of matrices and attention reach; padding does
-not count as work. "prefill" is passages a second from states to keys and values of the default instruction.
+transformers in padded batches, sorted by length. "products" has the matrices and norms that were measured to be
+faster, padded too. "packed" is what runs: passages side by side without padding, in batches of 2,048 tokens. "of peak"
+is the share of the matrix-multiply speed of this process that the multiplications of matrices and attention reach;
+padding does not count as work. "prefill" is passages a second from states to keys and values of the default
+instruction.
 
     python benchmarks/encoder.py [--corpus BEIR_FOLDER] [--passages N] [--small] [--output FILE]
     ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 python benchmarks/encoder.py

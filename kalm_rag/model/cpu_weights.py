@@ -191,7 +191,7 @@ class PackedWeights:
         down: its output.
     """
 
-    projection: Callable[[nn.Linear], Any] = PackedWeight
+    projection: type[Any] = PackedWeight
     output: Callable[[nn.Linear], Any] = PackedWeight
     hidden: Callable[[nn.Linear], Any] = PackedWeight
     down: Callable[[nn.Linear], Any] = PackedWeight

@@ -183,18 +183,18 @@ def merged_attention(
 def one_token_only(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward hook of the last decoder layer: compute the keys and values of all tokens, then run it on the last one.
 
-    A query's are written to its `KeyValues`, those of a prefix to a `LastLayer`. If a version of transformers builds or calls the layer differently, it runs on all tokens; `KeyValues.compare`
-    notices if it computes differently.
+    A query's are written to its `KeyValues`, those of a prefix to a `LastLayer`. If a version of transformers builds or
+    calls the layer differently, it runs on all tokens; `KeyValues.compare` notices if it computes differently.
     """
     import torch
 
-    key_values, last_layer = kwargs.get("key_values"), kwargs.get("last_layer")
-    if key_values is None and last_layer is None:
+    receiver: KeyValues | LastLayer | None = kwargs.get("key_values") or kwargs.get("last_layer")
+    if receiver is None:
         return None
     try:
         hidden, (cos, sin), *rest = args
         attention = layer.self_attn
-        if key_values is not None and attention.layer_idx in key_values.written:
+        if isinstance(receiver, KeyValues) and attention.layer_idx in receiver.written:
             return None
         normed = layer.pre_self_attn_layernorm(hidden)
         heads = (*hidden.shape[:2], -1, attention.head_dim)
@@ -204,12 +204,12 @@ def one_token_only(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return None
     first, second = key.chunk(2, dim=-1)
     key = key * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
-    if last_layer is not None:
-        last_layer.keys, last_layer.values = key, value
+    if isinstance(receiver, LastLayer):
+        receiver.keys, receiver.values = key, value
         # What the token attends to does not matter: nothing reads the layer's output.
         return (hidden[:, -1:], (cos[:, -1:], sin[:, -1:]), None, *rest[1:]), kwargs
-    key_values.write(attention.layer_idx, key, value)
-    last = key_values.last
+    receiver.write(attention.layer_idx, key, value)
+    last = receiver.last
     place = torch.arange(len(last), device=last.device)
     return (hidden[place, last][:, None], (cos[0, last][:, None], sin[0, last][:, None]), *rest), kwargs
 
