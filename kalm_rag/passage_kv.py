@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 from kalm_rag.cache import PassageCache
 from kalm_rag.cache.frame import HEADER_BYTES, Frame, FrameError
 from kalm_rag.cache.keys import KeySpace
-from kalm_rag.cache.lru import BudgetLRU
+from kalm_rag.cache.sieve import BudgetSieve
 from kalm_rag.cache.spaces import Behind, Space
 from kalm_rag.model.compact import CompactKV, Reference, from_rows, rows_of, to_rows
 from kalm_rag.model.loading import LoadedModel
@@ -78,7 +78,9 @@ class PassageKVCache(ValueCache[BehindPrefix, Prefilled]):
         self, limit: int, cache: PassageCache, keys: KeySpace, shape: tuple[int, int, int], device: torch.device
     ) -> None:
         super().__init__("passage_kv", cache)
-        self.memory: BudgetLRU[str, Prefilled] = BudgetLRU(limit, lambda passage: passage.nbytes, "prefilled passages")
+        self.memory: BudgetSieve[str, Prefilled] = BudgetSieve(
+            limit, lambda passage: passage.nbytes, "prefilled passages"
+        )
         cache.attach(self.memory)
         self._model = keys.model
         self._shape = shape

@@ -30,7 +30,10 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.mark.parametrize(
     "script",
-    ["warm.py", "memory.py", "compact.py", "encoder.py", "cache.py", "peers.py", "precision.py", "adapters.py"],
+    [
+        *("warm.py", "memory.py", "compact.py", "encoder.py", "cache.py", "peers.py", "precision.py", "adapters.py"),
+        "eviction.py",
+    ],
 )
 def test_script(script: str, tmp_path: Path, run: Callable[..., dict[str, Any]]) -> None:
     if script in ("cache.py", "adapters.py"):
@@ -41,6 +44,12 @@ def test_script(script: str, tmp_path: Path, run: Callable[..., dict[str, Any]])
     if script == "warm.py":
         compared = [item for item in json.loads(written.read_text())["results"] if item["dtype"] == "float32"]
         assert all(item["largest_difference"] <= 1e-5 for item in compared)
+    if script == "eviction.py":
+        found = json.loads(written.read_text())["results"]
+        assert {"LRU", "SLRU", "S3-FIFO", "SIEVE"} <= {item["policy"] for item in found}
+        for policy in ("SLRU", "S3-FIFO", "SIEVE"):
+            ratios = [item["no_scan"] for item in found if item["policy"] == policy]
+            assert ratios == sorted(ratios), "more memory, more hits"
 
 
 def test_startup(run: Callable[..., dict[str, Any]]) -> None:

@@ -14,8 +14,8 @@ from kalm_rag.cache import database
 from kalm_rag.cache.disk import DiskStore
 from kalm_rag.cache.heads import older_than_records
 from kalm_rag.cache.keys import KEY_PATTERN
-from kalm_rag.cache.lru import BudgetLRU
 from kalm_rag.cache.memory import MemoryStore
+from kalm_rag.cache.sieve import BudgetSieve
 from kalm_rag.cache.spaces import Kind, Space, SpaceBook, distinct, recorded_spaces, records_of
 from kalm_rag.cache.store import Store, StoreError
 from kalm_rag.documents import iter_documents
@@ -147,10 +147,10 @@ class Forgetter:
         self.book = SpaceBook()
         self._memory = memory
         self._flush = flush
-        self._prefilled: weakref.WeakSet[BudgetLRU[str, Any]] = weakref.WeakSet()
+        self._prefilled: weakref.WeakSet[BudgetSieve[str, Any]] = weakref.WeakSet()
         self._lock = forks.Lock()
 
-    def attach(self, memory: BudgetLRU[str, Any]) -> None:
+    def attach(self, memory: BudgetSieve[str, Any]) -> None:
         """Reach prefilled passages in memory, for as long as they are used."""
         with self._lock:
             self._prefilled.add(memory)
@@ -218,6 +218,6 @@ class Forgetter:
             older_than_records(store),
         )
 
-    def _levels(self) -> list[BudgetLRU[str, Any]]:
+    def _levels(self) -> list[BudgetSieve[str, Any]]:
         with self._lock:
             return list(self._prefilled)

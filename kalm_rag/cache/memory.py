@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from kalm_rag.cache.lru import BudgetLRU
+from kalm_rag.cache.sieve import BudgetSieve
 from kalm_rag.cache.store import StoreStats
 
 
 class MemoryStore:
-    """Keeps frames in this process and evicts the least recently used ones.
+    """Keeps frames in this process and evicts those that are not used again.
 
     Copies in the same process are the store itself. A pickle holds the limit and no passages.
 
@@ -18,7 +18,7 @@ class MemoryStore:
     """
 
     def __init__(self, limit: int) -> None:
-        self._items: BudgetLRU[str, bytes] = BudgetLRU(limit, len, "encoded passages")
+        self._items: BudgetSieve[str, bytes] = BudgetSieve(limit, len, "encoded passages")
 
     def __copy__(self) -> MemoryStore:
         """Return the store itself: copies share it."""
@@ -32,11 +32,11 @@ class MemoryStore:
         return type(self), (self._items.limit,)
 
     def get_many(self, keys: Sequence[str]) -> dict[str, bytes]:
-        """Return the values of the keys; each becomes the most recently used."""
+        """Return the values of the keys; each is spared when room is next made."""
         return self._items.get_many(keys)
 
     def put_many(self, items: Mapping[str, bytes]) -> int:
-        """Store values, evicting the least recently used ones; values above the limit are not stored."""
+        """Store values, evicting unused ones; values above the limit are not stored."""
         return sum(self._items.put(key, value) for key, value in items.items())
 
     def delete(self, keys: Iterable[str]) -> int:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 from kalm_rag.cache.disk import DiskStore
 from kalm_rag.cache.forgetting import ForgetReport, Forgetter
 from kalm_rag.cache.frame import Frame, FrameError
-from kalm_rag.cache.lru import BudgetLRU
 from kalm_rag.cache.memory import MemoryStore
+from kalm_rag.cache.sieve import BudgetSieve
 from kalm_rag.cache.spaces import Kind, Space, record, records_of
 from kalm_rag.cache.store import Store, StoreStats, add
 from kalm_rag.cache.writer import WriteBehind
@@ -364,7 +364,7 @@ class PassageCache:
         if book.begin(space):
             self._writer.submit(0, partial(self._record, space))
 
-    def attach(self, memory: BudgetLRU[str, Any]) -> None:
+    def attach(self, memory: BudgetSieve[str, Any]) -> None:
         """Let `forget` and `delete` reach prefilled passages that a reranker keeps in memory under the cache's keys."""
         self._forgetter.attach(memory)
 

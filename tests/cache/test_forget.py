@@ -330,11 +330,11 @@ class TestForget:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         from kalm_rag.cache import spaces
-        from kalm_rag.cache.lru import BudgetLRU
+        from kalm_rag.cache.sieve import BudgetSieve
 
         monkeypatch.setattr(spaces, "_MOST_USED", 1)
         cache = PassageCache(None)
-        memory: BudgetLRU[str, bytes] = BudgetLRU(1000, len, "test")
+        memory: BudgetSieve[str, bytes] = BudgetSieve(1000, len, "test")
         cache.attach(memory)
         first, second = (Space(space(), TOKENS, Behind(4, (number,), "x")) for number in (1, 2))
         for one in (first, second):

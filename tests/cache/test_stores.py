@@ -220,7 +220,7 @@ def test_text_where_bytes_were_kept_is_a_miss_and_said_once(caplog: pytest.LogCa
     assert store.delete(KEYS) == 2
 
 
-def test_memory_evicts_the_least_recently_used() -> None:
+def test_memory_evicts_what_is_not_used_again() -> None:
     store = MemoryStore(3000)
     for key in KEYS[:3]:
         store.put_many({key: bytes(1000)})
