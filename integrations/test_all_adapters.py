@@ -198,6 +198,7 @@ def test_credentials_stay_out_of_files_and_words(adapter: Adapter, given: dict[s
         ({"system_prompt": 7}, "system_prompt must be a string"),
         ({"control_tokens": "drop"}, "control_tokens must be one of"),
         ({"prefill_memory": -1}, "prefill_memory must be a number of bytes"),
+        ({"prefill_memory": "1 GB"}, "or \"auto\" for a share of the free memory, got '1 GB'"),
         ({"prefill_storage": "int4"}, "prefill_storage must be one of"),
         ({"show_progress": "yes"}, "show_progress must be True or False"),
         ({"local_files_only": 1}, "local_files_only must be True or False"),

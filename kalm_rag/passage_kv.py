@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -27,10 +28,13 @@ from kalm_rag.settings import Settings
 from kalm_rag.source import CachedSource, ValueCache
 from kalm_rag.states import StatesSource
 from kalm_rag.utils import forks
+from kalm_rag.utils.budget import LEAST, MemoryBudget, memory_budget
 from kalm_rag.utils.turns import Room, Turns
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 Prefilled: TypeAlias = PassageKV | CompactKV
 """A prefilled passage in either form."""
@@ -64,7 +68,7 @@ class PassageKVCache(ValueCache[BehindPrefix, Prefilled]):
     `_lock` guards the counters; `memory` has a lock of its own.
 
     Args:
-        limit: bytes that they may take in memory.
+        budget: what they may take in memory.
         cache: what keeps them, with `keep="prefilled"`.
         keys: says which model they are of.
         shape: layers, kv heads and head width of the decoder.
@@ -75,13 +79,19 @@ class PassageKVCache(ValueCache[BehindPrefix, Prefilled]):
     """
 
     def __init__(
-        self, limit: int, cache: PassageCache, keys: KeySpace, shape: tuple[int, int, int], device: torch.device
+        self,
+        budget: MemoryBudget,
+        cache: PassageCache,
+        keys: KeySpace,
+        shape: tuple[int, int, int],
+        device: torch.device,
     ) -> None:
         super().__init__("passage_kv", cache)
         self.memory: BudgetSieve[str, Prefilled] = BudgetSieve(
-            limit, lambda passage: passage.nbytes, "prefilled passages"
+            budget.bytes, lambda passage: passage.nbytes, "prefilled passages"
         )
         cache.attach(self.memory)
+        self._limit_source = budget.source
         self._model = keys.model
         self._shape = shape
         self._device = device
@@ -141,7 +151,7 @@ class PassageKVCache(ValueCache[BehindPrefix, Prefilled]):
         """Counters, and the size in memory."""
         with self._lock:
             counters = replace(self._counters)
-        return PrefillStats(counters, self.memory.stats())
+        return PrefillStats(counters, self.memory.stats(), self._limit_source)
 
     def _decode(self, request: BehindPrefix, frame: Frame) -> Prefilled:
         return self._whole(request, frame) if request.reference is None else self._compact(request, frame)
@@ -205,9 +215,14 @@ class PassageKVSource(CachedSource[BehindPrefix, PassageStates, Prefilled]):
     ) -> None:
         storage = "compact" if cache.keep == "compact" else settings.prefill_storage
         self.decoder = PrefilledDecoder(loaded, settings, turns, storage=storage)
-        cached = PassageKVCache(settings.prefill_memory, cache, keys, self.decoder.shape, loaded.device)
+        budget = memory_budget(settings.prefill_memory, loaded.device)
+        cached = PassageKVCache(budget, cache, keys, self.decoder.shape, loaded.device)
         super().__init__(loaded, cached, turns)
-        self.is_used = settings.prefill_memory > 0 or cache.keeps_prefilled
+        self.is_used = budget.bytes > 0 or cache.keeps_prefilled
+        self._group_bytes = _GROUP_BYTES
+        if settings.prefill_memory == "auto":
+            _tell(budget)
+            self._group_bytes = min(_GROUP_BYTES, max(LEAST, budget.bytes))
         self._settings = settings
         self._cache = cache
         self._key_space = keys
@@ -216,7 +231,7 @@ class PassageKVSource(CachedSource[BehindPrefix, PassageStates, Prefilled]):
         self._references = (
             ReferenceSource(loaded, cache, keys, states, self.decoder, turns) if storage == "compact" else None
         )
-        self._room = Room(2 * _GROUP_BYTES)
+        self._room = Room(2 * self._group_bytes)
         self._lock = forks.Lock()
         self._prefixes: dict[str, PromptPrefix] = {}
         self._spaces: dict[BehindPrefix, Space] = {}
@@ -274,7 +289,7 @@ class PassageKVSource(CachedSource[BehindPrefix, PassageStates, Prefilled]):
             part = texts[start : start + at_once]
             found = self.find(part, request)
             states = self._states.get([text for text in part if text not in found], request.ratio)
-            for group, size in _groups(part, found, states, request.prefix, self.decoder):
+            for group, size in _groups(part, found, states, request.prefix, self.decoder, self._group_bytes):
                 with self._room.of(size):
                     ready = {text: found.pop(text) for text in group if text in found}
                     missing = [text for text in group if text not in ready]
@@ -326,20 +341,32 @@ class PassageKVSource(CachedSource[BehindPrefix, PassageStates, Prefilled]):
         return self.decoder.prefiller.prefill(request.prefix, inputs, request.reference)
 
 
+def _tell(budget: MemoryBudget) -> None:
+    """Log what "auto" came to."""
+    logger.info("prefilled passages may take %d bytes in memory (%s)", budget.bytes, budget.source)
+    if not budget.bytes:
+        logger.warning(
+            "prefilled passages are not kept in memory (%s): queries on known passages are slower; free memory, raise "
+            "the container's limit, or pass prefill_memory as a number of bytes",
+            budget.source,
+        )
+
+
 def _groups(
     texts: Sequence[str],
     found: Mapping[str, Prefilled],
     states: Mapping[str, PassageStates],
     prefix: PromptPrefix,
     decoder: PrefilledDecoder,
+    most: int,
 ) -> Iterator[tuple[list[str], int]]:
-    """Passages in groups of at most `_GROUP_BYTES`, and those bytes; a single passage may be larger."""
+    """Passages in groups of at most `most` bytes, and those bytes; a single passage may be larger."""
     group: list[str] = []
     size = 0
     for text in texts:
         ready = found.get(text)
         more = ready.nbytes if ready else decoder.bytes_of(len(prefix), len(states[text].states))
-        if group and size + more > _GROUP_BYTES:
+        if group and size + more > most:
             yield group, size
             group, size = [], 0
         group.append(text)

@@ -20,6 +20,7 @@ from kalm_rag.settings import (
     DEFAULT_PREFILL_MEMORY,
     DEFAULT_SYSTEM_PROMPT,
     ControlTokens,
+    PrefillMemory,
     PrefillStorage,
     Settings,
     base_ratio,
@@ -73,7 +74,8 @@ class KaLMReranker:
         cache: where encoded passages are kept: a folder, a `PassageCache`, a store, or None to keep them in this
             process only. Default: the folder that `KALM_RAG_CACHE` names, else the user's, shared by all processes.
         prefill_memory: bytes of prefilled passages kept in memory, on the model's device: what makes a query on known
-            passages fast. 0 keeps none.
+            passages fast. 0 keeps none; `auto` is a quarter of what is free when the model is loaded, at most 4 GB, or
+            16 GB of a CUDA device.
         prefill_storage: `native`; or, where scores may change a little, `int8` for about half (of bfloat16) or a
             quarter (of float32) of the bytes, or `compact` for about a seventh or a tenth.
         show_progress: True, False, or None for bars on long work when standard error is a terminal.
@@ -111,7 +113,7 @@ class KaLMReranker:
         batch_tokens: int = 16384,
         control_tokens: ControlTokens = "escape",
         cache: str | Path | Store | PassageCache | None = DEFAULT,
-        prefill_memory: int = DEFAULT_PREFILL_MEMORY,
+        prefill_memory: PrefillMemory = DEFAULT_PREFILL_MEMORY,
         prefill_storage: PrefillStorage = "native",
         show_progress: bool | None = None,
         token: str | bool | None = None,

@@ -177,10 +177,18 @@ class PrefillCounters(Shown):
 
 @dataclass(frozen=True, slots=True, repr=False)
 class PrefillStats(Shown):
-    """Counters of the prefilled level and its size in memory."""
+    """Counters of the prefilled level and its size in memory.
+
+    Attributes:
+        counters: since the model was loaded.
+        size: in memory; its `limit` is what `prefill_memory` came to.
+        limit_source: where that limit comes from, for people.
+    """
 
     counters: PrefillCounters
     size: StoreStats
+    limit_source: str = ""
 
     def _facts(self, *, defaults: bool) -> list[tuple[str, str]]:
-        return [*self.counters._facts(defaults=defaults), *self.size._facts(defaults=defaults)]
+        sizes = [*self.counters._facts(defaults=defaults), *self.size._facts(defaults=defaults)]
+        return sizes + [("limit_source", self.limit_source)] * bool(self.limit_source or defaults)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from kalm_rag.utils.checks import check_bytes, check_choice, check_positive, check_ratio, check_text
+from kalm_rag.utils.checks import check_budget, check_choice, check_positive, check_ratio, check_text
 
 DEFAULT_INSTRUCTION = "Given a query, retrieve documents that answer the query."
 """Task instruction of the KaLM-Reranker-V1 model cards."""
@@ -19,8 +19,10 @@ DEFAULT_SYSTEM_PROMPT = (
 ControlTokens = Literal["escape", "allow"]
 PrefillStorage = Literal["native", "int8", "compact"]
 
-DEFAULT_PREFILL_MEMORY = 1_000_000_000
-"""Bytes of prefilled passages kept in memory: about 200 passages of 300 tokens of Nano in float32, 400 in bfloat16."""
+PrefillMemory = int | Literal["auto"]
+"""Bytes, or a share of what is free when the model is loaded: see `kalm_rag.utils.budget`."""
+
+DEFAULT_PREFILL_MEMORY: PrefillMemory = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +42,16 @@ class Settings:
     batch_size: int = 32
     batch_tokens: int = 16384
     control_tokens: ControlTokens = "escape"
-    prefill_memory: int = DEFAULT_PREFILL_MEMORY
+    prefill_memory: PrefillMemory = DEFAULT_PREFILL_MEMORY
     prefill_storage: PrefillStorage = "native"
 
     def __post_init__(self) -> None:
-        checked = {
+        checked: dict[str, object] = {
             name: check_positive(name, getattr(self, name))
             for name in ("max_length", "query_max_length", "batch_size", "batch_tokens")
         }
         checked["ratio"] = check_ratio("ratio", self.ratio)
-        checked["prefill_memory"] = check_bytes("prefill_memory", self.prefill_memory)
+        checked["prefill_memory"] = check_budget("prefill_memory", self.prefill_memory)
         for name, value in checked.items():
             object.__setattr__(self, name, value)  # frozen, and a number may have come as one of numpy's
         for name in ("instruction", "system_prompt"):

@@ -241,7 +241,7 @@ def test_prefilled_passages_at_work_are_bounded(
     reranker = KaLMReranker(checkpoint, device="cpu", cache=None)
     engine = reranker.scorer
     one = engine.passage_kv.bytes_of(max(reranker.estimate(passages[:12]).tokens))
-    monkeypatch.setattr(passage_kv_module, "_GROUP_BYTES", 3 * one)
+    monkeypatch.setattr(engine.passage_kv, "_group_bytes", 3 * one)
     groups: list[int] = []
     margins = engine.passage_kv.decoder.margins
 

@@ -240,6 +240,22 @@ def test_budget_is_kept_and_eviction_falls_back(checkpoint: Path, passages: list
     assert counted.spent()[0] == 24, "states stayed, so nothing was encoded twice"
 
 
+def test_a_scan_over_a_corpus_leaves_passages_that_queries_use(
+    checkpoint: Path, passages: list[str], plain: Any
+) -> None:
+    hot, corpus = passages[:5], passages[5:90]
+    one = Counted(checkpoint)
+    one.scores("query", passages[:90])
+    counted = Counted(checkpoint, prefill_memory=one.size.bytes // 9)
+    for query in ("query", "another query"):
+        counted.scores(query, hot)
+    counted.scores("query", corpus)
+    assert counted.size.evicted > 60
+    before = counted.counters.hits
+    assert near(counted.scores("a third query", hot), plain("a third query", hot))
+    assert counted.counters.hits == before + len(hot)
+
+
 def test_budget_below_one_passage_keeps_nothing_and_says_so_once(
     checkpoint: Path, passages: list[str], plain: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -12,6 +12,7 @@ from kalm_rag.settings import (
     DEFAULT_PREFILL_MEMORY,
     DEFAULT_SYSTEM_PROMPT,
     ControlTokens,
+    PrefillMemory,
     PrefillStorage,
     Settings,
 )
@@ -35,7 +36,8 @@ class Options:
         batch_size: rows per forward pass at most.
         batch_tokens: tokens per forward pass at most, padding included.
         control_tokens: `escape` or `allow` control tokens such as `<end_of_turn>` in passages and queries.
-        prefill_memory: bytes of prefilled passages kept in memory, on the model's device.
+        prefill_memory: bytes of prefilled passages kept in memory, on the model's device, or `auto` for a share of what
+            is free there.
         prefill_storage: `native`, or `int8` or `compact` for fewer bytes and slightly different scores.
         show_progress: True, False, or None for bars on long work when standard error is a terminal.
         token: hub token, if the model needs one. It is never written to JSON or YAML; a pickle holds it.
@@ -58,7 +60,7 @@ class Options:
     batch_size: int = 32
     batch_tokens: int = 16384
     control_tokens: ControlTokens = "escape"
-    prefill_memory: int = DEFAULT_PREFILL_MEMORY
+    prefill_memory: PrefillMemory = DEFAULT_PREFILL_MEMORY
     prefill_storage: PrefillStorage = "native"
     show_progress: bool | None = None
     token: str | bool | None = field(default=None, repr=False)

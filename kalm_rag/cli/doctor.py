@@ -170,6 +170,10 @@ def _machine_rows(found: Diagnosis) -> list[tuple[str, str]]:
         ("features", " ".join(machine.features) or "unknown"),
         ("torch uses", f"{machine.torch_cpu}, {machine.threads} of its threads for {machine.cpus} usable processors"),
         ("memory", memory),
+        (
+            "prefilled",
+            f"{size_text(found.prefill_memory.bytes)} before a model is loaded ({found.prefill_memory.source})",
+        ),
         ("GPU", ", ".join(machine.gpus) or "none"),
     ]
     variables = " ".join(f"{name}={value}" for name, value in machine.environment.items())

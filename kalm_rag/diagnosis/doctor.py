@@ -16,6 +16,7 @@ from kalm_rag.diagnosis.verify import Verification, verify
 from kalm_rag.model.checkpoint import ALIASES, find_checkpoint
 from kalm_rag.model.identity import identify
 from kalm_rag.model.loading import resolve_device
+from kalm_rag.utils.budget import MemoryBudget, memory_budget
 from kalm_rag.utils.machine import FRAMEWORKS, PACKAGES, Machine, this_machine, utc_now, versions
 from kalm_rag.utils.paths import DEFAULT
 
@@ -30,6 +31,7 @@ class Diagnosis:
         versions: of Python and the packages.
         extras: by extra, the packages that it still needs.
         precisions: times of each precision.
+        prefill_memory: what `prefill_memory="auto"` would come to now; a model's weights, once loaded, leave less.
         cache: the cache's place.
         hub: settings of the model hub.
         findings: what is wrong or good to know, the worst first.
@@ -42,6 +44,7 @@ class Diagnosis:
     versions: dict[str, str]
     extras: dict[str, list[str]]
     precisions: Precisions
+    prefill_memory: MemoryBudget
     cache: CachePlace
     hub: Hub
     findings: list[Finding]
@@ -63,6 +66,7 @@ class Diagnosis:
                 "versions": self.versions,
                 "missing_for_extras": self.extras,
                 "precision": self.precisions.as_json(),
+                "prefill_memory": asdict(self.prefill_memory),
                 "cache": self.cache.as_json(),
                 "hub": self.hub.as_json(),
                 "findings": [asdict(finding) for finding in self.findings],
@@ -101,15 +105,17 @@ def diagnose(
     place = resolve_device(device)
     machine = this_machine()
     precisions = measure_precisions(place)
+    budget = memory_budget("auto", place)
     seen, cache_findings = look_at_cache(cache)
     hub, hub_findings = look_at_hub()
-    findings = [*check_packages(), *check_machine(machine, precisions), *cache_findings, *hub_findings]
+    findings = [*check_packages(), *check_machine(machine, precisions, budget), *cache_findings, *hub_findings]
     found = Diagnosis(
         utc_now(),
         machine,
         versions((*PACKAGES, *FRAMEWORKS)),
         installed_extras(),
         precisions,
+        budget,
         seen,
         hub,
         findings,

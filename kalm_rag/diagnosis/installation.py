@@ -13,11 +13,15 @@ from packaging.requirements import Requirement
 from kalm_rag.diagnosis.findings import Finding, Level
 from kalm_rag.diagnosis.precision import Precisions
 from kalm_rag.model.cpu_kernels import has_fast_bfloat16
-from kalm_rag.settings import DEFAULT_PREFILL_MEMORY
+from kalm_rag.utils.budget import MemoryBudget
+from kalm_rag.utils.display import size_text
 from kalm_rag.utils.machine import CAPS, THREAD_VARIABLES, Machine, version_of
 
 OURS = ("kalm-rag", "langchain-kalm", "llama-index-postprocessor-kalm-rerank", "kalm-haystack")
 """The distributions of this project."""
+
+_A_QUERY = 150_000_000
+"""Bytes of 32 prefilled passages of 300 tokens of Nano in float32."""
 
 EXTRAS = ("demo", "eval", "mteb")
 """Extras of `kalm-rag` that are not adapters."""
@@ -69,13 +73,19 @@ def _unmet(requirement: Requirement) -> str | None:
     return None if requirement.specifier.contains(version, prereleases=True) else f"version {version}"
 
 
-def check_machine(machine: Machine, precisions: Precisions) -> list[Finding]:
-    """Find what makes this machine slower than it has to be, or too small."""
+def check_machine(machine: Machine, precisions: Precisions, budget: MemoryBudget) -> list[Finding]:
+    """Find what makes this machine slower than it has to be, or too small.
+
+    Args:
+        machine: the machine.
+        precisions: times of each precision.
+        budget: what `prefill_memory="auto"` comes to before a model is loaded.
+    """
     return [
         *_check_threads(machine),
         *_check_caps(machine),
         *_check_gpu(machine),
-        *_check_memory(machine),
+        *_check_memory(budget),
         *_check_bfloat16(precisions),
     ]
 
@@ -132,17 +142,15 @@ def _check_gpu(machine: Machine) -> list[Finding]:
     return []
 
 
-def _check_memory(machine: Machine) -> list[Finding]:
-    given = [number for number in (machine.memory, machine.memory_limit) if number is not None]
-    least = min(given, default=None)
-    if least is None or least > 2 * DEFAULT_PREFILL_MEMORY:
+def _check_memory(budget: MemoryBudget) -> list[Finding]:
+    if budget.bytes >= _A_QUERY:
         return []
-    what = "Its container lets this process" if machine.memory_limit == least else "This machine lets a process"
-    fitting = least // 8_000_000 * 1_000_000
     return _finding(
         "warning",
-        f"{what} use {least / 1e6:,.0f} MB, and prefilled passages may take {DEFAULT_PREFILL_MEMORY / 1e6:,.0f} MB "
-        f"beside the model: pass prefill_memory={fitting:_} or less, or raise the limit.",
+        f"Prefilled passages may take {size_text(budget.bytes)} of memory here ({budget.source}), less than the "
+        f"{size_text(_A_QUERY)} that 32 of Nano take in float32, and a loaded model leaves less: known passages are "
+        "computed again. Free memory or raise the container's limit, or use dtype='bfloat16' and "
+        "prefill_storage='compact', which keep more passages in it.",
     )
 
 

@@ -19,13 +19,17 @@ from kalm_rag.demo_data import load_demo
 from kalm_rag.model.checkpoint import Checkpoint
 from kalm_rag.model.loading import LoadedModel
 from kalm_rag.scorer import Score, Scorer
-from kalm_rag.settings import DEFAULT_INSTRUCTION, DEFAULT_PREFILL_MEMORY, Settings
+from kalm_rag.settings import DEFAULT_INSTRUCTION, Settings
 
 Storage = Literal["native", "int8", "compact"]
 Pairs = Sequence[tuple[str, str]]
 
 PAIRS = 20
 """Pairs of query and passage that every path scores."""
+
+
+_MEMORY = 1_000_000_000
+"""Bytes of prefilled passages kept in memory: more than those pairs take, whatever is free."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +129,7 @@ def take(
     """
     settings = Settings(
         instruction=instruction,
-        prefill_memory=DEFAULT_PREFILL_MEMORY if path.prefilled else 0,
+        prefill_memory=_MEMORY if path.prefilled else 0,
         prefill_storage=path.storage if path.prefilled else "native",
     )
     if path.disk and folder is None:

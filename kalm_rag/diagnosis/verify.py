@@ -19,7 +19,7 @@ from kalm_rag.model.checkpoint import UNUSED, Checkpoint
 from kalm_rag.model.loading import LoadedModel, load_model
 from kalm_rag.scorer import probability
 from kalm_rag.settings import Settings
-from kalm_rag.utils.machine import available_memory
+from kalm_rag.utils.machine import free_memory
 from kalm_rag.utils.progress import Progress
 
 if TYPE_CHECKING:
@@ -370,9 +370,7 @@ def _text_numbers(checkpoint: Checkpoint) -> int:
 
 def _too_large(precision: str, numbers: int, device: torch.device) -> str:
     """Return why a model does not fit in a precision; empty if it does, or if that cannot be known."""
-    import torch
-
-    room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    room, _ = free_memory(device)
     needed = numbers * (4 if precision in ("float32", "int8", "int8-all") else 2) + _ROOM
     if room is None or needed <= room:
         return ""

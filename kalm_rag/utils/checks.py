@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import numbers
-from typing import TypeGuard
+from typing import Literal, TypeGuard
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +73,19 @@ def check_bytes(name: str, value: object) -> int:
     """Return `value` as an `int` if it is a number of bytes, 0 included, else raise with the name and the value."""
     if not _is_integer(value) or value < 0:
         msg = f"{name} must be a number of bytes, 0 to keep nothing in memory, got {value!r}"
+        raise ValueError(msg)
+    return int(value)
+
+
+def check_budget(name: str, value: object) -> int | Literal["auto"]:
+    """Return `value` if it is a number of bytes or "auto", else raise with the name and the value."""
+    if isinstance(value, str) and value == "auto":
+        return "auto"
+    if not _is_integer(value) or value < 0:
+        msg = (
+            f'{name} must be a number of bytes, 0 to keep nothing in memory, or "auto" for a share of the free memory, '
+            f"got {value!r:.80}"
+        )
         raise ValueError(msg)
     return int(value)
 

@@ -17,7 +17,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = (
     "kalm-rag",
@@ -162,11 +165,11 @@ def memory_limit(root: Path = Path("/")) -> int | None:
     Args:
         root: where `proc` and `sys` are.
     """
-    limits = []
-    for group, is_v2 in _groups(root, "memory"):
-        with contextlib.suppress(OSError, ValueError):  # "max" is no integer
-            limits.append(int((group / ("memory.max" if is_v2 else "memory.limit_in_bytes")).read_text("ascii")))
-    least = min(limits, default=_NO_LIMIT)
+    limits = [
+        _number(group / ("memory.max" if is_v2 else "memory.limit_in_bytes"))
+        for group, is_v2 in _groups(root, "memory")
+    ]
+    least = min((limit for limit in limits if limit is not None), default=_NO_LIMIT)
     return least if 0 < least < _NO_LIMIT else None
 
 
@@ -174,10 +177,56 @@ _NO_LIMIT = 1 << 60
 """Version 1 of control groups writes a number near 2**63 for no limit."""
 
 
-def available_memory() -> int | None:
-    """Return the bytes that this process may still take at most, or None where the system does not tell."""
-    found = [number for number in (_meminfo("MemAvailable") or _memory(), memory_limit()) if number is not None]
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Return the bytes that this process may still take at most, or None where the system does not tell.
+
+    A control group leaves its limit less what it uses now; file cache that nothing has touched lately counts as free.
+
+    Args:
+        root: where `proc` and `sys` are.
+    """
+    host = _meminfo("MemAvailable", root)
+    if host is None:
+        host = _memory()
+    found = [] if host is None else [host]
+    for group, is_v2 in _groups(root, "memory"):
+        limit = _number(group / ("memory.max" if is_v2 else "memory.limit_in_bytes"))
+        if limit is not None and 0 <= limit < _NO_LIMIT:
+            used = _number(group / ("memory.current" if is_v2 else "memory.usage_in_bytes")) or 0
+            found.append(min(limit, max(0, limit - used + _idle_file_cache(group, is_v2=is_v2))))
     return min(found, default=None)
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text("ascii"))
+    except (OSError, ValueError):  # "max" is no integer
+        return None
+
+
+def _idle_file_cache(group: Path, *, is_v2: bool) -> int:
+    """Return the bytes of file cache that a control group gives up when it needs them, 0 if it does not tell."""
+    name = "inactive_file" if is_v2 else "total_inactive_file"
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = (group / "memory.stat").read_text("ascii").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(f"{name} "))
+    return 0
+
+
+def free_memory(device: torch.device) -> tuple[int | None, str]:
+    """Return the bytes that can still be taken on a device, or None if nothing tells, and what kind of memory it is."""
+    import torch
+
+    if device.type == "cuda":
+        # Blocks that torch reserved and does not use are free for this process, though not for others.
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached, "GPU memory"
+    host = available_memory()
+    if device.type != "mps":
+        return host, "memory"
+    # Apple's GPUs use the host's memory, up to a limit of their own.
+    own = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return max(0, own if host is None else min(host, own)), "GPU memory"
 
 
 def _groups(root: Path, controller: str) -> Iterator[tuple[Path, bool]]:
@@ -205,9 +254,9 @@ def _memory() -> int | None:
         return None
 
 
-def _meminfo(name: str) -> int | None:
+def _meminfo(name: str, root: Path) -> int | None:
     try:
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+        lines = (root / "proc/meminfo").read_text("ascii").splitlines()
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
     except (OSError, ValueError, StopIteration):
         return None

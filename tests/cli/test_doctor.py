@@ -29,7 +29,16 @@ def test_it_tells_everything_in_80_columns_and_creates_nothing(tmp_path: Path) -
     lines = done.stdout.splitlines()
     assert max(map(len, lines)) <= 80
     assert not any(line.endswith(" ") for line in lines)
-    for word in ("features", "torch uses", "the fastest here", "installed", "~/cache", "no cache yet", "limit"):
+    for word in (
+        "features",
+        "torch uses",
+        "before a model is loaded (auto: ",
+        "the fastest here",
+        "installed",
+        "~/cache",
+        "no cache yet",
+        "limit",
+    ):
         assert word in done.stdout
     assert "hf_abcdefghijkl" not in done.stdout + done.stderr
     assert lines[-1].startswith("Usable")
@@ -45,6 +54,8 @@ def test_a_broken_cache_is_status_1_and_valid_json(tmp_path: Path) -> None:
     assert found["cache"]["folder"] == "~/file/cache"
     assert found["precision"]["fastest"] in found["precision"]["feed_forward_network"]
     assert {"cpu", "features", "threads", "memory_limit", "environment"} <= found["machine"].keys()
+    assert found["prefill_memory"]["bytes"] >= 0
+    assert found["prefill_memory"]["source"].startswith("auto: ")
     assert {"python", "torch", "transformers", "kalm-rag"} <= found["versions"].keys()
     assert str(tmp_path) not in done.stdout
     assert "hf_abcdefghijkl" not in done.stdout

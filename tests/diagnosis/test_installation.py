@@ -14,10 +14,12 @@ from kalm_rag.diagnosis import hub, installation
 from kalm_rag.diagnosis.findings import Finding
 from kalm_rag.diagnosis.precision import Precisions, Timing, measure_precisions
 from kalm_rag.diagnosis.privacy import scrubber
+from kalm_rag.utils.budget import MemoryBudget
 from kalm_rag.utils.machine import Machine
 
 MACHINE = Machine("Linux 6", "x86_64", "CPU", ("avx2",), "AVX2", 4, 4, 16_000_000_000, None, (), {})
 PRECISIONS = Precisions("cpu", (Timing("float32", 2.0), Timing("bfloat16", 1.0), Timing("int8", None, "no VNNI")))
+BUDGET = MemoryBudget(4_000_000_000, "auto: a quarter of 16.0 GB of free memory")
 
 
 @pytest.fixture(autouse=True)
@@ -29,13 +31,13 @@ def plain_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(installation, "has_fast_bfloat16", lambda: True)
 
 
-def only(machine: Machine, precisions: Precisions = PRECISIONS) -> Finding:
-    (finding,) = installation.check_machine(machine, precisions)
+def only(machine: Machine, precisions: Precisions = PRECISIONS, budget: MemoryBudget = BUDGET) -> Finding:
+    (finding,) = installation.check_machine(machine, precisions, budget)
     return finding
 
 
 def test_a_good_machine_has_no_finding() -> None:
-    assert installation.check_machine(MACHINE, PRECISIONS) == []
+    assert installation.check_machine(MACHINE, PRECISIONS, BUDGET) == []
 
 
 def test_more_threads_than_processors() -> None:
@@ -52,9 +54,10 @@ def test_capped_instructions() -> None:
 
 
 def test_a_container_below_the_memory_of_prefilled_passages() -> None:
-    finding = only(replace(MACHINE, memory_limit=256_000_000))
-    assert finding.text.startswith("Its container lets this process use 256 MB")
-    assert "prefill_memory=32_000_000" in finding.text
+    finding = only(MACHINE, budget=MemoryBudget(50_000_000, "auto: a quarter of 200.0 MB of free memory"))
+    assert finding.level == "warning"
+    assert finding.text.startswith("Prefilled passages may take 50.0 MB of memory here (auto: a quarter of 200.0 MB")
+    assert "raise the container's limit" in finding.text
 
 
 def test_a_build_for_gpus_that_sees_none(monkeypatch: pytest.MonkeyPatch) -> None:

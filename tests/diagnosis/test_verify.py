@@ -159,13 +159,13 @@ def test_a_precision_that_does_not_fit_is_left_out_and_another_is_the_base(
 ) -> None:
     needed = 3 * verify._text_numbers(find_checkpoint(checkpoint))
     monkeypatch.setattr(verify, "_ROOM", 0)
-    monkeypatch.setattr(verify, "available_memory", lambda: needed)
+    monkeypatch.setattr(verify, "free_memory", lambda device: (needed, "memory"))
     found = check("float32", "bfloat16", reference=True, paths=2)
     assert found.base == "bfloat16"
     assert by_path(found)["all paths"].verdict == "not run"
     assert "GB are free" in by_path(found)["all paths"].why
     assert (found.reference, found.faults) == ("not run", [])
-    monkeypatch.setattr(verify, "available_memory", lambda: 1)
+    monkeypatch.setattr(verify, "free_memory", lambda device: (1, "memory"))
     assert check("float32", "bfloat16").faults[0].startswith("No precision could be run: float32: it takes about")
 
 

@@ -51,6 +51,62 @@ def test_no_limit(tmp_path: Path, lines: str) -> None:
     assert machine.memory_limit(tmp_path / "none") is None
 
 
+MEMINFO = "MemTotal: 9000 kB\nMemFree: 100 kB\nMemAvailable: 4000 kB\n"
+
+
+def host(root: Path) -> Path:
+    """Lay out `proc` for a machine of which 4,096,000 bytes are available."""
+    (root / "proc/meminfo").write_text(MEMINFO)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("files", "available"),
+    [
+        ({}, 4_096_000),
+        ({"memory--max": "max\n", "memory--current": "5000000\n"}, 4_096_000),
+        ({"memory--max": "3000000\n", "memory--current": "1000000\n"}, 2_000_000),
+        ({"memory--max": "9000000\n", "memory--current": "1000000\n"}, 4_096_000),
+        ({"memory--max": "3000000\n", "memory--current": "3500000\n"}, 0),
+        ({"memory--max": "3000000\n"}, 3_000_000),
+        ({"memory--max": "0\n", "memory--current": "0\n"}, 0),
+    ],
+)
+def test_a_container_leaves_what_it_does_not_use(tmp_path: Path, files: dict[str, str], available: int) -> None:
+    assert machine.available_memory(host(groups(tmp_path, "0::/\n", **files))) == available
+
+
+@pytest.mark.parametrize(("stat", "available"), [("anon 7\ninactive_file 500000\n", 1_500_000), ("x\n", 1_000_000)])
+def test_file_cache_that_is_not_in_use_is_available(tmp_path: Path, stat: str, available: int) -> None:
+    files = {"memory--max": "3000000\n", "memory--current": "2000000\n", "memory--stat": stat}
+    assert machine.available_memory(host(groups(tmp_path, "0::/\n", **files))) == available
+
+
+def test_more_idle_file_cache_than_use_leaves_no_more_than_the_limit(tmp_path: Path) -> None:
+    files = {"memory--max": "3000\n", "memory--current": "2000\n", "memory--stat": "inactive_file 9000\n"}
+    assert machine.available_memory(host(groups(tmp_path, "0::/\n", **files))) == 3000
+
+
+def test_the_group_that_leaves_least_counts(tmp_path: Path) -> None:
+    files = {
+        "a__memory--max": "2000000\n",
+        "a__memory--current": "100000\n",
+        "memory--max": "3000000\n",
+        "memory--current": "2900000\n",
+    }
+    assert machine.available_memory(host(groups(tmp_path, "0::/a\n", **files))) == 100_000
+
+
+def test_available_memory_in_the_first_version_of_control_groups(tmp_path: Path) -> None:
+    files = {
+        "memory__x__memory--limit_in_bytes": "3000000\n",
+        "memory__x__memory--usage_in_bytes": "2000000\n",
+        "memory__x__memory--stat": "inactive_file 1\ntotal_inactive_file 250000\n",
+        "memory__memory--limit_in_bytes": "9223372036854771712\n",
+    }
+    assert machine.available_memory(host(groups(tmp_path, "4:memory:/x\n", **files))) == 1_250_000
+
+
 @pytest.mark.parametrize(("quota", "cpus"), [("50000 100000", 1), ("150000 100000", 2), ("max 100000", 8), ("x", 8)])
 def test_a_quota_bounds_the_processors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: str, cpus: int) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
