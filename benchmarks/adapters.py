@@ -30,17 +30,19 @@ def main() -> None:
     from llama_index.core.schema import NodeWithScore, TextNode
     from llama_index.postprocessor.kalm_rerank import KalmRerank
 
+    from kalm_rag import Options
     from kalm_rag.adapters import shared_reranker
     from kalm_rag.testing import Geometry, build_checkpoint
 
     texts = [f"passage number {number} about something" for number in range(100)]
     with tempfile.TemporaryDirectory() as name:
         model = str(build_checkpoint(Path(name) / "model", geometry=Geometry(num_hidden_layers=2)))
-        arguments = {"model": model, "cache": str(Path(name) / "cache"), "device": "cpu"}
+        options_of_all = Options(score_memory=0)  # they share a model, and rank the same queries
+        arguments = {"model": model, "cache": str(Path(name) / "cache"), "device": "cpu", "options": options_of_all}
         core = shared_reranker(**arguments, max_length=1024)
         langchain = KalmReranker(**arguments, top_n=None)
         llama = KalmRerank(**arguments, top_n=None)
-        haystack = KalmRanker(model=model, cache=arguments["cache"], top_k=100)
+        haystack = KalmRanker(model=model, cache=arguments["cache"], top_k=100, options=options_of_all)
         documents = [Document(page_content=text) for text in texts]
         nodes = [NodeWithScore(node=TextNode(text=text)) for text in texts]
         pieces = [HaystackDocument(content=text) for text in texts]

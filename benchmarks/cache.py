@@ -108,7 +108,7 @@ def main() -> None:
             exact: list[float] = []
             for storage in ("native", "int8"):
                 cache = PassageCache(folder / f"{dtype}-{storage}", storage=storage, memory=0)
-                reranker = KaLMReranker(model, device="cpu", dtype=dtype, cache=cache).load()
+                reranker = KaLMReranker(model, device="cpu", dtype=dtype, cache=cache, score_memory=0).load()
                 start = time.perf_counter()
                 report = reranker.encode(sample)
                 spent = time.perf_counter() - start

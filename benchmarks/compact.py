@@ -58,7 +58,7 @@ def changes(name: str, queries: list[str], passages: list[str], dtypes: Sequence
     for dtype in dtypes:
         scores = {}
         for form in FORMS:
-            reranker = KaLMReranker("mini", cache=None, device="cpu", dtype=dtype, prefill_storage=form)
+            reranker = KaLMReranker("mini", cache=None, device="cpu", dtype=dtype, prefill_storage=form, score_memory=0)
             scores[form] = reranker.predict(pairs)
         found += [
             {"collection": name, "dtype": dtype, "form": form, **compared(scores["native"], scores[form], len(queries))}
@@ -77,7 +77,7 @@ def curve(queries: list[str], passages: list[str]) -> list[dict[str, Any]]:
     from kalm_rag.model.prefill import PrefilledPair
     from kalm_rag.model.reference_texts import reference_texts
 
-    reranker = KaLMReranker("mini", cache=None, device="cpu", dtype="float32").load()
+    reranker = KaLMReranker("mini", cache=None, device="cpu", dtype="float32", score_memory=0).load()
     scorer, source = reranker.scorer, reranker.scorer.passage_kv
     request = source.request(reranker.settings.instruction, reranker.settings.ratio)
     length = len(request.prefix)

@@ -54,7 +54,9 @@ def measure(model: Any, lists: dict[str, list[str]]) -> dict[str, dict[str, floa
     exact: dict[str, list[float]] = {}
     kinds = {kind: options for kind, options in KINDS.items() if can_run(options.get("dtype", "float32"))}
     for kind, arguments in kinds.items():
-        with KaLMReranker(model, device="cpu", cache=None, **{"dtype": "float32", **arguments}) as reranker:
+        with KaLMReranker(
+            model, device="cpu", cache=None, **{"dtype": "float32", "score_memory": 0, **arguments}
+        ) as reranker:
             found = {query: reranker.predict([(query, text) for text in texts]) for query, texts in lists.items()}
         exact = exact or found
         change = [abs(a - b) for query in lists for a, b in zip(found[query], exact[query], strict=True)]

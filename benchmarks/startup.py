@@ -29,7 +29,7 @@ def status(name):
 kind, folder, dtype = sys.argv[1:]
 before, start = status("VmRSS"), time.perf_counter()
 if kind == "kalm-rag":
-    reranker = KaLMReranker(folder, device="cpu", dtype=dtype).load()
+    reranker = KaLMReranker(folder, device="cpu", dtype=dtype, score_memory=0).load()
     seconds = time.perf_counter() - start
     reranker.rank("first query", ["a passage"])
 else:

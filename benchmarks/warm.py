@@ -53,7 +53,7 @@ class Bench:
         """A loaded reranker without anything on disk."""
         from kalm_rag import KaLMReranker
 
-        options = {"cache": None, "max_length": 8192, "prefill_memory": 8_000_000_000, **options}
+        options = {"cache": None, "max_length": 8192, "prefill_memory": 8_000_000_000, "score_memory": 0, **options}
         return KaLMReranker(self.model, device="cpu", dtype=dtype, **options).load()
 
     def passages(self, count: int, tokens: int | None) -> list[str]:

@@ -36,6 +36,7 @@ CHANGED: dict[str, Any] = {
     "control_tokens": "allow",
     "prefill_memory": 123_456,
     "prefill_storage": "int8",
+    "score_memory": 654_321,
     "show_progress": False,
     "local_files_only": True,
     "cache_memory": 1_000_000,
@@ -199,6 +200,7 @@ def test_credentials_stay_out_of_files_and_words(adapter: Adapter, given: dict[s
         ({"control_tokens": "drop"}, "control_tokens must be one of"),
         ({"prefill_memory": -1}, "prefill_memory must be a number of bytes"),
         ({"prefill_memory": "1 GB"}, "or \"auto\" for a share of the free memory, got '1 GB'"),
+        ({"score_memory": True}, "score_memory must be a number of bytes"),
         ({"prefill_storage": "int4"}, "prefill_storage must be one of"),
         ({"show_progress": "yes"}, "show_progress must be True or False"),
         ({"local_files_only": 1}, "local_files_only must be True or False"),
@@ -336,7 +338,7 @@ def test_what_a_document_left_is_forgotten(adapter: Adapter, given: dict[str, An
     else:
         report = asyncio.run((getattr(made, "aforget", None) or made.forget_async)(documents[:2]))
     assert (report.texts, report.store.states, report.store.prefilled) == (2, 2, 2)
-    assert (report.memory.states, report.memory.prefilled) == (2, 2)
+    assert (report.memory.states, report.memory.prefilled, report.memory.scores) == (2, 2, 2)
     assert len(made.reranker.unknown(documents)) == 2
     for make in adapter.others:  # what ingests documents forgets them too
         assert make(**given, keep="prefilled").forget(documents[2:3]).store.total == (

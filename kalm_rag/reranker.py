@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,6 +19,7 @@ from kalm_rag.results import D, EncodeReport, Estimate, PrefillStats, RankedPass
 from kalm_rag.settings import (
     DEFAULT_INSTRUCTION,
     DEFAULT_PREFILL_MEMORY,
+    DEFAULT_SCORE_MEMORY,
     DEFAULT_SYSTEM_PROMPT,
     ControlTokens,
     PrefillMemory,
@@ -34,6 +36,7 @@ from kalm_rag.utils.progress import Progress
 if TYPE_CHECKING:
     import torch
 
+    from kalm_rag.cache.scores import ScoreStats
     from kalm_rag.scorer import Score, Scorer
 
 _WINDOW = 2048
@@ -78,6 +81,8 @@ class KaLMReranker:
             16 GB of a CUDA device.
         prefill_storage: `native`; or, where scores may change a little, `int8` for about half (of bfloat16) or a
             quarter (of float32) of the bytes, or `compact` for about a seventh or a tenth.
+        score_memory: bytes of remembered scores: a pair of query and passage that this instance scored before, under
+            the same instruction and ratio, gets that score without the model. 0 remembers none, for measurements.
         show_progress: True, False, or None for bars on long work when standard error is a terminal.
         token: hub token, if the model needs one.
         local_files_only: never ask the hub, use what was downloaded.
@@ -115,6 +120,7 @@ class KaLMReranker:
         cache: str | Path | Store | PassageCache | None = DEFAULT,
         prefill_memory: PrefillMemory = DEFAULT_PREFILL_MEMORY,
         prefill_storage: PrefillStorage = "native",
+        score_memory: int = DEFAULT_SCORE_MEMORY,
         show_progress: bool | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
@@ -131,23 +137,15 @@ class KaLMReranker:
             control_tokens=control_tokens,
             prefill_memory=prefill_memory,
             prefill_storage=prefill_storage,
+            score_memory=score_memory,
         )
         self._arguments = {
+            **asdict(self.settings),
             "model": model,
             "revision": revision,
             "device": device,
             "dtype": dtype,
-            "max_length": max_length,
-            "query_max_length": query_max_length,
-            "ratio": ratio,
-            "instruction": instruction,
-            "system_prompt": system_prompt,
-            "batch_size": batch_size,
-            "batch_tokens": batch_tokens,
-            "control_tokens": control_tokens,
             "cache": cache,
-            "prefill_memory": prefill_memory,
-            "prefill_storage": prefill_storage,
             "show_progress": show_progress,
             "token": token,
             "local_files_only": local_files_only,
@@ -462,6 +460,11 @@ class KaLMReranker:
         """Hits, misses and size of the prefilled passages in memory; None while the model is not loaded."""
         scorer = self._scorer
         return None if scorer is None else scorer.passage_kv.cached.stats()
+
+    def score_stats(self) -> ScoreStats | None:
+        """Hits, misses and size of the remembered scores; None while the model is not loaded."""
+        scorer = self._scorer
+        return None if scorer is None else scorer.score_cache.stats()
 
     def _score(
         self,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from kalm_rag.cache import PassageCache
 from kalm_rag.cache.keys import KeySpace
+from kalm_rag.cache.scores import ScoreCache
 from kalm_rag.cache.spaces import Space
 from kalm_rag.errors import ForkError, ScoringError
 from kalm_rag.model.checkpoint import Checkpoint
@@ -83,6 +84,7 @@ class Scorer:
         turns: who may use the model next. It guards the model and all that a forward pass uses.
         states: encoder states of passages.
         passage_kv: keys and values of prefilled passages.
+        score_cache: scores of pairs that were seen before.
     """
 
     def __init__(self, loaded: LoadedModel, checkpoint: Checkpoint, settings: Settings, cache: PassageCache) -> None:
@@ -104,6 +106,7 @@ class Scorer:
         self.turns = Turns()
         self.states = StatesSource(loaded, settings, cache, self.keys, self.prompts, self.turns)
         self.passage_kv = PassageKVSource(loaded, settings, cache, self.keys, self.prompts, self.states, self.turns)
+        self.score_cache = ScoreCache(settings.score_memory, cache, Space(self.keys, loaded.tokenizer.control))
         self._decoder = Decoder(loaded, settings, self.turns)
         self._cache = cache
         self._prefills = self.passage_kv.is_used
@@ -168,17 +171,29 @@ class Scorer:
     ) -> list[Score]:
         """Score `(query, passage)` pairs, in input order; each passage and each query is read once.
 
+        The model runs for pairs whose score is not remembered.
+
         Raises:
             ScoringError: a margin is not finite, as happens in float16.
             ValueError: a prompt has more tokens than the model has positions.
         """
         self.check_process()
         scores = self._prompt(pairs, instruction)
-        left = self._score_from_prefix(scores, instruction, ratio, progress)
+        keys = self.score_cache.keys([score.prompt.ids for score in scores], [score.passage for score in scores], ratio)
+        known = self.score_cache.get_many(keys)
+        new = _recall(scores, known, progress)
+        left = self._score_from_prefix(new, instruction, ratio, progress)
         self._score_in_full(left, self.states.get(_passages(left), ratio), progress)
-        self._rescore_nonfinite(scores, instruction, ratio)
+        self._rescore_nonfinite(new, instruction, ratio)
         self.loaded.files.check()
         _check_finite(scores, self.loaded.dtype)
+        self.score_cache.put_many(
+            {
+                key: (score.margin, score.passage_truncated)
+                for key, score, found in zip(keys, scores, known, strict=True)
+                if found is None
+            }
+        )
         return scores
 
     def _prompt(self, pairs: Sequence[tuple[str, str]], instruction: str) -> list[Score]:
@@ -243,6 +258,21 @@ class Scorer:
             keys += self.passage_kv.keys(passages, self.passage_kv.request(instruction, ratio))
         self._cache.discard(keys)
         self._score_in_full(bad, self.states.make_all(passages, ratio))
+
+
+def _recall(
+    scores: Sequence[Score], known: Sequence[tuple[float, bool] | None], progress: Progress | None
+) -> list[Score]:
+    """Fill in the scores that are remembered; returns those left to score."""
+    left = []
+    for score, found in zip(scores, known, strict=True):
+        if found is None:
+            left.append(score)
+        else:
+            score.margin, score.passage_truncated = found
+    if progress is not None:
+        progress.advance(len(scores) - len(left))
+    return left
 
 
 def _passages(scores: Sequence[Score]) -> list[str]:

@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from kalm_rag.utils.checks import check_budget, check_choice, check_positive, check_ratio, check_text
+from kalm_rag.utils.checks import (
+    check_budget,
+    check_bytes,
+    check_choice,
+    check_positive,
+    check_ratio,
+    check_text,
+)
 
 DEFAULT_INSTRUCTION = "Given a query, retrieve documents that answer the query."
 """Task instruction of the KaLM-Reranker-V1 model cards."""
@@ -23,6 +30,9 @@ PrefillMemory = int | Literal["auto"]
 """Bytes, or a share of what is free when the model is loaded: see `kalm_rag.utils.budget`."""
 
 DEFAULT_PREFILL_MEMORY: PrefillMemory = "auto"
+
+DEFAULT_SCORE_MEMORY = 16_000_000
+"""Bytes of remembered scores: about 93,000 pairs in lists of 32, or 28,000 of a query with one passage each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +54,7 @@ class Settings:
     control_tokens: ControlTokens = "escape"
     prefill_memory: PrefillMemory = DEFAULT_PREFILL_MEMORY
     prefill_storage: PrefillStorage = "native"
+    score_memory: int = DEFAULT_SCORE_MEMORY
 
     def __post_init__(self) -> None:
         checked: dict[str, object] = {
@@ -52,6 +63,7 @@ class Settings:
         }
         checked["ratio"] = check_ratio("ratio", self.ratio)
         checked["prefill_memory"] = check_budget("prefill_memory", self.prefill_memory)
+        checked["score_memory"] = check_bytes("score_memory", self.score_memory)
         for name, value in checked.items():
             object.__setattr__(self, name, value)  # frozen, and a number may have come as one of numpy's
         for name in ("instruction", "system_prompt"):

@@ -217,7 +217,7 @@ def test_nothing_is_held_that_nobody_uses(checkpoint: Path) -> None:
 def test_fifty_concurrent_calls_give_the_scores_of_one(
     checkpoint: Path, passages: list[str], queries: list[str]
 ) -> None:
-    reranker = KaLMReranker(checkpoint, cache=None)
+    reranker = KaLMReranker(checkpoint, cache=None, score_memory=0)
     expected = {query: reranker.rank(query, passages[:5]) for query in queries[:10]}
 
     async def main() -> None:

@@ -183,8 +183,10 @@ def test_numbers_of_numpy(reranker: KaLMReranker) -> None:
     expected = reranker.rank("query", texts, top_k=2, ratio=2, threshold=0.25)
     found = reranker.rank("query", texts, top_k=np.int64(2), ratio=np.uint8(2), threshold=np.float32(0.25))
     assert found == expected
-    settings = Settings(max_length=np.int32(64), ratio=np.int64(8), prefill_memory=np.int64(7))  # type: ignore[arg-type]
-    assert [type(value) for value in (settings.max_length, settings.ratio, settings.prefill_memory)] == [int] * 3
+    settings = Settings(
+        max_length=np.int32(64), ratio=np.int64(8), prefill_memory=np.int64(7), score_memory=np.int64(7)
+    )  # type: ignore[arg-type]
+    assert [type(value) for value in (settings.max_length, settings.ratio, settings.score_memory)] == [int] * 3
     assert type(check_share("share", np.float16(1))) is float
     assert type(check_bytes("bytes", np.uint64(9))) is int
     for name in ("top_k", "ratio"):

@@ -264,7 +264,8 @@ def test_every_precision_runs(options: Any, checkpoint: Path, passages: list[str
 def test_a_budget_below_one_passage_computes_again(
     memory: int, checkpoint: Path, passages: list[str], plain: list[float], near: Any
 ) -> None:
-    reranker = KaLMReranker(checkpoint, device="cpu", cache=None, prefill_storage="compact", prefill_memory=memory)
+    options: dict[str, Any] = {"prefill_storage": "compact", "prefill_memory": memory, "score_memory": 0}
+    reranker = KaLMReranker(checkpoint, device="cpu", cache=None, **options)
     for _ in range(2):
         assert near(reranker.predict(pairs_of(passages)))
     stats = reranker.prefill_stats()
@@ -275,7 +276,7 @@ def test_a_budget_below_one_passage_computes_again(
 
 def test_a_budget_of_0_reads_compact_passages_from_disk(checkpoint: Path, passages: list[str], tmp_path: Path) -> None:
     first = scored(compact(checkpoint, tmp_path), pairs_of(passages))
-    reranker = compact(checkpoint, tmp_path, prefill_memory=0)
+    reranker = compact(checkpoint, tmp_path, prefill_memory=0, score_memory=0)
     for _ in range(2):
         assert worst(scored(reranker, pairs_of(passages)), first) < 1e-5
     assert prefilled(reranker).stored == 16

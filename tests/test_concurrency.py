@@ -258,7 +258,7 @@ def test_prefilled_passages_at_work_are_bounded(
 
 def test_prompt_beginnings_are_bounded(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passage_kv_module, "_MOST_INSTRUCTIONS", 3)
-    reranker = KaLMReranker(checkpoint, device="cpu", cache=None)
+    reranker = KaLMReranker(checkpoint, device="cpu", cache=None, score_memory=0)
     first = reranker.predict([("query", "passage")], instruction="Task 0.")
     for number in range(1, 8):
         reranker.predict([("query", "passage")], instruction=f"Task {number}.")
@@ -339,7 +339,7 @@ def test_cache_closed_while_queries_run(checkpoint: Path, tmp_path: Path, passag
 
 def test_prefill_counters_add_up_over_threads(checkpoint: Path) -> None:
     """Each `+=` gives way in its middle: without a lock, updates are lost."""
-    reranker = KaLMReranker(checkpoint, device="cpu", cache=None)
+    reranker = KaLMReranker(checkpoint, device="cpu", cache=None, score_memory=0)
     engine = reranker.scorer
 
     class Counters(type(engine.passage_kv.cached._counters)):  # type: ignore[misc]

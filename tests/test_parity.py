@@ -54,8 +54,8 @@ class Ours:
     """Every path at once: the plain one, the one that prefills, and the one that finds everything prefilled."""
 
     def __init__(self, checkpoint: Path, **options: Any) -> None:
-        self.plain = KaLMReranker(checkpoint, prefill_memory=0, **options)
-        self.prefilled = KaLMReranker(checkpoint, **options)
+        self.plain = KaLMReranker(checkpoint, prefill_memory=0, score_memory=0, **options)
+        self.prefilled = KaLMReranker(checkpoint, score_memory=0, **options)
 
     def predict(self, pairs: list[tuple[str, str]], **options: Any) -> list[float]:
         runs = [reranker.predict(pairs, **options) for reranker in (self.plain, self.prefilled, self.prefilled)]

@@ -25,7 +25,7 @@ class Counted:
     """A reranker with counters on what its model runs: encoder passages, and decoder tokens."""
 
     def __init__(self, checkpoint: Path, **options: Any) -> None:
-        self.reranker = KaLMReranker(checkpoint, device="cpu", **{"cache": None, **options})
+        self.reranker = KaLMReranker(checkpoint, device="cpu", **{"cache": None, "score_memory": 0, **options})
         model = self.reranker.scorer.loaded.model
         self.encoded = self.decoded = 0
         model.get_encoder().register_forward_pre_hook(self._encoder, with_kwargs=True)
@@ -142,7 +142,7 @@ def test_prompts_beyond_the_sliding_window(checkpoint: Path, passages: list[str]
 def test_mixed_lengths_in_a_batch(checkpoint: Path, passages: list[str]) -> None:
     pairs = [(query, text) for query in QUERIES for text in ["", "short", *passages[:5], passages[0] * 3]]
     expected = KaLMReranker(checkpoint, cache=None, prefill_memory=0).predict(pairs)
-    reranker = KaLMReranker(checkpoint, cache=None)
+    reranker = KaLMReranker(checkpoint, cache=None, score_memory=0)
     assert near(reranker.predict(pairs), expected)
     assert near(reranker.predict(pairs[::-1]), expected[::-1])
 

@@ -103,7 +103,7 @@ def test_lazy_load_close_and_context_manager(checkpoint: Path) -> None:
 def test_eight_threads_give_the_scores_of_one(checkpoint: Path, passages: list[str], queries: list[str]) -> None:
     alone = KaLMReranker(checkpoint)
     expected = [alone.rank(query, passages[:6]) for query in queries[:8]]
-    shared = KaLMReranker(checkpoint)
+    shared = KaLMReranker(checkpoint, score_memory=0)
     barrier = threading.Barrier(8)
 
     def work(number: int) -> list[list[RankedPassage]]:
@@ -116,7 +116,7 @@ def test_eight_threads_give_the_scores_of_one(checkpoint: Path, passages: list[s
 
 
 def test_close_while_others_rank(checkpoint: Path, passages: list[str]) -> None:
-    reranker = KaLMReranker(checkpoint)
+    reranker = KaLMReranker(checkpoint, score_memory=0)
     expected = reranker.rank("lists", passages[:4])
     with ThreadPoolExecutor(4) as pool:
         results = [pool.submit(reranker.rank, "lists", passages[:4]) for _ in range(12)]

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias, get_args
 from kalm_rag.cache.passage_cache import DEFAULT_MEMORY, Storage
 from kalm_rag.settings import (
     DEFAULT_PREFILL_MEMORY,
+    DEFAULT_SCORE_MEMORY,
     DEFAULT_SYSTEM_PROMPT,
     ControlTokens,
     PrefillMemory,
@@ -39,6 +40,7 @@ class Options:
         prefill_memory: bytes of prefilled passages kept in memory, on the model's device, or `auto` for a share of what
             is free there.
         prefill_storage: `native`, or `int8` or `compact` for fewer bytes and slightly different scores.
+        score_memory: bytes of remembered scores of pairs; 0 remembers none.
         show_progress: True, False, or None for bars on long work when standard error is a terminal.
         token: hub token, if the model needs one. It is never written to JSON or YAML; a pickle holds it.
         local_files_only: never ask the hub, use what was downloaded.
@@ -62,6 +64,7 @@ class Options:
     control_tokens: ControlTokens = "escape"
     prefill_memory: PrefillMemory = DEFAULT_PREFILL_MEMORY
     prefill_storage: PrefillStorage = "native"
+    score_memory: int = DEFAULT_SCORE_MEMORY
     show_progress: bool | None = None
     token: str | bool | None = field(default=None, repr=False)
     local_files_only: bool = False

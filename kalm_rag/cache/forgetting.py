@@ -8,13 +8,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from kalm_rag.cache import database
 from kalm_rag.cache.disk import DiskStore
 from kalm_rag.cache.heads import older_than_records
 from kalm_rag.cache.keys import KEY_PATTERN
 from kalm_rag.cache.memory import MemoryStore
+from kalm_rag.cache.scores import ScoreCache
 from kalm_rag.cache.sieve import BudgetSieve
 from kalm_rag.cache.spaces import Kind, Space, SpaceBook, distinct, recorded_spaces, records_of
 from kalm_rag.cache.store import Store, StoreError
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Level: TypeAlias = BudgetSieve[str, Any] | ScoreCache
+"""What a reranker keeps in memory: prefilled passages under the cache's keys, or scores."""
+
 _AT_ONCE = 256
 
 
@@ -37,15 +41,17 @@ class Forgotten(Shown):
     Attributes:
         states: encoder states.
         prefilled: prefilled passages.
+        scores: scores of pairs with a passage, which only memory holds.
     """
 
     states: int = 0
     prefilled: int = 0
+    scores: int = 0
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.states + self.prefilled
+        return self.states + self.prefilled + self.scores
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -133,7 +139,7 @@ def delete_from(store: Store | None, keys: Sequence[str]) -> int:
 class Forgetter:
     """Forgets texts at every level of a cache.
 
-    `_lock` guards `_prefilled`.
+    `_lock` guards `_prefilled` and `_scores`.
 
     Args:
         memory: the cache's encoder states in memory.
@@ -148,12 +154,16 @@ class Forgetter:
         self._memory = memory
         self._flush = flush
         self._prefilled: weakref.WeakSet[BudgetSieve[str, Any]] = weakref.WeakSet()
+        self._scores: weakref.WeakSet[ScoreCache] = weakref.WeakSet()
         self._lock = forks.Lock()
 
-    def attach(self, memory: BudgetSieve[str, Any]) -> None:
-        """Reach prefilled passages in memory, for as long as they are used."""
+    def attach(self, level: Level) -> None:
+        """Reach prefilled passages or scores in memory, for as long as they are used."""
         with self._lock:
-            self._prefilled.add(memory)
+            if isinstance(level, ScoreCache):
+                self._scores.add(level)
+            else:
+                self._prefilled.add(level)
 
     def unrecorded(self, store: Store | None) -> int:
         """Return how many key spaces that this process uses are not recorded, though their entries are kept."""
@@ -170,6 +180,16 @@ class Forgetter:
             gone += sum(level.delete(keys) for level in self._levels())
         return gone
 
+    def delete_scores(self, keys: Sequence[str] | None) -> int:
+        """Delete the scores of passages, or all scores; returns how many existed.
+
+        Args:
+            keys: keys of the passages' encoder states; None for all scores.
+        """
+        with self._lock:
+            found = list(self._scores)
+        return sum(scores.clear() if keys is None else scores.delete(keys) for scores in found)
+
     def delete(self, store: Store | None, keys: Iterable[str]) -> int:
         """Delete keys at every level, see `PassageCache.delete`."""
         keys = list(dict.fromkeys(keys))
@@ -179,7 +199,10 @@ class Forgetter:
             raise ValueError(msg)
         check_can_delete(store)
         self._flush()
-        return delete_from(store, keys) + self.delete_in_memory(keys)
+        gone = delete_from(store, keys) + self.delete_in_memory(keys)
+        if keys:
+            self.delete_scores(None)  # a key of a prefilled passage does not tell which scores were made from it
+        return gone
 
     def forget(self, store: Store | None, texts: Iterable[Document], spaces: Iterable[Space]) -> ForgetReport:
         """Delete what is kept of texts, see `PassageCache.forget`."""
@@ -194,10 +217,12 @@ class Forgetter:
             )
         searched = distinct(recorded.values(), self.book.used().values(), spaces)
         memory, kept = Counter[Kind](), Counter[Kind]()
+        scores = 0
         if self.book.overflowed:  # not every key of what is in memory is known
             for level in self._levels():
                 memory["passage_kv"] += len(level.keys())
                 level.clear()
+            scores += self.delete_scores(None)
         count = 0
         while window := list(islice(given, _AT_ONCE)):
             count += len(window)
@@ -208,9 +233,11 @@ class Forgetter:
                 # The store comes first: a lookup in between would copy an entry into memory again.
                 kept[space.kind] += delete_from(store, keys)
                 memory[space.kind] += self.delete_in_memory(keys, space.kind)
+                if space.kind == "states":
+                    scores += self.delete_scores(keys)
         return ForgetReport(
             count,
-            Forgotten(memory["states"], memory["passage_kv"]),
+            Forgotten(memory["states"], memory["passage_kv"], scores),
             Forgotten(kept["states"], kept["passage_kv"]),
             len(searched),
             self.unrecorded(store),

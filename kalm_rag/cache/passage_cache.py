@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from kalm_rag.cache.disk import DiskStore
-from kalm_rag.cache.forgetting import ForgetReport, Forgetter
+from kalm_rag.cache.forgetting import ForgetReport, Forgetter, Level
 from kalm_rag.cache.frame import Frame, FrameError
 from kalm_rag.cache.memory import MemoryStore
-from kalm_rag.cache.sieve import BudgetSieve
 from kalm_rag.cache.spaces import Kind, Space, record, records_of
 from kalm_rag.cache.store import Store, StoreStats, add
 from kalm_rag.cache.writer import WriteBehind
@@ -307,6 +306,7 @@ class PassageCache:
     def discard(self, keys: list[str]) -> None:
         """Delete entries that turned out to be unusable, and count them as corrupt; a failing store is logged."""
         self._forgetter.delete_in_memory(keys)
+        self._forgetter.delete_scores(keys)
         store = self.store
         if store is None:
             return
@@ -317,11 +317,13 @@ class PassageCache:
     def delete(self, keys: Iterable[str]) -> int:
         """Delete entries by key at every level, pending writes included.
 
+        All remembered scores in this process are deleted too: any of them may come from such an entry.
+
         Args:
             keys: keys of entries, each 64 hexadecimal digits, as the store's `keys()` lists them.
 
         Returns:
-            How many entries went, at all levels together. A key without an entry is no error.
+            How many entries went, at all levels together, scores not counted. A key without an entry is no error.
 
         Raises:
             ValueError: a key is not one; nothing was deleted then.
@@ -330,7 +332,7 @@ class PassageCache:
         return self._forgetter.delete(self.store, keys)
 
     def forget(self, texts: Iterable[Document], spaces: Iterable[Space] = ()) -> ForgetReport:
-        """Delete what is kept of texts: encoder states and prefilled passages, in memory and in the store.
+        """Delete what is kept of texts: states and prefilled passages in memory and store, and scores in memory.
 
         No model is loaded. The texts are searched under every model and setting whose key space the store has recorded,
         or that this process has used. Writes that are pending are finished first. A ranking that runs at the same time
@@ -364,9 +366,9 @@ class PassageCache:
         if book.begin(space):
             self._writer.submit(0, partial(self._record, space))
 
-    def attach(self, memory: BudgetSieve[str, Any]) -> None:
-        """Let `forget` and `delete` reach prefilled passages that a reranker keeps in memory under the cache's keys."""
-        self._forgetter.attach(memory)
+    def attach(self, level: Level) -> None:
+        """Let `forget` and `delete` reach the prefilled passages or the scores that a reranker keeps in memory."""
+        self._forgetter.attach(level)
 
     def _record(self, space: Space) -> None:
         try:

@@ -131,6 +131,7 @@ def take(
         instruction=instruction,
         prefill_memory=_MEMORY if path.prefilled else 0,
         prefill_storage=path.storage if path.prefilled else "native",
+        score_memory=0,  # the second round must not return the first one's scores
     )
     if path.disk and folder is None:
         msg = "no temporary folder can be made; set TMPDIR to a folder that you may write to"

@@ -268,6 +268,7 @@ def _reranker(experiment: Experiment, model: str, dtype: str | None, cache: Pass
         device=experiment.device,
         max_length=experiment.max_length,
         cache=cache,
+        score_memory=0,  # times and paths are compared
         show_progress=experiment.show_progress,
         local_files_only=experiment.local_files_only,
     )

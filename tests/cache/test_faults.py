@@ -205,7 +205,7 @@ def test_full_disk(small_disk: Path, tally: Tally, size: int, checkpoint: Path, 
     tally(f"full disk, {size} bytes: partial files left", store.check(orphan_age=0).orphans, failed)
     expected = KaLMReranker(checkpoint, cache=None).predict([("q", text) for text in passages[:3]])
     cache = PassageCache(small_disk / "store", memory=0)
-    reranker = KaLMReranker(checkpoint, cache=cache)
+    reranker = KaLMReranker(checkpoint, cache=cache, score_memory=0)
     answers = [reranker.predict([("q", text) for text in passages[:3]]) for _ in range(2)]
     cache.flush()
     tally("full disk: queries that failed", sum(answer != pytest.approx(expected, abs=1e-5) for answer in answers), 2)

@@ -44,7 +44,7 @@ def test_second_query_and_second_process_skip_the_encoder(
     checkpoint: Path, tmp_path: Path, passages: list[str]
 ) -> None:
     plain = scores(KaLMReranker(checkpoint, cache=None), passages[:8])
-    first = KaLMReranker(checkpoint, cache=tmp_path / "cache")
+    first = KaLMReranker(checkpoint, cache=tmp_path / "cache", score_memory=0)
     calls = counted(first)
     assert near(scores(first, passages[:8]), plain)
     assert sum(calls) == 8
@@ -63,7 +63,7 @@ def test_second_query_and_second_process_skip_the_encoder(
 
 def test_mixed_candidates_encode_only_the_new_ones(checkpoint: Path, tmp_path: Path, passages: list[str]) -> None:
     plain = scores(KaLMReranker(checkpoint, cache=None), passages[:10])
-    reranker = KaLMReranker(checkpoint, cache=tmp_path, prefill_memory=0)
+    reranker = KaLMReranker(checkpoint, cache=tmp_path, prefill_memory=0, score_memory=0)
     reranker.encode(passages[3:7])
     calls = counted(reranker)
     assert near(scores(reranker, passages[:10]), plain)
@@ -93,7 +93,7 @@ def test_one_encoding_serves_its_multiples(checkpoint: Path, tmp_path: Path, pas
 def test_a_ratio_that_the_base_cannot_give_is_encoded_and_said_once(
     checkpoint: Path, tmp_path: Path, passages: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    reranker = KaLMReranker(checkpoint, cache=tmp_path, prefill_memory=0)
+    reranker = KaLMReranker(checkpoint, cache=tmp_path, prefill_memory=0, score_memory=0)
     reranker.encode(passages[:4])
     calls = counted(reranker)
     expected = scores(KaLMReranker(checkpoint, cache=None, ratio=2), passages[:4])
@@ -106,7 +106,7 @@ def test_a_ratio_that_the_base_cannot_give_is_encoded_and_said_once(
 
 
 def test_an_instance_with_ratio_2_keeps_ratio_2(checkpoint: Path, tmp_path: Path, passages: list[str]) -> None:
-    reranker = KaLMReranker(checkpoint, cache=tmp_path, ratio=2)
+    reranker = KaLMReranker(checkpoint, cache=tmp_path, ratio=2, score_memory=0)
     scores(reranker, passages[:4])
     calls = counted(reranker)
     scores(reranker, passages[:4])
@@ -143,7 +143,7 @@ def test_whatever_changes_states_is_no_hit(checkpoint: Path, tmp_path: Path, pas
 
 def test_int8_scores_do_not_depend_on_a_warm_cache(checkpoint: Path, tmp_path: Path, passages: list[str]) -> None:
     plain = scores(KaLMReranker(checkpoint, cache=None), passages[:12])
-    small = KaLMReranker(checkpoint, cache=PassageCache(tmp_path, storage="int8", memory=0))
+    small = KaLMReranker(checkpoint, cache=PassageCache(tmp_path, storage="int8", memory=0), score_memory=0)
     cold = scores(small, passages[:12])
     small.cache.flush()
     warm = scores(small, passages[:12])
@@ -210,7 +210,7 @@ def test_a_failing_store_is_never_an_exception(
 ) -> None:
     expected = scores(KaLMReranker(checkpoint, cache=None), passages[:3])
     cache = PassageCache(BrokenStore(error, broken), memory=0)
-    reranker = KaLMReranker(checkpoint, cache=cache, prefill_memory=0)
+    reranker = KaLMReranker(checkpoint, cache=cache, prefill_memory=0, score_memory=0)
     for _ in range(2):
         assert near(scores(reranker, passages[:3]), expected)
         cache.flush()
@@ -238,7 +238,7 @@ def test_a_store_that_answers_nonsense_is_a_miss(checkpoint: Path, passages: lis
 
 def test_nan_with_a_valid_checksum_is_encoded_again(checkpoint: Path, passages: list[str], tmp_path: Path) -> None:
     expected = scores(KaLMReranker(checkpoint, cache=None), passages[:3])
-    reranker = KaLMReranker(checkpoint, cache=PassageCache(tmp_path, memory=0))
+    reranker = KaLMReranker(checkpoint, cache=PassageCache(tmp_path, memory=0), score_memory=0)
     reranker.encode(passages[:3])
     store = reranker.cache.store
     assert isinstance(store, DiskStore)
@@ -267,7 +267,7 @@ def test_a_slow_store_does_not_slow_a_query(checkpoint: Path, passages: list[str
             return super().put_many(items)
 
     cache = PassageCache(Slow(OSError(), ""))
-    reranker = KaLMReranker(checkpoint, cache=cache, prefill_memory=0)
+    reranker = KaLMReranker(checkpoint, cache=cache, prefill_memory=0, score_memory=0)
     assert len(reranker.rank(QUERY, passages[:3])) == 3, "answers while the write still waits"
     assert cache.stats().store.size.entries == 0
     gate.set()
@@ -306,7 +306,7 @@ def test_read_only_hits_and_writes_nothing(
         writer.encode(passages[:3])
     before = (tmp_path / "cache.db").read_bytes()
     cache = PassageCache(tmp_path, read_only=True, memory=0)
-    reranker = KaLMReranker(checkpoint, cache=cache, prefill_memory=0)
+    reranker = KaLMReranker(checkpoint, cache=cache, prefill_memory=0, score_memory=0)
     for _ in range(2):
         scores(reranker, passages[:5])
         cache.flush()
@@ -345,7 +345,7 @@ def test_network_file_system_is_refused_once_and_ranking_goes_on(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(folder_module, "filesystem_of", lambda _: "nfs4")
-    reranker = KaLMReranker(checkpoint, cache=PassageCache(tmp_path / "share", memory=0))
+    reranker = KaLMReranker(checkpoint, cache=PassageCache(tmp_path / "share", memory=0), score_memory=0)
     assert near(scores(reranker, passages[:3]), scores(KaLMReranker(checkpoint, cache=None), passages[:3]))
     scores(reranker, passages[:3])
     reranker.cache.flush()
@@ -429,7 +429,9 @@ def test_folder_that_an_earlier_release_wrote(tmp_path: Path) -> None:
 @pytest.mark.parametrize("width", [3, 17])
 def test_states_of_another_width_are_a_miss(checkpoint: Path, passages: list[str], width: int) -> None:
     """A frame that verifies and cannot be this model's."""
-    reranker = KaLMReranker(checkpoint, cache=PassageCache(MemoryStore(1 << 30), memory=0), prefill_memory=0)
+    reranker = KaLMReranker(
+        checkpoint, cache=PassageCache(MemoryStore(1 << 30), memory=0), prefill_memory=0, score_memory=0
+    )
     keys = reranker.scorer.keys
     key = keys.states_keys([passages[0]])[0]
     reranker.cache.store.put_many({key: pack(key, keys.model, passage(0, width=width))})
@@ -462,7 +464,7 @@ def test_a_folder_of_an_earlier_version_is_all_hits(tmp_path: Path, dtype: str, 
     options: dict[str, Any] = {"device": "cpu", "dtype": dtype, "system_prompt": "Judge.", "instruction": "Find it."}
     for keep in ("prefilled", "states"):
         cache = PassageCache(tmp_path / "passages", keep=keep, storage=storage, memory=0)
-        options |= {"cache": cache, "prefill_storage": storage, "prefill_memory": 0}
+        options |= {"cache": cache, "prefill_storage": storage, "prefill_memory": 0, "score_memory": 0}
         with cache, KaLMReranker(BEFORE / "checkpoint", **options) as reranker:
             found = sorted(reranker.rank(known["query"], known["passages"]), key=lambda hit: hit.index)
             stats = cache.stats()

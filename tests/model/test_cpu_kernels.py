@@ -351,7 +351,7 @@ def test_slow_bfloat16_is_computed_in_float32(
     monkeypatch.setattr("platform.machine", lambda: machine)
     pairs = [("query", text) for text in ["", *passages[:3], passages[0] * 2]]
     exact = KaLMReranker(checkpoint, device="cpu", cache=None).predict(pairs)
-    reranker = KaLMReranker(checkpoint, device="cpu", dtype="bfloat16", cache=tmp_path)
+    reranker = KaLMReranker(checkpoint, device="cpu", dtype="bfloat16", cache=tmp_path, score_memory=0)
     engine = reranker.scorer
     products: set[torch.dtype] = set()
     for name in ("linear", "bmm", "baddbmm"):

@@ -253,7 +253,7 @@ def test_a_file_overwritten_while_its_weights_are_mapped_spoils_no_cache(tmp_pat
 
 def test_a_file_replaced_by_renaming_does_not_disturb_a_loaded_model(tmp_path: Path) -> None:
     folder, other = (build_checkpoint(tmp_path / name, seed=seed) for name, seed in (("one", 1), ("other", 2)))
-    reranker = KaLMReranker(folder, device="cpu", cache=None)
+    reranker = KaLMReranker(folder, device="cpu", cache=None, score_memory=0)
     right = reranker.predict([("query", "a passage")])
     os.replace(other / "model.safetensors", folder / "model.safetensors")
     assert reranker.predict([("query", "a passage")]) == right

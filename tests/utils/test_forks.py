@@ -72,7 +72,7 @@ def test_a_child_ranks_with_the_model_of_its_parent(checkpoint: Path, tmp_path: 
     log = run(
         """
 logging.basicConfig()
-reranker = KaLMReranker(model, device="cpu", cache=folder, prefill_memory=0)
+reranker = KaLMReranker(model, device="cpu", cache=folder, prefill_memory=0, score_memory=0)
 pairs = [("how to sort", text) for text in passages]
 expected = reranker.predict(pairs)
 torch.mm(torch.ones(600, 600), torch.ones(600, 600))
@@ -258,10 +258,10 @@ def test_asynchronous_calls_and_shared_rerankers_work_in_a_child(checkpoint: Pat
         """
 import asyncio
 from kalm_rag.adapters import shared
-reranker = shared.shared_reranker(model, device="cpu", cache=folder)
+reranker = shared.shared_reranker(model, device="cpu", cache=folder, score_memory=0)
 assert len(asyncio.run(reranker.arank("query", passages[:2]))) == 2
 def child():
-    same = shared.shared_reranker(model, device="cpu", cache=folder)
+    same = shared.shared_reranker(model, device="cpu", cache=folder, score_memory=0)
     return same is reranker and len(asyncio.run(same.arank("query", passages[:2]))) == 2
 shared._lock.acquire()  # as if another thread had been inside
 held = in_child(child)
