@@ -15,9 +15,9 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest
 
-# Every figure of the documentation; about half an hour on 2 cores.
+# Every figure of the documentation; takes hours on 2 cores.
 bench: $(VENV)/.dev
-	for name in startup warm encoder memory compact cache precision peers adapters; do $(VENV)/bin/python benchmarks/$$name.py $(BENCH) || exit 1; done
+	for name in replay startup warm encoder memory compact cache precision peers adapters; do $(VENV)/bin/python benchmarks/$$name.py $(BENCH) || exit 1; done
 
 # The fault tests with large counts: at least 1,000 kills and 10,000 bit flips.
 faults: $(VENV)/.dev

@@ -1,9 +1,9 @@
-"""Against joint cross-encoders on the same passages: where each wins, and from which query on.
+"""Against joint models on passages of three lengths: where each wins, and from which query on.
 
-Caveats first: all weights are random, so only time is compared, not quality; peers read at most 512 tokens; one small
-tokenizer is shared by all, so that all read about the same number of tokens. A joint cross-encoder reads every passage
-anew for every query; kalm-rag reads it once ("cold" includes that) and then runs "warm". "from query" is the number of
-queries over the same candidates at which kalm-rag's total becomes the smaller one.
+Caveats first: all weights are random, so only time is compared, not quality; joint models read at most 512 tokens and
+are not charged for tokenising; each runs in the fastest of the runtimes that are installed. A joint model reads every
+passage again for every query; kalm-rag reads it once ("cold" includes that) and then runs "warm". "from query" is the
+number of queries over the same candidates at which kalm-rag's total becomes the smaller one.
 
     python benchmarks/peers.py [--small] [--output FILE]
 """
@@ -15,41 +15,16 @@ import json
 import math
 import tempfile
 from pathlib import Path
-from typing import Any
 
+from joint import PEERS, measure_peer, missing, runtime_versions
 from report import environment, print_table
 from warm import Bench, seconds
 
-PEERS = {
-    "XLM-R-base 0.28B": {
-        "hidden_size": 768,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "intermediate_size": 3072,
-    },
-    "MiniLM-L6 22M": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
-}
+_QUERY = 12
+"""Tokens of a query, as joint models read it."""
 
-
-def build_peer(folder: Path, name: str, tokenizer_file: Path, *, small: bool) -> Any:
-    """A random cross-encoder of a peer's geometry, or of one layer, loaded through sentence-transformers."""
-    import torch
-    import transformers
-    from sentence_transformers import CrossEncoder
-
-    rows = 16_384 if small else 250_002 if name.startswith("XLM") else 30_522
-    geometry = {**PEERS[name], **({"num_hidden_layers": 1} if small else {})}
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_file=str(tokenizer_file), bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
-    )
-    fast.model_max_length = 512
-    config = transformers.XLMRobertaConfig(
-        vocab_size=rows, max_position_embeddings=514, num_labels=1, pad_token_id=fast.pad_token_id, **geometry
-    )
-    torch.manual_seed(0)
-    transformers.XLMRobertaForSequenceClassification(config).save_pretrained(folder)
-    fast.save_pretrained(folder)
-    return CrossEncoder(str(folder), device="cpu", max_length=512)
+_ONE_OF_EACH = ("TinyBERT-L2 4M", "Ettin 17M", "Qwen3-Reranker 0.6B")
+"""A peer of each family, to check the script."""
 
 
 def main() -> None:
@@ -58,46 +33,49 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="few short passages: checks the script")
     parser.add_argument("--output", help="also write the JSON here")
     options = parser.parse_args()
-    import torch
-
     from kalm_rag.demo_data import load_demo
 
+    machine = {**environment(), **runtime_versions()}
+    print(json.dumps(machine))
     lengths, count, repeats = ((64,), 4, 2) if options.small else ((150, 304, 500), 32, 3)
-    rows, results = [], []
+    peers = [peer for peer in PEERS if peer.name in _ONE_OF_EACH] if options.small else PEERS
+    rows, results, measured = [], [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         bench = Bench(folder, list(load_demo().passages.values()), options.small, None)
-        peers = {
-            peer: build_peer(folder / str(number), peer, bench.model / "tokenizer.json", small=options.small)
-            for number, peer in enumerate(PEERS)
-        }
-        for dtype in ("float32", "bfloat16"):
-            for tokens in lengths:
+        for tokens in lengths:
+            ours = {}
+            for dtype in ("float32", "bfloat16"):
                 passages = bench.passages(count, tokens)
                 reranker = bench.reranker(dtype)
                 queries = bench.queries(reranker.scorer, repeats + 1, 40 if options.small else 15)
                 cold = seconds(lambda: reranker.rank(queries[0], passages))  # noqa: B023
                 warm = min(seconds(lambda query=query: reranker.rank(query, passages)) for query in queries[1:])  # noqa: B023
                 reranker.close()
-                for peer, model in peers.items():
-                    model.to(getattr(torch, dtype))
-                    pairs = [(queries[0], text) for text in passages]
-                    spent = min(seconds(lambda: model.predict(pairs, batch_size=32)) for _ in range(repeats))  # noqa: B023
+                ours[dtype] = (cold, warm)
+            for peer in peers:
+                asked = [(_QUERY, [tokens] * count)] * repeats
+                found = measure_peer(peer, asked, folder / peer.name, small=options.small)
+                measured.append(found)
+                for dtype, (cold, warm) in ours.items():
+                    spent = min(sample["wall"] for sample in found["samples"])
                     crossing = math.inf if warm >= spent else max(1, math.ceil((cold - warm) / (spent - warm)))
                     result = {
                         "dtype": dtype,
                         "tokens": tokens,
-                        "peer": peer,
+                        "peer": peer.name,
                         "peer_seconds": spent,
+                        "fastest": found["fastest"],
+                        "runtimes": found["runtimes"],
                         "cold": cold,
                         "warm": warm,
                     }
                     results.append({**result, "from_query": None if crossing == math.inf else crossing})
                     rows.append(
                         [
-                            f"{peer}, {dtype}",
+                            f"{peer.name}, {found['fastest']} / {dtype}",
                             str(tokens),
-                            f"{spent:.2f}",
+                            f"{spent:.3f}",
                             f"{cold:.2f}",
                             f"{warm:.3f}",
                             f"{spent / warm:.1f}x",
@@ -106,8 +84,10 @@ def main() -> None:
                     )
                     print(" ".join(rows[-1]), flush=True)
     print(f"\n{count} passages; seconds per query")
-    print_table(["peer", "tokens", "peer", "cold", "warm", "peer/warm", "from query"], rows)
-    summary = json.dumps({"environment": environment(), "results": results})
+    print_table(["peer / kalm-rag", "tokens", "peer", "cold", "warm", "peer/warm", "from query"], rows)
+    for line in missing(measured):
+        print(f"did not run: {line}")
+    summary = json.dumps({"environment": machine, "results": results})
     if options.output:
         Path(options.output).write_text(summary + "\n")
     print(summary)

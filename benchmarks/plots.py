@@ -6,6 +6,7 @@ python benchmarks/plots.py
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -106,32 +107,44 @@ def growth(results: list[dict[str, Any]]) -> None:
     save(figure, "bench-growth.svg")
 
 
-def peers(results: list[dict[str, Any]]) -> None:
-    """Total time over queries on the same candidates."""
-    figure, ax = axes("Seconds for all queries so far over the same 32 passages of 304 tokens, float32")
-    items = [item for item in results if item["dtype"] == "float32" and item["tokens"] == 304]
-    queries = list(range(1, 31))
-    for item, colour in zip(items, (GREY, ORANGE), strict=False):
-        ax.plot(queries, [number * item["peer_seconds"] for number in queries], color=colour, label=item["peer"])
-    ax.plot(
-        queries,
-        [items[0]["cold"] + (number - 1) * items[0]["warm"] for number in queries],
-        color=BLUE,
-        label="kalm-rag, Nano",
-    )
-    ax.set_xlabel("queries")
-    ax.set_ylim(bottom=0)
-    ax.legend(frameon=False)
-    save(figure, "bench-peers.svg")
+def replayed(found: dict[str, Any]) -> None:
+    """The median query of a replay by form and budget, and of joint models."""
+    ours = [cell for cell in found["cells"] if not cell["score_memory"]]
+    forms = list(dict.fromkeys((cell["form"], cell["memory"]) for cell in ours))
+    theirs = [peer for peer in found["peers"] if peer["p50"] is not None]
+    clock = "processor seconds of one thread" if found["counted"] == "cpu" else "seconds"
+    figure, ax = axes(f"Median query over 32 passages, {clock} (logarithmic)", 0.7 + 0.27 * (len(forms) + len(theirs)))
+    for offset, (dtype, colour) in enumerate((("float32", BLUE), ("bfloat16", ORANGE))):
+        medians = {
+            (cell["form"], cell["memory"]): statistics.median(cell["samples"])
+            for cell in ours
+            if cell["dtype"] == dtype
+        }
+        places = [place + 0.4 * offset for place, form in enumerate(forms) if form in medians]
+        values = [medians[form] for form in forms if form in medians]
+        bars = ax.barh(places, values, 0.38, color=colour, label=f"kalm-rag, {dtype}")
+        ax.bar_label(bars, [f"{value:.2f}" for value in values], padding=3, color=GREY, fontsize=7)
+    places = [len(forms) + number + 0.2 for number in range(len(theirs))]
+    bars = ax.barh(places, [peer["p50"] for peer in theirs], 0.6, color=GREY, label="joint models")
+    ax.bar_label(bars, [f"{peer['p50']:.2f}" for peer in theirs], padding=3, color=GREY, fontsize=7)
+    names = [f"{form}, memory {memory}" for form, memory in forms]
+    names += [f"{peer['peer']}, {peer['fastest']}" for peer in theirs]
+    ax.set_yticks([place + 0.2 for place in range(len(names))], names)
+    ax.invert_yaxis()
+    ax.set_xscale("log")
+    ax.margins(x=0.12)
+    ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1.06), ncols=3, fontsize=8)
+    save(figure, "bench-replay.svg")
 
 
 def main() -> None:
     """Draw what there are results for."""
-    for name, draw in (("warm", (engines, growth)), ("peers", (peers,))):
+    for name, draw in (("warm", (engines, growth)), ("replay", (replayed,))):
         file = RESULTS / f"{name}.json"
         if file.is_file():
+            found = json.loads(file.read_text())
             for function in draw:
-                function(json.loads(file.read_text())["results"])
+                function(found if name == "replay" else found["results"])
 
 
 if __name__ == "__main__":

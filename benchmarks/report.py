@@ -3,9 +3,41 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from kalm_rag.utils.machine import this_machine, utc_now, versions
+
+_WIDTH = 240
+"""Columns of a table at most: one that is cut to a narrow terminal hides figures."""
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a call took.
+
+    Attributes:
+        wall: seconds on the clock.
+        cpu: seconds of processor time of all threads of this process.
+    """
+
+    wall: float
+    cpu: float
+
+
+def spent_on(action: Callable[[], object]) -> Spent:
+    """Time one call."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    action()
+    return Spent(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def counted(device: str) -> str:
+    """Which of the two times counts: `cpu` where one thread does all, since other processes hardly change it."""
+    import torch
+
+    return "cpu" if device == "cpu" and torch.get_num_threads() == 1 else "wall"
 
 
 def environment() -> dict[str, object]:
@@ -30,7 +62,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table.add_column(name, justify="right" if number else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    Console(highlight=False).print(table)
+    Console(highlight=False, width=_WIDTH).print(table)
 
 
 def percentiles(samples: Sequence[float]) -> dict[str, float]:

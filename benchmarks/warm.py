@@ -29,22 +29,44 @@ BASE = (32, None, 15)
 
 
 class Bench:
-    """One checkpoint, and the texts to measure with."""
+    """One checkpoint, and the texts to measure with.
 
-    def __init__(self, folder: Path, texts: list[str], small: bool, tokenizer: str | None) -> None:
+    Args:
+        folder: where a checkpoint with random weights is written, or was written before.
+        texts: what passages and queries are cut from.
+        small: a small geometry instead of Nano's.
+        tokenizer: a `tokenizer.json` instead of a small one.
+        device: of the rerankers.
+        model: a model to use instead.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        texts: list[str],
+        small: bool,
+        tokenizer: str | None,
+        device: str = "cpu",
+        model: str | None = None,
+    ) -> None:
         import torch
 
         from kalm_rag import KaLMReranker
         from kalm_rag.testing import NANO, TINY, build_checkpoint
 
-        self.model = build_checkpoint(
-            folder / "model",
-            geometry=TINY if small else NANO,
-            tokenizer_file=tokenizer,
-            rows=None if small else 262_144,
-            vocabulary=8192,
-            dtype=torch.bfloat16,
-        )
+        self.device = device
+        self.model: str | Path = model or folder / "model"
+        written = folder / "model.written"
+        if model is None and not written.exists():
+            build_checkpoint(
+                self.model,
+                geometry=TINY if small else NANO,
+                tokenizer_file=tokenizer,
+                rows=None if small else 262_144,
+                vocabulary=8192,
+                dtype=torch.bfloat16,
+            )
+            written.touch()
         self.texts = texts
         self.words = " ".join(texts).split()
         self.prompts = KaLMReranker(self.model, cache=None, max_length=8192).scorer.prompts
@@ -54,7 +76,7 @@ class Bench:
         from kalm_rag import KaLMReranker
 
         options = {"cache": None, "max_length": 8192, "prefill_memory": 8_000_000_000, "score_memory": 0, **options}
-        return KaLMReranker(self.model, device="cpu", dtype=dtype, **options).load()
+        return KaLMReranker(self.model, device=self.device, dtype=dtype, **options).load()
 
     def passages(self, count: int, tokens: int | None) -> list[str]:
         """Different passages: the corpus' own, or each of about `tokens` tokens."""

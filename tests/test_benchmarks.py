@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import runpy
 import sys
@@ -9,7 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gpu
+import joint
 import pytest
+import replay
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
@@ -59,3 +63,157 @@ def test_startup(run: Callable[..., dict[str, Any]]) -> None:
 def test_paired(run: Callable[..., dict[str, Any]]) -> None:
     root = str(FOLDER.parent)
     assert run("paired.py", root, root)["results"].keys() == {"load", "cold", "warm"}
+
+
+def test_replay_and_its_resumption(tmp_path: Path, run: Callable[..., dict[str, Any]]) -> None:
+    given = ("--work", str(tmp_path / "work"), "--peers", "0")
+    first = run("replay.py", *given, "--output", str(tmp_path / "out.json"))
+    assert first == json.loads((tmp_path / "out.json").read_text())
+    assert first["new_tokens"] > 0
+    assert len(first["cells"]) == 5
+    for cell in first["cells"]:
+        levels = cell["levels"]
+        assert sum(levels.values()) == first["stream"]["candidates"]
+        assert levels["encoded"] == levels["store" if cell["form"] == "states" else "states"] == 0
+        repeated = first["stream"]["repeat_share"] * first["stream"]["candidates"] if cell["score_memory"] else 0
+        assert levels["scores"] == pytest.approx(repeated)
+        assert levels["memory"] + levels["scores"] > 0
+        assert 0 < cell["memory_bytes"] <= cell["memory_limit"]
+        if cell["form"] in ("states", "native"):
+            assert cell["change"] <= 1e-5
+    # Killed while it wrote the last line but one: what was finished before is not measured again, the rest is.
+    journal = tmp_path / "work" / "journal.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(lines[:-2]) + lines[-2][:40])
+    second = run("replay.py", *given)
+    assert second["encoded"] == first["encoded"]
+    assert [cell["samples"] for cell in second["cells"][:2]] == [cell["samples"] for cell in first["cells"][:2]]
+    assert len(journal.read_text().splitlines()) == len(lines)
+    with pytest.raises(SystemExit, match="other options"):
+        run("replay.py", *given, "--seed", "1")
+
+
+def test_stream() -> None:
+    options: dict[str, Any] = {"depth": 4, "zipf": 1.0, "seed": 3}
+    stream = replay.make_stream(None, 50, **options)
+    assert stream == replay.make_stream(None, 50, **options)
+    assert stream != replay.make_stream(None, 50, **{**options, "seed": 4})
+    assert len(stream.queries) == 50 > stream.distinct
+    everything = replay.make_stream(None, None, **options)
+    assert everything.distinct == 44
+    assert len(everything.queries) == 88
+    small = replay.Stream(["a", "b", "a"], [["x", "y"], ["y"], ["x", "y"]], 9)
+    assert small.passages == ["x", "y"]
+    assert small.repeat_share == pytest.approx(2 / 5)
+    assert small.passage_repeat_share == pytest.approx(3 / 5)
+
+
+def test_budgets() -> None:
+    assert [replay.budget(text, 5000) for text in ("0", "10%", "2MB", "0.5gb")] == [0, 500, 2_000_000, 500_000_000]
+    for text in ("lots", "-1", "nan", "inf", "%"):
+        with pytest.raises(SystemExit, match="--memory takes bytes or a share"):
+            replay.budget(text, 5000)
+
+
+def test_choice_of_joint_models() -> None:
+    assert replay.chosen(None) == list(joint.PEERS)
+    assert [peer.name for peer in replay.chosen(["MiniLM", "Tiny"])] == [
+        "TinyBERT-L2 4M",
+        "MiniLM-L6 22M",
+        "MiniLM-L12 33M",
+    ]
+    with pytest.raises(SystemExit, match="no model is named bert; known are TinyBERT"):
+        replay.chosen(["bert"])
+
+
+def test_quantiles() -> None:
+    assert replay.quantiles([float(number) for number in range(100, 0, -1)]) == {"p50": 50, "p95": 95, "p99": 99}
+    assert replay.quantiles([3.0]) == {"p50": 3, "p95": 3, "p99": 3}
+
+
+def test_break_even() -> None:
+    stream = replay.Stream(["a"], [["x", "y"]], 100)
+    encoded = [
+        {"dtype": "float32", "form": "states", "seconds_each": 2.0},
+        {"dtype": "float32", "form": "compact", "seconds_each": 1.0},
+    ]
+    cell = {"dtype": "float32", "form": "compact", "memory": "0", "samples": [1.0], "score_memory": 0}
+    peers = [{"peer": "slow", "p50": 4.0}, {"peer": "fast", "p50": 0.5}, {"peer": "none", "p50": None}]
+    slow, fast, none = replay.break_even(stream, encoded, [cell, {**cell, "score_memory": 9}], peers)
+    # 3 s for a passage once, and 1.5 s saved each time that it is one of two candidates.
+    assert (slow["candidacies"], slow["queries"]) == (2.0, 100)
+    assert fast["candidacies"] is fast["queries"] is none["candidacies"] is None
+
+
+def test_pairs_of_joint_models() -> None:
+    bert, qwen = joint.PEERS[0], joint.PEERS[-1]
+    assert joint.read_lengths(bert, 10, [20, 900]) == [33, 512]
+    assert joint.read_lengths(qwen, 10, [900])[0] > 910
+    batches = joint.Joint(bert, Path(), small=True).batches([3, 9, 5], 2)
+    assert [mask.sum(axis=1).tolist() for _, mask in batches] == [[9, 5], [3]]
+    assert [ids.shape for ids, _ in batches] == [(2, 9), (1, 3)]
+
+
+@pytest.mark.parametrize("family", ["Bert", "ModernBert"])
+def test_runtimes_agree(family: str, tmp_path: Path) -> None:
+    peer = next(peer for peer in joint.PEERS if peer.family == family)
+    found = joint.measure_peer(peer, [(5, [20, 7, 30, 11])], tmp_path, small=True)
+    assert found["fastest"] in found["runtimes"]
+    needs = {"ONNX Runtime": ("onnx", "onnxruntime"), "OpenVINO": ("onnx", "openvino"), "torch": ()}
+    for name, result in found["runtimes"].items():
+        packages = next(needed for start, needed in needs.items() if name.startswith(start))
+        if all(importlib.util.find_spec(package) for package in packages):
+            assert result["difference"] <= (1e-4 if name.endswith(("float32", "f32")) else 0.3)
+        else:
+            assert "is not installed" in result["reason"]
+            assert any(name in line for line in joint.missing([found]))
+
+
+def test_gpu_on_a_cpu(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    found = run("gpu.py", "--device", "cpu", "--output", str(tmp_path / "out.json"))
+    assert found == json.loads((tmp_path / "out.json").read_text())
+    assert list(found["parts"]) == list(gpu.SHARES)
+    assert all("result" in part and not part["skipped"] for part in found["parts"].values())
+    assert found["parts"]["correctness"]["result"]["ok"]
+
+
+def test_gpu_without_a_gpu(run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit, match="no CUDA device"):
+        run("gpu.py")
+
+
+_WORKER = """
+import json, sys, time
+print("not a result", flush=True)
+for part in sys.argv[1:]:
+    if part == "hangs":
+        time.sleep(60)
+    if part == "dies":
+        sys.exit(7)
+    print("part: " + json.dumps({"part": part, "result": {}, "skipped": []}), flush=True)
+"""
+
+
+def test_parts_that_hang_or_die_cost_no_other_part() -> None:
+    shares = {"first": 20.0, "hangs": 0.5, "second": 20.0, "dies": 20.0, "last": 20.0}
+    found = gpu.supervise(lambda parts: [sys.executable, "-c", _WORKER, *parts], shares, total=60, grace=0)
+    assert {name for name, part in found.items() if "result" in part} == {"first", "second", "last"}
+    assert "took more than" in found["hangs"]["skipped_because"]
+    assert found["dies"]["skipped_because"] == "its process ended with 7"
+
+
+def test_what_no_time_is_left_for_is_named() -> None:
+    shares = {"hangs": 20.0, "next": 20.0}
+    found = gpu.supervise(lambda parts: [sys.executable, "-c", _WORKER, *parts], shares, total=1, grace=0)
+    assert "took more than" in found["hangs"]["skipped_because"]
+    assert found["next"]["skipped_because"] == "no time was left of 1 s"
+
+
+def test_cases_without_time_are_noted(tmp_path: Path) -> None:
+    context = gpu.Context(tmp_path, "cpu", True, {"cold": 1000.0, "warm": 0.0})
+    context.begin("cold")
+    assert list(context.cases(["a", "b"])) == ["a", "b"]
+    context.begin("warm")
+    assert list(context.cases(["a", "b"])) == []
+    assert context.skipped == ["a", "b"]
