@@ -4,7 +4,7 @@ Caveats first. Weights are random unless `--model` is given, in the geometry of 
 output rows; time does not depend on their values. Queries are drawn by a Zipf law, each is ranked on what BM25 finds
 best for it, and only passages that the stream asks for are encoded. The operating system's file cache is warm.
 The machine may be shared. So with one thread (OMP_NUM_THREADS=1) seconds are those of processor time, which other
-processes hardly change; with more threads they are those of the clock. "wall" is always the clock. "GFLOP/s" is the
+processes change less; with more threads they are those of the clock. "wall" is always the clock. "GFLOP/s" is the
 speed of matrix products before and after a line, the smaller of the two.
 
 A form says what the folder keeps and what memory holds: "states" keeps encoder states and prefills from them, the

@@ -34,7 +34,7 @@ def spent_on(action: Callable[[], object]) -> Spent:
 
 
 def counted(device: str) -> str:
-    """Which of the two times counts: `cpu` where one thread does all, since other processes hardly change it."""
+    """Which of the two times counts: `cpu` where one thread does all, since other processes change it less."""
     import torch
 
     return "cpu" if device == "cpu" and torch.get_num_threads() == 1 else "wall"
