@@ -15,7 +15,11 @@ from machine import needs_int8
 from spies import passages_in
 
 from kalm_rag import KaLMReranker, PassageCache
+from kalm_rag.model.checkpoint import find_checkpoint
+from kalm_rag.model.loading import load_model
 from kalm_rag.model.prefiller import PromptPrefix, find_prompt_prefix
+from kalm_rag.scorer import Scorer
+from kalm_rag.settings import DEFAULT_INSTRUCTION, Settings
 
 QUERIES = ["How do I sort a list?", "what is a method", "  odd spaces ", "北京?", "", "a\n\nb", "x" * 300]
 TOLERANCE = 1e-5
@@ -500,3 +504,18 @@ def test_int8_weights_are_refused_elsewhere(checkpoint: Path, monkeypatch: Any) 
 def test_int8_weights_share_the_states_of_float32(checkpoint: Path, tmp_path: Path, passages: list[str]) -> None:
     KaLMReranker(checkpoint, cache=tmp_path).encode(passages[:3])
     assert KaLMReranker(checkpoint, cache=tmp_path, dtype="int8").encode(passages[:3]).known == 3
+
+
+def test_scorers_may_share_a_loaded_model(checkpoint: Path, passages: list[str]) -> None:
+    found = find_checkpoint(checkpoint)
+    settings = Settings(score_memory=0)
+    loaded = load_model(found, settings=settings, device=torch.device("cpu"), dtype="float32")
+    pairs = [("query", passage) for passage in passages[:3]]
+    first, second = (
+        [
+            score.margin
+            for score in Scorer(loaded, found, settings, PassageCache(None)).score(pairs, DEFAULT_INSTRUCTION, 4)
+        ]
+        for _ in range(2)
+    )
+    assert second == pytest.approx(first, abs=1e-5)

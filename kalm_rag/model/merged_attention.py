@@ -194,7 +194,12 @@ def one_token_only(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     try:
         hidden, (cos, sin), *rest = args
         attention = layer.self_attn
-        if isinstance(receiver, KeyValues) and attention.layer_idx in receiver.written:
+        # The hook stands there once for each scorer of a loaded model; the first call has done the work.
+        if isinstance(receiver, LastLayer):
+            is_done = receiver.keys is not None
+        else:
+            is_done = attention.layer_idx in receiver.written
+        if is_done:
             return None
         normed = layer.pre_self_attn_layernorm(hidden)
         heads = (*hidden.shape[:2], -1, attention.head_dim)
