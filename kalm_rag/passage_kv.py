@@ -29,6 +29,7 @@ from kalm_rag.source import CachedSource, ValueCache
 from kalm_rag.states import StatesSource
 from kalm_rag.utils import forks
 from kalm_rag.utils.budget import LEAST, MemoryBudget, memory_budget
+from kalm_rag.utils.refining import ErrorBounds
 from kalm_rag.utils.turns import Room, Turns
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class PassageKVCache(ValueCache[BehindPrefix, Prefilled]):
 
     Attributes:
         memory: by key, on the model's device.
+        bounds: how far margins are off that were computed without them.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class PassageKVCache(ValueCache[BehindPrefix, Prefilled]):
         )
         cache.attach(self.memory)
         self._limit_source = budget.source
+        self.bounds = ErrorBounds()
         self._model = keys.model
         self._shape = shape
         self._device = device
@@ -151,7 +154,7 @@ class PassageKVCache(ValueCache[BehindPrefix, Prefilled]):
         """Counters, and the size in memory."""
         with self._lock:
             counters = replace(self._counters)
-        return PrefillStats(counters, self.memory.stats(), self._limit_source)
+        return PrefillStats(counters, self.memory.stats(), self._limit_source, self.bounds.largest())
 
     def _decode(self, request: BehindPrefix, frame: Frame) -> Prefilled:
         return self._whole(request, frame) if request.reference is None else self._compact(request, frame)
@@ -198,7 +201,9 @@ class PassageKVSource(CachedSource[BehindPrefix, PassageStates, Prefilled]):
     Attributes:
         decoder: runs the decoder on prefilled passages.
         cached: the values in memory and in the store.
-        is_used: whether keys and values are kept anywhere; otherwise full prompts are as fast.
+        references: of the compact form and of a first pass.
+        is_used: whether keys and values are kept anywhere, or a first pass decides what they are needed of; otherwise
+            full prompts are as fast.
     """
 
     cached: PassageKVCache
@@ -213,12 +218,16 @@ class PassageKVSource(CachedSource[BehindPrefix, PassageStates, Prefilled]):
         states: StatesSource,
         turns: Turns,
     ) -> None:
-        storage = "compact" if cache.keep == "compact" else settings.prefill_storage
-        self.decoder = PrefilledDecoder(loaded, settings, turns, storage=storage)
         budget = memory_budget(settings.prefill_memory, loaded.device)
+        keeps = budget.bytes > 0 or cache.keeps_prefilled
+        self.is_used = keeps or settings.refine
+        storage = "compact" if cache.keep == "compact" else settings.prefill_storage
+        if self.is_used and not keeps:
+            storage = "native"  # as the full prompt scores, which would run without a first pass
+        self._is_compact = storage == "compact"
+        self.decoder = PrefilledDecoder(loaded, settings, turns, storage=storage)
         cached = PassageKVCache(budget, cache, keys, self.decoder.shape, loaded.device)
         super().__init__(loaded, cached, turns)
-        self.is_used = budget.bytes > 0 or cache.keeps_prefilled
         self._group_bytes = _GROUP_BYTES
         if settings.prefill_memory == "auto":
             _tell(budget)
@@ -228,9 +237,7 @@ class PassageKVSource(CachedSource[BehindPrefix, PassageStates, Prefilled]):
         self._key_space = keys
         self._prompts = prompts
         self._states = states
-        self._references = (
-            ReferenceSource(loaded, cache, keys, states, self.decoder, turns) if storage == "compact" else None
-        )
+        self.references = ReferenceSource(loaded, cache, keys, states, self.decoder, turns)
         self._room = Room(2 * self._group_bytes)
         self._lock = forks.Lock()
         self._prefixes: dict[str, PromptPrefix] = {}
@@ -251,7 +258,7 @@ class PassageKVSource(CachedSource[BehindPrefix, PassageStates, Prefilled]):
     def request(self, instruction: str, ratio: int) -> BehindPrefix:
         """What asks for passages under an instruction, at a ratio."""
         prefix = self.prefix(instruction)
-        return BehindPrefix(prefix, ratio, None if self._references is None else self._references.get(prefix, ratio))
+        return BehindPrefix(prefix, ratio, self.references.get(prefix, ratio) if self._is_compact else None)
 
     def find(self, texts: Sequence[str], request: BehindPrefix) -> dict[str, Prefilled]:
         """As in `CachedSource`; compact passages get their states."""
@@ -274,12 +281,15 @@ class PassageKVSource(CachedSource[BehindPrefix, PassageStates, Prefilled]):
             self.cached.memory.put(key, passage)
         return found | whole
 
-    def in_groups(self, texts: Sequence[str], request: BehindPrefix) -> Iterator[dict[str, Prefilled]]:
+    def in_groups(
+        self, texts: Sequence[str], request: BehindPrefix, states: Mapping[str, PassageStates] | None = None
+    ) -> Iterator[dict[str, Prefilled]]:
         """Yield what `get` would return in groups that fit in memory: keys and values are much larger than states.
 
         Args:
             texts: distinct passages that went through `Tokenizer.clean`.
             request: what else they depend on.
+            states: those of passages that are not cached, if the caller has them. Others are left out then.
 
         Yields:
             Keys and values by passage, which are dropped when the next group is asked for.
@@ -288,12 +298,16 @@ class PassageKVSource(CachedSource[BehindPrefix, PassageStates, Prefilled]):
         for start in range(0, len(texts), at_once):
             part = texts[start : start + at_once]
             found = self.find(part, request)
-            states = self._states.get([text for text in part if text not in found], request.ratio)
-            for group, size in _groups(part, found, states, request.prefix, self.decoder, self._group_bytes):
+            unknown = [text for text in part if text not in found]
+            own = self._states.get(unknown, request.ratio) if states is None else states
+            left_out = {text for text in unknown if text not in own}
+            self.cached.count(misses=-len(left_out))  # nothing was made of them
+            part = [text for text in part if text not in left_out]
+            for group, size in _groups(part, found, own, request.prefix, self.decoder, self._group_bytes):
                 with self._room.of(size):
                     ready = {text: found.pop(text) for text in group if text in found}
                     missing = [text for text in group if text not in ready]
-                    for made, _ in self.make(missing, request, [states[text] for text in missing]):
+                    for made, _ in self.make(missing, request, [own[text] for text in missing]):
                         ready |= made
                     yield ready
                     ready.clear()
@@ -317,7 +331,7 @@ class PassageKVSource(CachedSource[BehindPrefix, PassageStates, Prefilled]):
 
     def space(self, request: BehindPrefix) -> Space | None:
         """As in `CachedSource`; compact passages have no keys without a reference."""
-        if request.reference is None and self._references is not None:
+        if request.reference is None and self._is_compact:
             return None
         with self._lock:
             found = self._spaces.get(request)
@@ -371,4 +385,5 @@ def _groups(
             group, size = [], 0
         group.append(text)
         size += more
-    yield group, size
+    if group:
+        yield group, size

@@ -32,6 +32,7 @@ from kalm_rag.utils.async_calls import AsyncCalls
 from kalm_rag.utils.checks import check_dtype, check_positive, check_ratio, check_share, check_string, warn_untrained
 from kalm_rag.utils.paths import DEFAULT
 from kalm_rag.utils.progress import Progress
+from kalm_rag.utils.refining import Wanted
 
 if TYPE_CHECKING:
     import torch
@@ -83,6 +84,8 @@ class KaLMReranker:
             quarter (of float32) of the bytes, or `compact` for about a seventh or a tenth.
         score_memory: bytes of remembered scores: a pair of query and passage that this instance scored before, under
             the same instruction and ratio, gets that score without the model. 0 remembers none, for measurements.
+        refine: rank passages that are not prefilled in two passes: an approximate one over all, and the exact one over
+            those that can be among the `top_k` or lie near the `threshold`. See `rank` for which scores are exact.
         show_progress: True, False, or None for bars on long work when standard error is a terminal.
         token: hub token, if the model needs one.
         local_files_only: never ask the hub, use what was downloaded.
@@ -121,6 +124,7 @@ class KaLMReranker:
         prefill_memory: PrefillMemory = DEFAULT_PREFILL_MEMORY,
         prefill_storage: PrefillStorage = "native",
         score_memory: int = DEFAULT_SCORE_MEMORY,
+        refine: bool = False,
         show_progress: bool | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
@@ -138,6 +142,7 @@ class KaLMReranker:
             prefill_memory=prefill_memory,
             prefill_storage=prefill_storage,
             score_memory=score_memory,
+            refine=refine,
         )
         self._arguments = {
             **asdict(self.settings),
@@ -149,6 +154,7 @@ class KaLMReranker:
             "show_progress": show_progress,
             "token": token,
             "local_files_only": local_files_only,
+            **asdict(self.settings),
         }
         self.owns_cache = cache is None or isinstance(cache, (str, Path))
         self.cache = (
@@ -284,7 +290,9 @@ class KaLMReranker:
 
         Returns:
             Passages by falling margin; equal ones keep their order. An empty list returns an empty one
-            without loading the model.
+            without loading the model. With `refine=True` and `top_k`, all that are returned have exact scores. With a
+            `threshold` alone, those far above it keep the score of the first pass, and `exact` is False. With neither,
+            `refine` changes nothing.
 
         Raises:
             TypeError, ValueError: an argument is wrong; the message names it and its value.
@@ -297,7 +305,7 @@ class KaLMReranker:
         given = list(iter_documents(documents, text))
         self.repairs.add(query_repaired + sum(passage.repaired for passage in given))
         pairs = [(query, passage.text) for passage in given]
-        scored = self._score(pairs, instruction, ratio, show_progress)
+        scored = self._score(pairs, instruction, ratio, show_progress, Wanted(top_k, threshold))
         ranking = Ranking(
             RankedPassage(
                 index,
@@ -308,6 +316,7 @@ class KaLMReranker:
                 score.prompt.truncated,
                 given[index].repaired,
                 query_repaired,
+                score.exact,
             )
             for index, score in sorted(enumerate(scored), key=lambda item: -item[1].margin)
             if threshold is None or score.probability >= threshold
@@ -472,6 +481,7 @@ class KaLMReranker:
         instruction: str | None,
         ratio: int | None,
         show_progress: bool | None,
+        wanted: Wanted | None = None,
     ) -> list[Score]:
         task = self.settings.instruction if instruction is None else check_string("instruction", instruction)
         instruction, changed = repair_text(task)
@@ -486,7 +496,7 @@ class KaLMReranker:
         with self._progress(len(unique), "reranking", show_progress) as progress:
             for start in range(0, len(unique), _WINDOW):
                 window = unique[start : start + _WINDOW]
-                scores = scorer.score(window, instruction, ratio, progress)
+                scores = scorer.score(window, instruction, ratio, progress, wanted)
                 found.update(zip(window, scores, strict=True))
         cut = {score.passage for score in found.values() if score.passage_truncated}
         self.truncations.add(len(cut) + len({query for (query, _), score in found.items() if score.prompt.truncated}))

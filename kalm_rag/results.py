@@ -38,7 +38,7 @@ _HTML_ROWS = 20
 class RankedPassage(Shown, Generic[D_co]):
     """One passage of a ranking.
 
-    Its `repr` cuts a long document and leaves out the flags that are False.
+    Its `repr` cuts a long document and leaves out flags that have their default.
 
     Attributes:
         index: position of the passage in the list that was given.
@@ -49,6 +49,8 @@ class RankedPassage(Shown, Generic[D_co]):
         query_truncated: the query was longer than `query_max_length` tokens and its tail was not read.
         passage_repaired: the passage holds half a surrogate pair, which was read as U+FFFD; `document` is unchanged.
         query_repaired: the same, of the query.
+        exact: False if `score` and `margin` are those of a first pass (`refine=True`, with a threshold and without
+            `top_k`).
     """
 
     index: int
@@ -59,6 +61,7 @@ class RankedPassage(Shown, Generic[D_co]):
     query_truncated: bool = False
     passage_repaired: bool = False
     query_repaired: bool = False
+    exact: bool = True
 
 
 class Ranking(list[RankedPassage[D]]):
@@ -91,6 +94,7 @@ class Ranking(list[RankedPassage[D]]):
 
     def _repr_html_(self) -> str:
         flags = [name for name in _FLAGS if any(getattr(hit, name) for hit in self)]
+        flags += [] if all(hit.exact for hit in self) else ["exact"]
         rows = [
             (
                 str(place),
@@ -167,12 +171,20 @@ class PrefillCounters(Shown):
         stored: passages that were prefilled in the cache's store (`PassageCache(keep="prefilled")`).
         misses: passages that were prefilled for the call.
         full_prompts: pairs whose prompt did not begin as expected, so that it ran in full; the score is the same.
+        approximated: pairs that took a first pass (`refine=True`).
+        skipped: of these, the pairs that did not need the exact pass.
+        sampled: of these, the pairs that would have been skipped, but took the exact pass to check the error bound.
+        bound_failures: of `sampled`, the pairs whose margin was further off than the bound.
     """
 
     hits: int = 0
     stored: int = 0
     misses: int = 0
     full_prompts: int = 0
+    approximated: int = 0
+    skipped: int = 0
+    sampled: int = 0
+    bound_failures: int = 0
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -183,12 +195,16 @@ class PrefillStats(Shown):
         counters: since the model was loaded.
         size: in memory; its `limit` is what `prefill_memory` came to.
         limit_source: where that limit comes from, for people.
+        error_bound: how far a margin of the first pass can be off, learned from the pairs that took both; the largest
+            over instructions and ratios. None as long as nothing is learned.
     """
 
     counters: PrefillCounters
     size: StoreStats
     limit_source: str = ""
+    error_bound: float | None = None
 
     def _facts(self, *, defaults: bool) -> list[tuple[str, str]]:
-        sizes = [*self.counters._facts(defaults=defaults), *self.size._facts(defaults=defaults)]
-        return sizes + [("limit_source", self.limit_source)] * bool(self.limit_source or defaults)
+        facts = [*self.counters._facts(defaults=defaults), *self.size._facts(defaults=defaults)]
+        facts += [("limit_source", self.limit_source)] * bool(self.limit_source or defaults)
+        return facts if self.error_bound is None else [*facts, ("error_bound", f"{self.error_bound:.3g}")]

@@ -15,6 +15,7 @@ from kalm_rag.cache.spaces import Space
 from kalm_rag.errors import ForkError, ScoringError
 from kalm_rag.model.checkpoint import Checkpoint
 from kalm_rag.model.decoder import Decoder, Pair
+from kalm_rag.model.first_pass import AssumedKV
 from kalm_rag.model.identity import identify
 from kalm_rag.model.loading import LoadedModel, load_model, resolve_device
 from kalm_rag.model.merged_attention import PrefillUnsupportedError
@@ -26,20 +27,15 @@ from kalm_rag.results import EncodeReport
 from kalm_rag.settings import Settings
 from kalm_rag.states import StatesSource
 from kalm_rag.utils import forks
+from kalm_rag.utils.margins import probability
 from kalm_rag.utils.progress import Progress
+from kalm_rag.utils.refining import Wanted, refine
 from kalm_rag.utils.turns import Turns
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
-
-
-def probability(margin: float) -> float:
-    """`P(yes)` of a margin: the softmax over the logits of `yes` and `no` is the sigmoid of their difference."""
-    if margin >= 0:
-        return 1.0 / (1.0 + math.exp(-margin))
-    return math.exp(margin) / (1.0 + math.exp(margin))
 
 
 @dataclass(slots=True)
@@ -51,12 +47,14 @@ class Score:
         passage: the passage, cleaned.
         margin: `z_yes - z_no`.
         passage_truncated: whether the passage was longer than `max_length` tokens.
+        exact: False for a margin of a first pass.
     """
 
     prompt: Prompt
     passage: str
     margin: float = math.nan
     passage_truncated: bool = False
+    exact: bool = True
 
     @property
     def probability(self) -> float:
@@ -110,6 +108,7 @@ class Scorer:
         self._decoder = Decoder(loaded, settings, self.turns)
         self._cache = cache
         self._prefills = self.passage_kv.is_used
+        self._passes = _Passes(self.passage_kv, self.states, settings)
         self._was_forked = False
         forks.watch(self)
 
@@ -167,11 +166,17 @@ class Scorer:
         return report
 
     def score(
-        self, pairs: Sequence[tuple[str, str]], instruction: str, ratio: int, progress: Progress | None = None
+        self,
+        pairs: Sequence[tuple[str, str]],
+        instruction: str,
+        ratio: int,
+        progress: Progress | None = None,
+        wanted: Wanted | None = None,
     ) -> list[Score]:
         """Score `(query, passage)` pairs, in input order; each passage and each query is read once.
 
-        The model runs for pairs whose score is not remembered.
+        The model runs for pairs whose score is not remembered. With the setting `refine` and `wanted`, which is of one
+        query, pairs that do not decide what is returned may get an approximate margin, which is not remembered.
 
         Raises:
             ScoringError: a margin is not finite, as happens in float16.
@@ -182,7 +187,7 @@ class Scorer:
         keys = self.score_cache.keys([score.prompt.ids for score in scores], [score.passage for score in scores], ratio)
         known = self.score_cache.get_many(keys)
         new = _recall(scores, known, progress)
-        left = self._score_from_prefix(new, instruction, ratio, progress)
+        left = self._score_from_prefix(new, instruction, ratio, progress, wanted)
         self._score_in_full(left, self.states.get(_passages(left), ratio), progress)
         self._rescore_nonfinite(new, instruction, ratio)
         self.loaded.files.check()
@@ -191,7 +196,7 @@ class Scorer:
             {
                 key: (score.margin, score.passage_truncated)
                 for key, score, found in zip(keys, scores, known, strict=True)
-                if found is None
+                if found is None and score.exact
             }
         )
         return scores
@@ -202,38 +207,31 @@ class Scorer:
         return [Score(prompts[query], self.loaded.tokenizer.clean(text)) for query, text in pairs]
 
     def _score_from_prefix(
-        self, scores: Sequence[Score], instruction: str, ratio: int, progress: Progress | None
+        self,
+        scores: Sequence[Score],
+        instruction: str,
+        ratio: int,
+        progress: Progress | None,
+        wanted: Wanted | None,
     ) -> list[Score]:
         """Score pairs on prefilled passages, where only the query's own tokens are run; returns those left to score."""
         if not self._prefills:
             return list(scores)
         prefix = self.passage_kv.prefix(instruction)
-        by_passage: dict[str, list[Score]] = {}
-        left = []
-        for score in scores:
-            if prefix.starts(score.prompt):
-                by_passage.setdefault(score.passage, []).append(score)
-            else:
-                left.append(score)
-        self.passage_kv.cached.count(full_prompts=len(left))
+        ready = [score for score in scores if prefix.starts(score.prompt)]
+        self.passage_kv.cached.count(full_prompts=len(scores) - len(ready))
         try:
             request = self.passage_kv.request(instruction, ratio)
-            for passages in self.passage_kv.in_groups(list(by_passage), request):
-                group = [score for passage in passages for score in by_passage[passage]]
-                pairs = [PrefilledPair(score.prompt, passages[score.passage]) for score in group]
-                margins = self.passage_kv.decoder.margins(prefix, pairs, request.reference)
-                for score, pair, margin in zip(group, pairs, margins, strict=True):
-                    score.margin, score.passage_truncated = margin, pair.passage.truncated
-                del pairs, pair  # the next group may need their memory
-                if progress is not None:
-                    progress.advance(len(group))
+            if wanted is not None:
+                ready = self._passes.leave_out(ready, request, wanted, progress)
+            self._passes.exactly(ready, request, progress)
         except PrefillUnsupportedError as error:
             if self._prefills:
                 self._prefills = False
                 logger.warning("%s: every query runs its full prompt", error)
             self.passage_kv.cached.memory.clear()
             return list(scores)
-        return left
+        return [score for score in scores if not prefix.starts(score.prompt)]
 
     def _score_in_full(
         self, scores: Sequence[Score], states: Mapping[str, PassageStates], progress: Progress | None = None
@@ -241,7 +239,7 @@ class Scorer:
         """Score pairs on encoder states, running the whole prompt."""
         pairs = [Pair(score.prompt, states[score.passage]) for score in scores]
         for score, pair, margin in zip(scores, pairs, self._decoder.margins(pairs, progress), strict=True):
-            score.margin, score.passage_truncated = margin, pair.passage.truncated
+            score.margin, score.passage_truncated, score.exact = margin, pair.passage.truncated, True
 
     def _rescore_nonfinite(self, scores: Sequence[Score], instruction: str, ratio: int) -> None:
         """Score pairs without a finite margin again from their text.
@@ -273,6 +271,90 @@ def _recall(
     if progress is not None:
         progress.advance(len(scores) - len(left))
     return left
+
+
+class _Passes:
+    """Scores pairs on prefilled passages: all of them, or in two passes those that count.
+
+    Args:
+        passage_kv: prefills passages, and learns the error of a first pass.
+        states: what a first pass needs of passages.
+        settings: whether to take two passes.
+    """
+
+    def __init__(self, passage_kv: PassageKVSource, states: StatesSource, settings: Settings) -> None:
+        self._passage_kv = passage_kv
+        self._states = states
+        self._refines = settings.refine
+
+    def exactly(
+        self,
+        scores: Sequence[Score],
+        request: BehindPrefix,
+        progress: Progress | None,
+        states: Mapping[str, PassageStates] | None = None,
+    ) -> None:
+        """Score pairs; with `states`, as in `PassageKVSource.in_groups`, those of passages without any keep NaN."""
+        by_passage: dict[str, list[Score]] = {}
+        for score in scores:
+            by_passage.setdefault(score.passage, []).append(score)
+        for passages in self._passage_kv.in_groups(list(by_passage), request, states):
+            group = [score for passage in passages for score in by_passage[passage]]
+            pairs = [PrefilledPair(score.prompt, passages[score.passage]) for score in group]
+            margins = self._passage_kv.decoder.margins(request.prefix, pairs, request.reference)
+            for score, pair, margin in zip(group, pairs, margins, strict=True):
+                score.margin, score.passage_truncated, score.exact = margin, pair.passage.truncated, True
+            del pairs, pair  # the next group may need their memory
+            if progress is not None:
+                progress.advance(len(group))
+
+    def leave_out(
+        self, scores: list[Score], request: BehindPrefix, wanted: Wanted, progress: Progress | None
+    ) -> list[Score]:
+        """Score pairs in two passes where that saves time; returns those that are left to score exactly."""
+        if not (self._refines and wanted.saves(len(scores))):
+            return scores
+        for score in scores:
+            score.exact = False
+        self.exactly(scores, request, progress, states={})
+        known = [score.margin for score in scores if score.exact]
+        scores = [score for score in scores if not score.exact]
+        return [] if wanted.saves(len(scores)) and self._refine(scores, known, request, wanted, progress) else scores
+
+    def _refine(
+        self,
+        scores: Sequence[Score],
+        known: Sequence[float],
+        request: BehindPrefix,
+        wanted: Wanted,
+        progress: Progress | None,
+    ) -> bool:
+        """Take both passes over pairs of passages that are not prefilled; False if this decoder cannot."""
+        source, prefix = self._passage_kv, request.prefix
+        states = self._states.get(_passages(scores), request.ratio)
+        pairs = [PrefilledPair(score.prompt, AssumedKV(states[score.passage], len(prefix))) for score in scores]
+        try:
+            near = source.decoder.margins(prefix, pairs, source.references.get(prefix, request.ratio))
+        except PrefillUnsupportedError as error:
+            self._refines = False
+            logger.warning("%s: refine=True has no effect", error)
+            return False
+        for score, pair, margin in zip(scores, pairs, near, strict=True):
+            score.margin, score.passage_truncated = margin, pair.passage.truncated
+
+        def exactly(places: list[int]) -> list[float]:
+            chosen = [scores[place] for place in places]
+            self.exactly(chosen, request, progress, states)
+            return [score.margin for score in chosen]
+
+        found = refine(near, known, wanted, source.cached.bounds.get((prefix, request.ratio)), exactly)
+        skipped = len(scores) - len(found.exact)
+        source.cached.count(
+            approximated=len(scores), skipped=skipped, sampled=found.sampled, bound_failures=found.failures
+        )
+        if progress is not None:
+            progress.advance(skipped)
+        return True
 
 
 def _passages(scores: Sequence[Score]) -> list[str]:

@@ -9,6 +9,7 @@ from kalm_rag.utils.checks import (
     check_budget,
     check_bytes,
     check_choice,
+    check_flag,
     check_positive,
     check_ratio,
     check_text,
@@ -55,6 +56,7 @@ class Settings:
     prefill_memory: PrefillMemory = DEFAULT_PREFILL_MEMORY
     prefill_storage: PrefillStorage = "native"
     score_memory: int = DEFAULT_SCORE_MEMORY
+    refine: bool = False
 
     def __post_init__(self) -> None:
         checked: dict[str, object] = {
@@ -70,6 +72,7 @@ class Settings:
             check_text(name, getattr(self, name))
         check_choice("control_tokens", self.control_tokens, get_args(ControlTokens))
         check_choice("prefill_storage", self.prefill_storage, get_args(PrefillStorage))
+        check_flag("refine", self.refine)
 
 
 def base_ratio(ratio: int) -> int:

@@ -36,7 +36,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     "script",
     [
         *("warm.py", "memory.py", "compact.py", "encoder.py", "cache.py", "peers.py", "precision.py", "adapters.py"),
-        *("eviction.py", "repeats.py"),
+        *("eviction.py", "repeats.py", "refine.py"),
     ],
 )
 def test_script(script: str, tmp_path: Path, run: Callable[..., dict[str, Any]]) -> None:
@@ -54,6 +54,8 @@ def test_script(script: str, tmp_path: Path, run: Callable[..., dict[str, Any]])
         for policy in ("SLRU", "S3-FIFO", "SIEVE"):
             ratios = [item["no_scan"] for item in found if item["policy"] == policy]
             assert ratios == sorted(ratios), "more memory, more hits"
+    if script == "refine.py":
+        assert [item["changed"] for item in json.loads(written.read_text())["quality"]] == [0]
 
 
 def test_startup(run: Callable[..., dict[str, Any]]) -> None:

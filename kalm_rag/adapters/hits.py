@@ -6,17 +6,26 @@ from typing import Any
 
 from kalm_rag.results import RankedPassage
 
-HIT_KEYS = ("relevance_margin", "passage_truncated", "query_truncated", "passage_repaired", "query_repaired")
+HIT_KEYS = (
+    "relevance_margin",
+    "relevance_exact",
+    "passage_truncated",
+    "query_truncated",
+    "passage_repaired",
+    "query_repaired",
+)
 """Keys of `hit_metadata`; the score has a place of its own in each framework."""
 
 
 def hit_metadata(hit: RankedPassage[Any]) -> dict[str, Any]:
     """Return what a document's metadata says besides the score, by the keys of `HIT_KEYS`.
 
-    `relevance_margin` is `RankedPassage.margin`; the other keys are fields of `RankedPassage` by their own names.
+    `relevance_margin` is `RankedPassage.margin` and `relevance_exact` its `exact`; the other keys are fields of
+    `RankedPassage` by their own names.
     """
     return {
         "relevance_margin": hit.margin,
+        "relevance_exact": hit.exact,
         "passage_truncated": hit.passage_truncated,
         "query_truncated": hit.query_truncated,
         "passage_repaired": hit.passage_repaired,

@@ -41,6 +41,7 @@ class Options:
             is free there.
         prefill_storage: `native`, or `int8` or `compact` for fewer bytes and slightly different scores.
         score_memory: bytes of remembered scores of pairs; 0 remembers none.
+        refine: rank passages that are not prefilled in two passes; see `KaLMReranker`.
         show_progress: True, False, or None for bars on long work when standard error is a terminal.
         token: hub token, if the model needs one. It is never written to JSON or YAML; a pickle holds it.
         local_files_only: never ask the hub, use what was downloaded.
@@ -65,6 +66,7 @@ class Options:
     prefill_memory: PrefillMemory = DEFAULT_PREFILL_MEMORY
     prefill_storage: PrefillStorage = "native"
     score_memory: int = DEFAULT_SCORE_MEMORY
+    refine: bool = False
     show_progress: bool | None = None
     token: str | bool | None = field(default=None, repr=False)
     local_files_only: bool = False

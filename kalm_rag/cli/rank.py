@@ -70,6 +70,10 @@ def rank(
             parser=number,
         ),
     ] = None,
+    refine: Annotated[
+        bool,
+        typer.Option("--refine", help="Rank in two passes, which is faster where only encoder states are cached."),
+    ] = False,
     cache: CacheOption = "default",
     revision: RevisionOption = None,
     device: DeviceOption = None,
@@ -85,7 +89,9 @@ def rank(
 
     note_mini(model)
     records = list(read_passages(passages, file_format, text_field, id_field))
-    with KaLMReranker(model, revision=revision, device=device, dtype=dtype, ratio=ratio, cache=cache) as reranker:
+    with KaLMReranker(
+        model, revision=revision, device=device, dtype=dtype, ratio=ratio, cache=cache, refine=refine
+    ) as reranker:
         ranking = reranker.rank(query, [record.text for record in records], top_k, instruction, threshold=threshold)
     if as_json:
         print_json(
@@ -100,6 +106,7 @@ def rank(
                     "query_truncated": hit.query_truncated,
                     "passage_repaired": hit.passage_repaired,
                     "query_repaired": hit.query_repaired,
+                    "exact": hit.exact,
                 }
                 for hit in ranking
             ]
@@ -115,5 +122,8 @@ def rank(
     repaired = sum(hit.passage_repaired for hit in ranking)
     if repaired:
         out.print(f"{repaired} passages hold half a surrogate pair, which was read as U+FFFD.")
+    near = sum(not hit.exact for hit in ranking)
+    if near:
+        out.print(f"{near} scores far above the threshold are approximate. With --top-k, all that are shown are exact.")
     if ranking and ranking[0].query_truncated:
         out.print(f"The query is longer than {reranker.settings.query_max_length} tokens; its tail was not read.")

@@ -17,9 +17,9 @@ from kalm_rag.diagnosis.reference import reference_scores, why_no_reference
 from kalm_rag.errors import KaLMError, ScoringError
 from kalm_rag.model.checkpoint import UNUSED, Checkpoint
 from kalm_rag.model.loading import LoadedModel, load_model
-from kalm_rag.scorer import probability
 from kalm_rag.settings import Settings
 from kalm_rag.utils.machine import free_memory
+from kalm_rag.utils.margins import probability
 from kalm_rag.utils.progress import Progress
 
 if TYPE_CHECKING:

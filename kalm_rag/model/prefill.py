@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from kalm_rag.model.batching import launch_tokens, plan, run_halving
 from kalm_rag.model.compact import CompactKV, Expansion, Reference, rows_of
 from kalm_rag.model.decoder import YesNoHead
+from kalm_rag.model.first_pass import AssumedKV
 from kalm_rag.model.loading import INT8_ENCODER, LoadedModel
 from kalm_rag.model.merged_attention import PrefillUnsupportedError, cache_argument, install
 from kalm_rag.model.padding import host_integers, to_device
@@ -55,10 +56,10 @@ def _int8_name(kept: str, weights: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class PrefilledPair:
-    """A prompt that starts with the prefix, and a prefilled passage to score."""
+    """A prompt that starts with the prefix, and a prefilled passage to score, or one whose prefix is assumed."""
 
     prompt: Prompt
-    passage: PassageKV | CompactKV
+    passage: PassageKV | CompactKV | AssumedKV
 
 
 class PrefilledDecoder:
@@ -85,7 +86,7 @@ class PrefilledDecoder:
         self._config = self._decoder.config
         self._head = YesNoHead(loaded)
         self._verified = False
-        expansion = Expansion(loaded) if storage == "compact" else None
+        expansion = Expansion(loaded) if storage == "compact" or settings.refine else None
         self._layout = PrefillLayout(loaded, self._config, expansion)
         self._cache_argument = cache_argument(self._decoder)
         self.prefiller = Prefiller(loaded, expansion, int8=storage == "int8")
@@ -129,8 +130,8 @@ class PrefilledDecoder:
 
         Args:
             prefix: what the passages were prefilled with.
-            pairs: prompts that start with it, and prefilled passages.
-            reference: what compact passages were kept against.
+            pairs: prompts that start with it, and passages, all in one form.
+            reference: what compact passages were kept against, and what assumed ones take their prefix from.
         """
         found = [0.0] * len(pairs)
         prefix_length = len(prefix)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from kalm_rag.model.compact import CompactKV, Expansion, Reference
+from kalm_rag.model.first_pass import AssumedKV, assume
 from kalm_rag.model.loading import LoadedModel
 from kalm_rag.model.merged_attention import KeyValues
 from kalm_rag.model.padding import host_integers, to_device
 from kalm_rag.model.passage import PassageKV
+
+LaidOut: TypeAlias = PassageKV | CompactKV | AssumedKV
+"""A passage in any form that a query can be run on."""
 
 
 class PrefillLayout:
@@ -21,7 +25,7 @@ class PrefillLayout:
     Args:
         loaded: the model.
         config: of its decoder.
-        expansion: turns compact passages into keys and values.
+        expansion: turns compact and assumed passages into keys and values.
     """
 
     def __init__(self, loaded: LoadedModel, config: Any, expansion: Expansion | None = None) -> None:
@@ -36,7 +40,7 @@ class PrefillLayout:
         prefix_length: int,
         query_length: int,
         last: torch.Tensor,
-        passages: Sequence[PassageKV | CompactKV],
+        passages: Sequence[LaidOut],
         reference: Reference | None = None,
         *,
         verify: bool,
@@ -48,7 +52,7 @@ class PrefillLayout:
             query_length: tokens of the longest query.
             last: position of each query's last token, shape `(batch,)`.
             passages: a row each, all in one form.
-            reference: what compact passages were kept against.
+            reference: what compact passages were kept against, and what assumed ones take their prefix from.
             verify: whether to compare what the last layer writes with what the model computes.
         """
         config = self._config
@@ -59,8 +63,11 @@ class PrefillLayout:
         compact = [passage for passage in passages if isinstance(passage, CompactKV)]
         if compact and self._expansion is not None and reference is not None:
             self._expansion.fill(both[:, :, :, :, :positions], compact, reference)
+        assumed = [passage for passage in passages if isinstance(passage, AssumedKV)]
+        if assumed and self._expansion is not None and reference is not None:
+            assume(both[:, :, :, :, :positions], assumed, reference, self._expansion, self._loaded)
         for row, passage in enumerate(passages):
-            if isinstance(passage, CompactKV):
+            if not isinstance(passage, PassageKV):
                 continue
             place = both[:, :, row, :, : passage.positions]
             if passage.scales is None:
@@ -87,7 +94,11 @@ class PrefillLayout:
         return self._rooms[dtype][:numbers].view(*shape)
 
     def _masks(
-        self, prefix_length: int, query_length: int, positions: int, passages: Sequence[PassageKV | CompactKV]
+        self,
+        prefix_length: int,
+        query_length: int,
+        positions: int,
+        passages: Sequence[LaidOut],
     ) -> dict[str, torch.Tensor]:
         """Additive masks by layer type: padding of short passages, causality, and the sliding window."""
         device = self._loaded.device

@@ -190,7 +190,7 @@ class TestTheExampleOfAModelCard:
     def test_it_is_that_of_the_first_large_release_alone(self) -> None:
         (name, examples), *rest = cards.EXAMPLES.items()
         assert (name, rest) == ("KaLM-Embedding/KaLM-Reranker-V1-Large", [])
-        from kalm_rag.scorer import probability
+        from kalm_rag.utils.margins import probability
 
         printed = [probability(margin) for example in examples for margin in example.margins]
         assert printed == pytest.approx([0.99984646, 6.8936e-07, 0.997285, 5.896418e-07], rel=1e-4)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from kalm_rag import KaLMReranker, PassageCache
 from kalm_rag.model.batching import plan
 from kalm_rag.model.pooling import PassageStates, mean_groups
-from kalm_rag.scorer import probability
 from kalm_rag.utils.checks import warn_untrained
+from kalm_rag.utils.margins import probability
 
 
 def plain_means(hidden: torch.Tensor, ratio: int) -> torch.Tensor:

@@ -30,7 +30,7 @@ class KalmRanker(KalmBase):
         ```
 
     Documents come back best first as copies whose score is `P(yes)`. Their `meta` gains `relevance_margin`, and the
-    truth values `passage_truncated`, `query_truncated`, `passage_repaired` and `query_repaired` (see
+    truth values `relevance_exact`, `passage_truncated`, `query_truncated`, `passage_repaired` and `query_repaired` (see
     `kalm_rag.RankedPassage`). Of documents with one id the best is kept.
     """
 
