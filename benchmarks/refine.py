@@ -4,7 +4,7 @@ Caveats first: order and shares are those of `mini`, the bundled demonstration c
 questions; another model may need the exact pass for more. The seconds of the second table are those of random weights
 in the geometry of KaLM-Reranker-V1-Nano, where scores mean nothing: its columns add the measured first pass to the
 measured exact pass over a share of the candidates. All passages are encoded beforehand, and no query finds a prefilled
-one.
+one. Seconds are processor seconds, which other processes on the machine hardly change.
 
     python benchmarks/refine.py [--corpus BEIR_FOLDER ...] [--only quality|time] [--small] [--output FILE]
 """
@@ -15,12 +15,13 @@ import argparse
 import json
 import statistics
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from precision import candidate_lists
 from report import environment, print_table
-from warm import seconds
 
 TOP = (5, 10)
 SHARES = (0.1, 0.25, 0.4)
@@ -29,11 +30,18 @@ PREFIX, NEW = 53, 15
 """Tokens of the default instruction's prefix under the tokenizer of KaLM-Reranker-V1-Nano, and of a short query."""
 
 
+def seconds(action: Callable[[], object]) -> float:
+    """Processor seconds of one call, all threads together: other processes do not count."""
+    start = time.process_time()
+    action()
+    return time.process_time() - start
+
+
 def quality(name: str, lists: dict[str, list[str]], top: tuple[int, ...]) -> list[dict[str, Any]]:
     """Compare two passes with one for each `top_k`, query by query in turns."""
     from kalm_rag import KaLMReranker, PassageCache
 
-    options: dict[str, Any] = {"cache": PassageCache(None), "device": "cpu", "dtype": "float32"}
+    options: dict[str, Any] = {"cache": PassageCache(None), "device": "cpu", "dtype": "float32", "score_memory": 0}
     plain = KaLMReranker("mini", **options)
     refining = {count: KaLMReranker("mini", refine=True, **options) for count in top}
     plain.encode(text for texts in lists.values() for text in texts)
@@ -121,10 +129,11 @@ def times(folder: Path, dtype: str, count: int, repeats: int, *, small: bool) ->
     return result
 
 
-def show(title: str, results: list[dict[str, Any]], formats: dict[str, str]) -> None:
-    """Print results as a table."""
+def show(title: str, results: list[dict[str, Any]], columns: dict[str, tuple[str, str]]) -> None:
+    """Print results as a table; a column has a heading and a format."""
     print(f"\n{title}")
-    print_table(list(formats), [[format(item[name], kind) for name, kind in formats.items()] for item in results])
+    rows = [[format(item[name], kind) for name, (_, kind) in columns.items()] for item in results]
+    print_table([heading for heading, _ in columns.values()], rows)
 
 
 def main() -> None:
@@ -145,20 +154,11 @@ def main() -> None:
             name = "demo" if folder is None else Path(folder).name
             kept += quality(name, candidate_lists(folder, queries, depth), (5,) if options.small else TOP)
             print(f"{name}: {sum(item['changed'] for item in kept)} changed orders so far", flush=True)
-        columns = {
-            "collection": "",
-            "top_k": "",
-            "queries": "",
-            "changed": "",
-            "inexact": "",
-            "largest_difference": ".0e",
-        }
-        columns |= {"exact": ".0%", "sampled": "", "bound_failures": "", "bound": ".2f"}
-        show(
-            "mini: order, and seconds of all queries",
-            kept,
-            columns | dict.fromkeys(("plain", "two_passes"), ".2f") | {"saved": ".0%"},
-        )
+        columns = {"collection": ("set", ""), "top_k": ("k", ""), "changed": ("changed", "")}
+        columns |= {"largest_difference": ("differ", ".0e"), "exact": ("exact", ".0%"), "sampled": ("sample", "")}
+        columns |= {"bound_failures": ("failed", ""), "bound": ("bound", ".2f"), "plain": ("plain", ".1f")}
+        columns |= {"two_passes": ("two", ".1f"), "saved": ("saved", ".0%")}
+        show("mini: order, and processor seconds of all queries", kept, columns)
     if options.only != "quality":
         import torch
 
@@ -171,15 +171,11 @@ def main() -> None:
                     times(folder, dtype, 6 if options.small else 50, 1 if options.small else 3, small=options.small)
                 )
                 print(json.dumps(prices[-1]), flush=True)
-        columns = {"dtype": "", "passages": "", "prefix": "", "new": ""} | dict.fromkeys(
-            ("hot", "plain", "first"), ".3f"
-        )
-        columns |= {} if options.small else dict.fromkeys((f"{share:.0%}" for share in SHARES), ".3f")
-        show(
-            "random weights: seconds of one query; of two passes, by the share that takes the exact one",
-            prices,
-            columns,
-        )
+        shares = [] if options.small else [f"{share:.0%}" for share in SHARES]
+        columns = {"dtype": ("dtype", ""), "passages": ("passages", "")}
+        columns |= {name: (name, ".2f") for name in ("hot", "plain", "first", *shares)}
+        title = "random weights: processor seconds of one query; of two passes, by the share that takes the exact one"
+        show(title, prices, columns)
     summary = json.dumps({"environment": machine, "quality": kept, "times": prices})
     if options.output:
         Path(options.output).write_text(summary + "\n")
