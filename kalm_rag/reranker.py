@@ -154,7 +154,6 @@ class KaLMReranker:
             "show_progress": show_progress,
             "token": token,
             "local_files_only": local_files_only,
-            **asdict(self.settings),
         }
         self.owns_cache = cache is None or isinstance(cache, (str, Path))
         self.cache = (
