@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from kalm_rag.cache.keys import KeySpace
 from kalm_rag.cache.spaces import Behind, Space
 from kalm_rag.errors import CheckpointError
 from kalm_rag.model.checkpoint import Checkpoint, find_checkpoint
@@ -54,6 +53,7 @@ def spaces_of(
     from kalm_rag.model.prefill import precision_names
     from kalm_rag.model.prefiller import find_prompt_prefix
     from kalm_rag.model.prompts import Prompts
+    from kalm_rag.states import key_space
 
     settings = settings or Settings()
     identity = identify(checkpoint)
@@ -64,23 +64,16 @@ def spaces_of(
     for max_length in dict.fromkeys((settings.max_length, *max_lengths)):
         for dtype in _DTYPES:
             for storage in _STORAGES:
-                keys = KeySpace(
-                    model=identity.digest,
-                    encoder=identity.encoder,
-                    tokenizer=identity.tokenizer,
-                    template=identity.template,
-                    decoder=identity.decoder,
-                    max_length=max_length,
-                    dtype=dtype,
-                    storage=storage,
-                )
+                keys = key_space(identity, max_length=max_length, dtype=dtype, storage=storage)
                 found.append(Space(keys, tokenizer.control))
                 behind = (Behind(ratio, prefix, kind) for ratio in ratios for kind in precision_names(dtype))
                 found += [Space(keys, tokenizer.control, one) for one in behind]
     return found
 
 
-def own_spaces(scorer: Scorer | None, settings: Settings, model: str | Path, revision: str | None) -> list[Space]:
+def own_spaces(
+    scorer: Scorer | None, settings: Settings, model: str | Path, revision: str | None, lora: Path | None = None
+) -> list[Space]:
     """Return the key spaces of a reranker's model and settings, without loading or downloading the model.
 
     Entries that a version without records wrote are found in these.
@@ -90,11 +83,12 @@ def own_spaces(scorer: Scorer | None, settings: Settings, model: str | Path, rev
         settings: the reranker's.
         model: as the reranker was given it.
         revision: as the reranker was given it.
+        lora: as the reranker was given it.
     """
     if scorer is not None:
         return scorer.spaces()
     try:
-        checkpoint = find_checkpoint(model, revision=revision, local_files_only=True)
+        checkpoint = find_checkpoint(model, revision=revision, local_files_only=True, lora=lora)
         return spaces_of(checkpoint, settings, ratios=(settings.ratio,))
     except CheckpointError as error:
         logger.warning("the model is not here, so only the recorded key spaces are searched: %s", error)

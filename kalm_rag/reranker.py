@@ -30,7 +30,7 @@ from kalm_rag.settings import (
 from kalm_rag.utils import forks
 from kalm_rag.utils.async_calls import AsyncCalls
 from kalm_rag.utils.checks import check_dtype, check_positive, check_ratio, check_share, check_string, warn_untrained
-from kalm_rag.utils.paths import DEFAULT
+from kalm_rag.utils.paths import DEFAULT, user_path
 from kalm_rag.utils.progress import Progress
 from kalm_rag.utils.refining import Wanted
 
@@ -58,6 +58,8 @@ class KaLMReranker:
         model: `nano`, `small` or `large` (the R2 releases), `mini` (a demonstration checkpoint inside this package, for
             trying things offline), a local folder, or a hub id.
         revision: branch, tag or commit on the hub.
+        lora: folder of an adapter that `kalm-rag tune` trained on this model. It changes the decoder only: encoded
+            passages in caches stay valid.
         device: `cpu`, `cuda`, `cuda:1`, `mps`, ... Default: CUDA if there is one, else the CPU.
         dtype: `float32`, `bfloat16`, `float16`, or on an x86 CPU with VNNI instructions `int8` (the decoder's large
             matrices in 8 bits, the encoder in float32) or `int8-all` (the encoder's matrices as well); with these two
@@ -110,6 +112,7 @@ class KaLMReranker:
         model: str | Path = "nano",
         *,
         revision: str | None = None,
+        lora: str | Path | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         max_length: int = 1024,
@@ -144,10 +147,11 @@ class KaLMReranker:
             score_memory=score_memory,
             refine=refine,
         )
-        self._arguments = {
+        self._arguments: dict[str, Any] = {
             **asdict(self.settings),
             "model": model,
             "revision": revision,
+            "lora": None if lora is None else user_path(lora, "lora"),
             "device": device,
             "dtype": dtype,
             "cache": cache,
@@ -161,9 +165,6 @@ class KaLMReranker:
             if isinstance(cache, PassageCache)
             else PassageCache(cache, base_ratio=base_ratio(self.settings.ratio))
         )
-        self._revision = revision
-        self._token = token
-        self._local_files_only = local_files_only
         self._device = device
         if dtype is not None:
             check_dtype(dtype)
@@ -199,7 +200,8 @@ class KaLMReranker:
 
     def __repr__(self) -> str:
         state = "not loaded" if self._scorer is None else "loaded"
-        return f"KaLMReranker({str(self.model)!r}, ratio={self.settings.ratio}, {state})"
+        lora = "" if self._arguments["lora"] is None else f"lora={str(self._arguments['lora'])!r}, "
+        return f"KaLMReranker({str(self.model)!r}, {lora}ratio={self.settings.ratio}, {state})"
 
     def checkpoint(self) -> Checkpoint:
         """Find the model's files, downloading them if necessary, without loading them.
@@ -207,9 +209,8 @@ class KaLMReranker:
         Raises:
             CheckpointError: nothing usable is there.
         """
-        return find_checkpoint(
-            self.model, revision=self._revision, token=self._token, local_files_only=self._local_files_only
-        )
+        named = {name: self._arguments[name] for name in ("revision", "token", "local_files_only", "lora")}
+        return find_checkpoint(self.model, **named)
 
     def load(self) -> KaLMReranker:
         """Load the model now instead of at first use, and return this instance.
@@ -398,7 +399,9 @@ class KaLMReranker:
         from kalm_rag.forget import own_spaces
 
         texts = (passage.text for passage in iter_documents(documents, text))
-        return self.cache.forget(texts, own_spaces(self._scorer, self.settings, self.model, self._revision))
+        named = {name: self._arguments[name] for name in ("revision", "lora")}
+        spaces = own_spaces(self._scorer, self.settings, self.model, **named)
+        return self.cache.forget(texts, spaces)
 
     def unknown(self, documents: Iterable[D], *, text: TextOf[D] | None = None) -> list[str]:
         """Return the distinct texts among these passages that the cache does not hold.

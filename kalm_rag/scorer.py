@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kalm_rag.cache import PassageCache
-from kalm_rag.cache.keys import KeySpace
 from kalm_rag.cache.scores import ScoreCache
 from kalm_rag.cache.spaces import Space
 from kalm_rag.errors import ForkError, ScoringError
@@ -25,7 +24,7 @@ from kalm_rag.model.prompts import Prompt, Prompts
 from kalm_rag.passage_kv import BehindPrefix, PassageKVSource
 from kalm_rag.results import EncodeReport
 from kalm_rag.settings import Settings
-from kalm_rag.states import StatesSource
+from kalm_rag.states import StatesSource, key_space
 from kalm_rag.utils import forks
 from kalm_rag.utils.margins import probability
 from kalm_rag.utils.progress import Progress
@@ -87,15 +86,10 @@ class Scorer:
 
     def __init__(self, loaded: LoadedModel, checkpoint: Checkpoint, settings: Settings, cache: PassageCache) -> None:
         _check_lengths(loaded, settings)
-        identity = identify(checkpoint)
         self.loaded = loaded
         self.settings = settings
-        self.keys = KeySpace(
-            model=identity.digest,
-            encoder=identity.encoder,
-            tokenizer=identity.tokenizer,
-            template=identity.template,
-            decoder=identity.decoder,
+        self.keys = key_space(
+            identify(checkpoint),
             max_length=settings.max_length,
             dtype=loaded.encoder_precision,
             storage=cache.storage,

@@ -14,6 +14,7 @@ from kalm_rag.cache.frame import Frame, FrameError, payload_bytes
 from kalm_rag.cache.keys import KeySpace
 from kalm_rag.cache.spaces import Space
 from kalm_rag.model.encoder import Encoder
+from kalm_rag.model.identity import ModelIdentity
 from kalm_rag.model.loading import LoadedModel
 from kalm_rag.model.pooling import PassageStates
 from kalm_rag.model.prompts import PassageTokens, Prompts
@@ -198,6 +199,20 @@ class StatesSource(CachedSource[int, PassageTokens, PassageStates]):
             self._cache.base_ratio,
             ratio,
         )
+
+
+def key_space(identity: ModelIdentity, *, max_length: int, dtype: str, storage: str) -> KeySpace:
+    """Return the cache's keys of a model; the other arguments are those of `KeySpace`."""
+    return KeySpace(
+        model=identity.digest,
+        encoder=identity.encoder,
+        tokenizer=identity.tokenizer,
+        template=identity.template,
+        decoder=identity.decoder,
+        max_length=max_length,
+        dtype=dtype,
+        storage=storage,
+    )
 
 
 def to_frame(key: str, model: bytes, passage: PassageStates, *, int8: bool = False) -> Frame:

@@ -31,7 +31,7 @@ from kalm_rag.cli.options import (
     show,
     whole_number,
 )
-from kalm_rag.utils.display import size_text, visible_line
+from kalm_rag.utils.display import duration_text, size_text, visible_line
 
 if TYPE_CHECKING:
     from kalm_rag.cache.passage_cache import Keep, Storage
@@ -348,13 +348,7 @@ def _show_estimate(found: _Estimate, keep: str, as_json: bool) -> None:
     show(f"{found.passages} passages, {found.known} known already, {new} to encode.")
     show(
         f"About {found.tokens:.0f} tokens and {size_text(found.each)} each: {size_text(found.each * new)} and "
-        f"{_time(found.seconds)}."
+        f"{duration_text(found.seconds)}."
     )
     show(f"With --keep {keep.replace('states', 'prefilled')}: {size_text(found.prefilled * new)} more, and more time.")
     show(f"Sizes from {found.sampled} of them, time from {found.timed}.")
-
-
-def _time(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -36,23 +36,27 @@ class System:
         dtype: as in `KaLMReranker`; None is its default.
         instruction: what "relevant" means; None is the default.
         ratio: encoder states averaged into one.
+        lora: as in `KaLMReranker`.
     """
 
     model: str
     ratio: int = 4
     dtype: str | None = None
     instruction: str | None = None
+    lora: str | None = None
 
     @property
     def name(self) -> str:
-        """The model's short name: an alias, or the last part of a path or hub id."""
-        return Path(self.model).name or self.model
+        """The model's short name: an alias, or the last part of a path or hub id; and that of the adapter's folder."""
+        parts = [self.model] if self.lora is None else [self.model, self.lora]
+        return " + ".join(Path(part).name or part for part in parts)
 
     @property
     def slug(self) -> str:
         """A file name that tells systems of one experiment apart."""
         readable = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in self.name)[:40]
-        rest = hashlib.sha256(json.dumps([self.model, self.instruction]).encode()).hexdigest()[:8]
+        parts = [self.model, self.instruction] + ([] if self.lora is None else [self.lora])
+        rest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]
         return f"{readable}-{self.dtype or 'default'}-r{self.ratio}-{rest}"
 
 
@@ -100,7 +104,8 @@ class Encoding(Shown):
         ratio: at which that was timed.
         precision: what really computed, such as float32 products where bfloat16 was asked for.
         device: where.
-        digest: of the model's content, decoder included.
+        digest: of the model's content, decoder and adapter included.
+        lora: as in `System`.
     """
 
     model: str
@@ -114,11 +119,12 @@ class Encoding(Shown):
     precision: str = ""
     device: str = ""
     digest: str = ""
+    lora: str | None = None
 
     @property
     def name(self) -> str:
         """As `System.name`."""
-        return System(self.model).name
+        return System(self.model, lora=self.lora).name
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,8 +193,8 @@ def evaluate(
 ) -> tuple[list[SystemResult], list[Encoding]]:
     """Rerank the candidates with every system.
 
-    Systems of one model in one precision share one loaded model and one encoding of each passage: states are kept at
-    the ratio that divides all of theirs, which gives the others exactly.
+    Systems of one model in one precision share one encoding of each passage, and one loaded model if they have the same
+    adapter: states are kept at the ratio that divides all of theirs, which gives the others exactly.
 
     Args:
         experiment: what to do.
@@ -235,36 +241,48 @@ def _evaluate(
     results: dict[System, SystemResult] = {}
     encodings = []
     base = experiment.metrics.per_query(experiment.candidates.rankings, experiment.candidates.qrels)
-    ordered = sorted(experiment.systems, key=lambda system: (system.model, system.dtype or ""))
-    groups = [(key, list(group)) for key, group in groupby(ordered, key=lambda system: (system.model, system.dtype))]
+    ordered = sorted(experiment.systems, key=_share)
+    groups = [list(group) for _, group in groupby(ordered, key=_share)]
     # Refuse whatever can be refused before loading or encoding anything.
-    models = {system.model for system in ordered}
-    marks = {model: _mark(model, local_files_only=experiment.local_files_only) for model in models}
-    journals = {system: _journal(experiment, system, marks[system.model]) for system in ordered}
+    marks = {(system.model, system.lora): "" for system in ordered}
+    for model, lora in marks:
+        marks[model, lora] = _mark(model, lora, local_files_only=experiment.local_files_only)
+    journals = {system: _journal(experiment, system, marks[system.model, system.lora]) for system in ordered}
     texts = [experiment.corpus.passages[name] for name in _needed(experiment)]
-    for (model, dtype), systems in groups:
-        base_ratio = math.gcd(*(system.ratio for system in systems))
+    # Adapters do not change encodings, so all of a model find what the first of them encoded.
+    ratios: dict[tuple[str, str | None], int] = {}
+    for system in ordered:
+        share = system.model, system.dtype
+        ratios[share] = math.gcd(ratios.get(share, 0), system.ratio)
+    for systems in groups:
+        first = systems[0]
         with (
-            PassageCache(experiment.cache, base_ratio=base_ratio) as cache,
-            _reranker(experiment, model, dtype, cache) as reranker,
+            PassageCache(experiment.cache, base_ratio=ratios[first.model, first.dtype]) as cache,
+            _reranker(experiment, first, cache) as reranker,
         ):
-            encodings.append(_encode(reranker, texts, model, dtype))
-            encodings[-1].digest = marks[model]
+            encodings.append(_encode(reranker, texts, first))
+            encodings[-1].digest = marks[first.model, first.lora]
             tokens = reranker.estimate(texts).tokens
             for system in systems:
                 results[system] = _run(experiment, reranker, system, base, journals[system], tokens)
                 if finished is not None:
                     finished(results[system])
             if experiment.lengths:
-                encodings[-1].ratio = systems[0].ratio
-                encodings[-1].lengths = time_lengths(reranker, experiment, texts, tokens, systems[0].ratio)
+                encodings[-1].ratio = first.ratio
+                encodings[-1].lengths = time_lengths(reranker, experiment, texts, tokens, first.ratio)
     return [results[system] for system in experiment.systems], encodings
 
 
-def _reranker(experiment: Experiment, model: str, dtype: str | None, cache: PassageCache) -> KaLMReranker:
+def _share(system: System) -> tuple[str, str, str]:
+    """What systems must have in common to use one loaded model."""
+    return system.model, system.dtype or "", system.lora or ""
+
+
+def _reranker(experiment: Experiment, system: System, cache: PassageCache) -> KaLMReranker:
     return KaLMReranker(
-        model,
-        dtype=dtype,
+        system.model,
+        lora=system.lora,
+        dtype=system.dtype,
         device=experiment.device,
         max_length=experiment.max_length,
         cache=cache,
@@ -274,9 +292,9 @@ def _reranker(experiment: Experiment, model: str, dtype: str | None, cache: Pass
     )
 
 
-def _mark(model: str, *, local_files_only: bool) -> str:
-    """Return a digest of a model's content."""
-    identity = identify(find_checkpoint(model, local_files_only=local_files_only))
+def _mark(model: str, lora: str | None, *, local_files_only: bool) -> str:
+    """Return a digest of a model's content, its adapter included."""
+    identity = identify(find_checkpoint(model, local_files_only=local_files_only, lora=lora))
     return identity.short + identity.decoder[:12]
 
 
@@ -325,21 +343,22 @@ def data_digests(experiment: Experiment) -> dict[str, str]:
     return found | {"candidates": candidates_digest(experiment)}
 
 
-def _encode(reranker: KaLMReranker, texts: Sequence[str], model: str, dtype: str | None) -> Encoding:
+def _encode(reranker: KaLMReranker, texts: Sequence[str], system: System) -> Encoding:
     reranker.load()
     began = time.perf_counter()
     report = reranker.encode(texts)
     seconds = time.perf_counter() - began
     loaded = reranker.scorer.loaded
     return Encoding(
-        model,
-        dtype,
+        system.model,
+        system.dtype,
         len(texts),
         report.new,
         report.truncated,
         seconds,
         precision=loaded.precision,
         device=str(loaded.device),
+        lora=system.lora,
     )
 
 

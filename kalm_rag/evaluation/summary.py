@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kalm_rag._version import __version__
-from kalm_rag.evaluation.experiment import Encoding, Experiment, SystemResult, data_digests
+from kalm_rag.evaluation.experiment import Encoding, Experiment, System, SystemResult, data_digests
 from kalm_rag.evaluation.metrics import best_order, means
 from kalm_rag.utils.display import html_table, visible_line
 from kalm_rag.utils.machine import Machine, this_machine, utc_now, versions
@@ -65,8 +65,8 @@ class Summary:
         caption = f"{len(self.rankings)} queries, candidates of {self.first_name}"
         return html_table(*self.columns(), caption, left=0)
 
-    def labels(self) -> dict[tuple[str, str | None, str | None], str]:
-        """Return a short distinct name for each model, precision and instruction."""
+    def labels(self) -> dict[tuple[str | None, ...], str]:
+        """Return a short distinct name for each model, adapter, precision and instruction."""
         systems = [result.system for result in self.results]
         dtypes = {system.dtype for system in systems}
         instructions = {system.instruction for system in systems}
@@ -77,7 +77,7 @@ class Summary:
                 parts.append(system.dtype or "default")
             if len(instructions) > 1:
                 parts.append("default instruction" if system.instruction is None else repr(system.instruction[:40]))
-            found[system.model, system.dtype, system.instruction] = " / ".join(parts)
+            found[_parts(system)] = " / ".join(parts)
         several = Counter(found.values())
         # Two folders of one name, or two long instructions: both are named in full.
         return {
@@ -87,8 +87,7 @@ class Summary:
 
     def label(self, result: SystemResult) -> str:
         """What a result is called, the ratio aside."""
-        system = result.system
-        return self.labels()[system.model, system.dtype, system.instruction]
+        return self.labels()[_parts(result.system)]
 
     def columns(self) -> tuple[list[str], list[list[str]]]:
         """Heading and rows of the table."""
@@ -171,6 +170,10 @@ class Summary:
             "encoding": [asdict(encoding) for encoding in self.encodings],
             "warnings": list(self.warnings),
         }
+
+
+def _parts(system: System) -> tuple[str | None, ...]:
+    return system.model, system.lora, system.dtype, system.instruction
 
 
 def summarise(experiment: Experiment, results: Sequence[SystemResult], encodings: Sequence[Encoding]) -> Summary:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kalm_rag.errors import CheckpointError
+from kalm_rag.model.json_file import read_json
+from kalm_rag.model.lora import Lora, pickles_in, read_lora
 from kalm_rag.utils.paths import user_path
 
 ALIASES = {
@@ -52,9 +53,7 @@ TOKENIZER_FILES = (
 
 _INDEX = "model.safetensors.index.json"
 _FLOATS = {"F64", "F32", "F16", "BF16"}
-_LARGEST_JSON = 64_000_000
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +66,7 @@ class Checkpoint:
         config: the content of `config.json`.
         shards: its safetensors files.
         marks: what its files looked like before the first of them was read, so that a change shows.
+        lora: the adapter that is added to its decoder, if there is one.
     """
 
     name: str
@@ -74,6 +74,7 @@ class Checkpoint:
     config: dict[str, Any]
     shards: tuple[Path, ...]
     marks: tuple[str, ...]
+    lora: Lora | None = None
 
     def check_unchanged(self) -> None:
         """Refuse a checkpoint whose files were replaced since it was found: parts of two models give wrong scores.
@@ -170,6 +171,7 @@ def find_checkpoint(
     revision: str | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
+    lora: str | Path | None = None,
 ) -> Checkpoint:
     """Resolve an alias, a local folder or a hub id to files, downloading them if need be.
 
@@ -178,11 +180,17 @@ def find_checkpoint(
         revision: branch, tag or commit on the hub; refused for a folder.
         token: hub token, as `huggingface_hub` takes it.
         local_files_only: use only the hub's local cache.
+        lora: folder of an adapter that `kalm-rag tune` wrote, see `kalm_rag.model.lora`.
 
     Raises:
         CheckpointError: nothing usable is there; the message says what was looked for and the way out.
     """
-    token = clean_token(token)
+    adapter = None if lora is None else read_lora(lora)
+    found = _find(model, revision, clean_token(token), local_files_only)
+    return found if adapter is None else replace(found, lora=adapter)
+
+
+def _find(model: str | Path, revision: str | None, token: str | bool | None, local_files_only: bool) -> Checkpoint:
     if not isinstance(model, (str, Path)) or not str(model):
         msg = f"model must be an alias ({', '.join(NAMES)}), a folder or a hub id, got {model!r}"
         raise CheckpointError(msg)
@@ -290,7 +298,7 @@ def read_checkpoint(folder: Path, name: str) -> Checkpoint:
         raise CheckpointError(msg)
     shards: tuple[Path, ...] = ()
     first = _marks(folder, shards)
-    config = _read_json(config_file)
+    config = read_json(config_file)
     kind = config.get("model_type")
     if kind != MODEL_TYPE:
         msg = (
@@ -310,32 +318,10 @@ def read_checkpoint(folder: Path, name: str) -> Checkpoint:
     return Checkpoint(name, folder, config, shards, first + _marks(folder, shards)[len(first) :])
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object from a file of the checkpoint.
-
-    Raises:
-        CheckpointError: it is not readable, not JSON, not an object, or too large or nested too deeply to be one.
-    """
-    try:
-        size = file.stat().st_size
-        if size > _LARGEST_JSON:
-            msg = f"{size} bytes, at most {_LARGEST_JSON} are expected"
-            raise ValueError(msg)
-        content = json.loads(file.read_text("utf-8"))
-        if not isinstance(content, dict):
-            msg = f"expected an object, got {type(content).__name__}"
-            raise TypeError(msg)
-    except (OSError, ValueError, TypeError, RecursionError, MemoryError) as error:
-        why = "it is nested too deeply" if isinstance(error, RecursionError) else error
-        msg = f"cannot read {str(file)!r} ({why}); download the checkpoint again"
-        raise CheckpointError(msg) from error
-    return content
-
-
 def _shards(folder: Path) -> tuple[Path, ...]:
     index_file = folder / _INDEX
     if index_file.is_file():
-        weight_map = _read_json(index_file).get("weight_map")
+        weight_map = read_json(index_file).get("weight_map")
         names = list(weight_map.values()) if isinstance(weight_map, dict) else []
         if not names or not all(isinstance(name, str) for name in names):
             msg = f"{str(index_file)!r} has no weight_map that names files; download the checkpoint again"
@@ -350,7 +336,7 @@ def _shards(folder: Path) -> tuple[Path, ...]:
     single = folder / "model.safetensors"
     if single.is_file():
         return (single,)
-    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    pickles = pickles_in(folder)
     if pickles:
         msg = (
             f"{str(folder)!r} holds its weights as pickles ({', '.join(pickles[:3])}), which can run code when "

@@ -95,21 +95,24 @@ class Decoder:
         return found
 
     def _forward(self, pairs: Sequence[Pair]) -> list[float]:
-        import torch
-
-        device = self._loaded.device
         with self._loaded.computing():
-            ids, mask = right_pad([pair.prompt.ids for pair in pairs], self._loaded.tokenizer.pad_id, device)
-            states, states_mask = right_pad_states([pair.passage.states for pair in pairs], self._loaded)
-            decoder = self._loaded.model.get_decoder()
-            hidden = decoder(
-                input_ids=ids,
-                attention_mask=mask,
-                encoder_hidden_states=states,
-                encoder_attention_mask=states_mask,
-                use_cache=False,
-            ).last_hidden_state
-            last = mask.sum(dim=1) - 1
-            rows = torch.arange(len(pairs), device=device)
-            margins: list[float] = self._head.margins(hidden[rows, last]).tolist()
+            margins: list[float] = pair_margins(self._loaded, self._head, pairs).tolist()
             return margins
+
+
+def pair_margins(loaded: LoadedModel, head: YesNoHead, pairs: Sequence[Pair]) -> torch.Tensor:
+    """`z_yes - z_no` of a batch, float32 of shape `(batch,)`; gradients flow where the caller allows them."""
+    import torch
+
+    ids, mask = right_pad([pair.prompt.ids for pair in pairs], loaded.tokenizer.pad_id, loaded.device)
+    states, states_mask = right_pad_states([pair.passage.states for pair in pairs], loaded)
+    decoder = loaded.model.get_decoder()
+    hidden = decoder(
+        input_ids=ids,
+        attention_mask=mask,
+        encoder_hidden_states=states,
+        encoder_attention_mask=states_mask,
+        use_cache=False,
+    ).last_hidden_state
+    last = mask.sum(dim=1) - 1
+    return head.margins(hidden[torch.arange(len(pairs), device=loaded.device), last])

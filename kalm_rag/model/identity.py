@@ -36,7 +36,8 @@ class ModelIdentity:
         encoder: weights of the encoder and its configuration.
         tokenizer: the tokenizer's files.
         template: the text around a passage.
-        decoder: weights of the decoder and its configuration; they shape prefilled passages, not states.
+        decoder: weights of the decoder, its adapter included, and its configuration; they shape prefilled passages, not
+            states.
     """
 
     encoder: str
@@ -66,7 +67,8 @@ def identify(checkpoint: Checkpoint, memo: Path | None = None) -> ModelIdentity:
         memo: the file that remembers, default `digests.json` in the cache folder; without a home folder, none.
 
     Raises:
-        CheckpointError: a file cannot be read, or changed since the checkpoint was found.
+        CheckpointError: a file cannot be read, or changed since the checkpoint was found; or the checkpoint's adapter
+            was trained on another model.
     """
     from safetensors import SafetensorError
 
@@ -84,11 +86,15 @@ def identify(checkpoint: Checkpoint, memo: Path | None = None) -> ModelIdentity:
     checkpoint.check_unchanged()  # so what was hashed is what the marks stand for
     if memo is not None and settled and key not in known:
         _write_memo(memo, {**known, key: found})
+    encoder, decoder = found
+    if checkpoint.lora is not None:
+        checkpoint.lora.check_base(encoder, decoder, checkpoint.name)
+        decoder = tagged_digest(decoder, checkpoint.lora.digest).hexdigest()
     return ModelIdentity(
-        encoder=found[0],
+        encoder=encoder,
         tokenizer=tokenizer,
         template=tagged_digest(PASSAGE_PREFIX).hexdigest(),
-        decoder=found[1],
+        decoder=decoder,
     )
 
 

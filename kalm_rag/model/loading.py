@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from kalm_rag.errors import CheckpointError
 from kalm_rag.model.checkpoint import UNUSED, Checkpoint, MappedFiles, check_tensor
+from kalm_rag.model.identity import identify
+from kalm_rag.model.lora import Lora
 from kalm_rag.model.tokenization import Tokenizer
 from kalm_rag.settings import Settings
 from kalm_rag.utils.checks import check_dtype
@@ -174,7 +176,7 @@ def load_model(
     state dict and its module is built at a toy size and dropped.
 
     Args:
-        checkpoint: its files.
+        checkpoint: its files; its adapter, if it has one, is added to the weights.
         settings: how user text is tokenised.
         device: where to.
         dtype: as in `KaLMReranker`.
@@ -182,7 +184,8 @@ def load_model(
 
     Raises:
         ValueError: no such dtype, or not on this device.
-        CheckpointError: a file is damaged, a weight is missing or has another shape than the config says.
+        CheckpointError: a file is damaged, a weight is missing or has another shape than the config says, or the
+            adapter is another model's.
     """
     import torch
 
@@ -202,11 +205,13 @@ def _load(
         raise ValueError(msg)
     dtype = resolve_dtype(dtype, device)
     tokenizer = load_tokenizer(checkpoint, escape=settings.control_tokens == "escape")
+    if checkpoint.lora is not None:
+        identify(checkpoint)  # it refuses an adapter of another model
     try:
         model = _build(checkpoint, dtype)
         tensors = _text_tensors(checkpoint)
         is_mapped = device.type == "cpu" and any(tensor.dtype == dtype for tensor in tensors.values())
-        faulty = _fill(model, tensors, device, dtype)
+        faulty = _fill(model, tensors, device, dtype, checkpoint.lora)
     except CheckpointError:
         raise
     except Exception as error:
@@ -250,7 +255,9 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     return model.eval()
 
 
-def _fill(model: Any, tensors: dict[str, Any], device: torch.device, dtype: torch.dtype) -> list[str]:
+def _fill(
+    model: Any, tensors: dict[str, Any], device: torch.device, dtype: torch.dtype, lora: Lora | None
+) -> list[str]:
     """Set weights and computed constants; return the weights that are missing or do not fit."""
     import torch
 
@@ -264,6 +271,8 @@ def _fill(model: Any, tensors: dict[str, Any], device: torch.device, dtype: torc
     faulty = sorted(name for name, shape in expected.items() if name not in found or found[name].shape != shape)
     if faulty:
         return faulty
+    if lora is not None:
+        lora.add_to(found, expected)
     made: dict[int, torch.nn.Parameter] = {}
     for name in expected:
         tensor = found[name]

@@ -44,6 +44,13 @@ def size_text(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def duration_text(seconds: float) -> str:
+    """Format seconds in the unit that people would use."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 def shorten(text: str, width: int) -> str:
     """Cut a text to `width` characters; the last one is then an ellipsis."""
     return text if len(text) <= width else f"{text[: width - 1]}…"

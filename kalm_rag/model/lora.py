@@ -1,0 +1,201 @@
+"""Low-rank adapters (LoRA) of the decoder: finds one, checks that it fits, and adds it to the weights.
+
+The files are those of the library `peft`, in safetensors. Only matrices inside of the decoder's layers are adapted: the
+encoder, whose states are in caches, and the embeddings and the output matrix, which share a tensor, stay as they are.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kalm_rag.errors import CheckpointError
+from kalm_rag.model.json_file import read_json
+from kalm_rag.utils.digests import tagged_digest
+from kalm_rag.utils.paths import user_path
+
+if TYPE_CHECKING:
+    import torch
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+TARGETS = r"model\.decoder\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+"""The modules that an adapter may change, as a regular expression of their whole name."""
+
+BASE = ("kalm_rag.base_encoder", "kalm_rag.base_decoder")
+"""Metadata of the weights' file: the digests of the model that the adapter was trained on."""
+
+PREFIX = "base_model.model."
+"""What `peft` puts before the name of a module."""
+
+_PAIR = re.compile(rf"{re.escape(PREFIX)}({TARGETS})\.lora_([AB])\.weight")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_AGAIN = "train it again with `kalm-rag tune`"
+_UNSUPPORTED = (
+    "use_dora", "use_rslora", "use_qalora", "use_bdlora", "rank_pattern", "alpha_pattern", "lora_bias",
+    "fan_in_fan_out", "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication",
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config",
+)  # fmt: skip
+"""Settings of `peft` under which an adapter is more than a product of two matrices."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """An adapter on this disk.
+
+    Attributes:
+        folder: where its files are.
+        scale: what the product of its matrices is multiplied by.
+        base: digests of the encoder and the decoder that it was trained on.
+        digest: of its content, SHA-256 in hexadecimal.
+    """
+
+    folder: Path
+    scale: float
+    base: tuple[str, str]
+    digest: str
+
+    def check_base(self, encoder: str, decoder: str, model: str) -> None:
+        """Refuse a model that is not the one that the adapter was trained on.
+
+        Raises:
+            CheckpointError: its digests differ.
+        """
+        for part, own, expected in (("encoder", encoder, self.base[0]), ("decoder", decoder, self.base[1])):
+            if own != expected:
+                msg = (
+                    f"lora={str(self.folder)!r} was trained on another model than {model!r}: its {part} has the digest "
+                    f"{expected[:12]}, this one {own[:12]}; name the model it was trained on, or {_AGAIN}"
+                )
+                raise CheckpointError(msg)
+
+    def add_to(self, weights: MutableMapping[str, torch.Tensor], shapes: Mapping[str, Any]) -> None:
+        """Replace the adapted weights by new tensors: W + B A scale, computed in float32.
+
+        Args:
+            weights: by parameter name, as stored. Tensors are replaced, never changed.
+            shapes: shape by parameter name.
+
+        Raises:
+            CheckpointError: the adapter cannot be read, has changed, or does not fit.
+        """
+        for name, (down, up) in self.matrices().items():
+            key = f"{name}.weight"
+            if key not in weights or (up.shape[0], down.shape[1]) != tuple(shapes[key]) or len(down) != up.shape[1]:
+                msg = (
+                    f"the adapter in {str(self.folder)!r} does not fit the model: it changes {name!r} by "
+                    f"{tuple(up.shape)} times {tuple(down.shape)}; {_AGAIN}"
+                )
+                raise CheckpointError(msg)
+            weights[key] = weights[key].float() + (up @ down) * self.scale
+
+    def matrices(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Return the matrices A, shape `(rank, inputs)`, and B, shape `(outputs, rank)`, in float32, by module.
+
+        Raises:
+            CheckpointError: the adapter cannot be read, or has changed since it was found.
+        """
+        import safetensors.torch
+
+        content = _content(self.folder)
+        if _digest(self.scale, content) != self.digest:
+            msg = f"the adapter in {str(self.folder)!r} changed while it was loaded; load it again"
+            raise CheckpointError(msg)
+        halves: dict[str, dict[str, torch.Tensor]] = {}
+        for key, tensor in safetensors.torch.load(content).items():
+            match = _PAIR.fullmatch(key)
+            if match is None or tensor.ndim != 2 or not tensor.is_floating_point():
+                msg = (
+                    f"the adapter in {str(self.folder)!r} changes {key!r}; only matrices of the decoder's layers may "
+                    f"be adapted, so that encoded passages stay valid: {_AGAIN}"
+                )
+                raise CheckpointError(msg)
+            halves.setdefault(match[1], {})[match[4]] = tensor.float()
+        single = [name for name, pair in halves.items() if len(pair) < 2]
+        if single or not halves:
+            msg = f"the adapter in {str(self.folder)!r} lacks a matrix of {single[:1] or 'every module'}; {_AGAIN}"
+            raise CheckpointError(msg)
+        return {name: (pair["A"], pair["B"]) for name, pair in halves.items()}
+
+
+def read_lora(folder: str | Path) -> Lora:
+    """Find an adapter.
+
+    Raises:
+        CheckpointError: there is none, its weights are a pickle, or it is of a kind that cannot be merged.
+        TypeError, ValueError: `folder` is not a path.
+    """
+    place = user_path(folder, "lora")
+    if not place.is_dir():
+        msg = f"lora={str(folder)!r} is no folder; give the folder that `kalm-rag tune --out` wrote"
+        raise CheckpointError(msg)
+    if not (place / WEIGHTS).is_file():
+        pickles = pickles_in(place)
+        if pickles:
+            msg = (
+                f"{str(place)!r} holds the adapter as a pickle ({', '.join(pickles[:3])}), which can run code when it "
+                f"is read and is refused; save it as {WEIGHTS}, or {_AGAIN}"
+            )
+            raise CheckpointError(msg)
+        there = sorted(entry.name for entry in place.iterdir())[:8]
+        msg = (
+            f"lora={str(folder)!r} holds no {WEIGHTS}, so it is not an adapter; it holds {there}. Give the folder that "
+            "`kalm-rag tune --out` wrote"
+        )
+        raise CheckpointError(msg)
+    config = read_json(place / CONFIG, _AGAIN)
+    scale = _scale(config, place)
+    content = _content(place)
+    return Lora(place, scale, _base(place), _digest(scale, content))
+
+
+def pickles_in(folder: Path) -> list[str]:
+    """Names of the files in a folder that may be pickles."""
+    return sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+
+
+def _scale(config: Mapping[str, Any], folder: Path) -> float:
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    wrong = [f"{name}={config[name]!r:.40}" for name in _UNSUPPORTED if config.get(name)]
+    expected = {"peft_type": "LORA", "bias": "none"}
+    wrong += [f"{name}={config.get(name)!r:.40}" for name, value in expected.items() if config.get(name) != value]
+    if wrong:
+        msg = f"the adapter in {str(folder)!r} is of a kind that kalm-rag does not merge ({', '.join(wrong)}); {_AGAIN}"
+        raise CheckpointError(msg)
+    are_numbers = type(rank) is int and type(alpha) in (int, float)
+    if not are_numbers or rank < 1 or not math.isfinite(alpha):
+        msg = f"{str(folder / CONFIG)!r} has r={rank!r:.40} and lora_alpha={alpha!r:.40}; {_AGAIN}"
+        raise CheckpointError(msg)
+    return float(alpha) / rank
+
+
+def _base(folder: Path) -> tuple[str, str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        msg = f"cannot read {str(folder / WEIGHTS)!r} ({error}); {_AGAIN}"
+        raise CheckpointError(msg) from error
+    if any(name not in metadata for name in BASE):
+        msg = f"the adapter in {str(folder)!r} does not say which model it was trained on; {_AGAIN}"
+        raise CheckpointError(msg)
+    return metadata[BASE[0]], metadata[BASE[1]]
+
+
+def _content(folder: Path) -> bytes:
+    try:
+        return (folder / WEIGHTS).read_bytes()
+    except OSError as error:
+        msg = f"cannot read {str(folder / WEIGHTS)!r} ({error}); {_AGAIN}"
+        raise CheckpointError(msg) from error
+
+
+def _digest(scale: float, content: bytes) -> str:
+    return tagged_digest("kalm-rag lora", repr(scale), content).hexdigest()

@@ -1,0 +1,274 @@
+"""Reads judgements and makes the lists to train on: a relevant passage and hard negatives."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kalm_rag.documents import REPAIRED, TextCounter, repair_text
+from kalm_rag.evaluation.candidates import Candidates
+from kalm_rag.retrieval.corpus import Corpus, read_beir, text_lines
+from kalm_rag.tuning.recipe import Recipe
+
+FEW = 20
+"""Judged queries below which little can be learned, and nothing measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A query, and what lists are drawn from.
+
+    Attributes:
+        query: its text.
+        positives: relevant passages.
+        judged: passages judged irrelevant, which are drawn first.
+        found: what else the first stage found, best first; random passages where it found too little.
+    """
+
+    query: str
+    positives: tuple[str, ...]
+    judged: tuple[str, ...]
+    found: tuple[str, ...]
+
+    def draw(self, size: int, chooser: random.Random) -> list[str]:
+        """Return the passages of a list, the relevant one first."""
+        judged, found = ([*texts] for texts in (self.judged, self.found))
+        chooser.shuffle(judged)
+        chooser.shuffle(found)
+        return [chooser.choice(self.positives), *[*judged, *found][: size - 1]]
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Ids of the queries that train, that decide when to stop, and that measure."""
+
+    train: tuple[str, ...]
+    validation: tuple[str, ...]
+    test: tuple[str, ...]
+
+
+def read_judgements(
+    source: str | Path, queries: str | Path | None = None, qrels: str | Path | None = None, split: str = "train"
+) -> Corpus:
+    """Read a BEIR folder, or JSON lines that each hold `query`, `positive` and, optionally, `negatives`.
+
+    Args:
+        source: the folder, a corpus with `queries` and `qrels` given (see `read_beir`), or the file of JSON lines.
+            `positive` and `negatives` are a text or a list of texts.
+        queries: as in `read_beir`.
+        qrels: as in `read_beir`.
+        split: which judgements of a BEIR folder: `qrels/<split>.tsv`, else `qrels.tsv`.
+
+    Returns:
+        Passages, queries and judgements; of JSON lines, a relevant passage has 1 and a negative 0.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a line cannot be read; the message names file and line.
+    """
+    path = Path(source)
+    if path.is_file() and queries is None and qrels is None:
+        return _read_lines(path)
+    return read_beir(source, queries, qrels, split)
+
+
+def _read_lines(path: Path) -> Corpus:
+    passages: dict[str, str] = {}
+    ids: dict[str, str] = {}
+    query_ids: dict[str, str] = {}
+    qrels: dict[str, dict[str, int]] = {}
+    repaired = 0
+
+    def passage_id(text: str) -> str:
+        found = ids.setdefault(text, f"p{len(ids) + 1}")
+        passages[found] = text
+        return found
+
+    for number, line in text_lines(path):
+        if not line.strip():
+            continue
+        query, positives, negatives = _line(line, f"{path}, line {number}")
+        both = set(positives) & set(negatives)
+        if both:
+            msg = f"{path}, line {number}: {min(both)[:60]!r} is both positive and negative; keep one of them"
+            raise ValueError(msg)
+        query, changed = repair_text(query)
+        repaired += changed
+        judged = qrels.setdefault(query_ids.setdefault(query, f"q{len(query_ids) + 1}"), {})
+        for value, texts in ((1, positives), (0, negatives)):
+            for text in texts:
+                clean, changed = repair_text(text)
+                repaired += changed
+                judged[passage_id(clean)] = max(value, judged.get(passage_id(clean), 0))
+    TextCounter(REPAIRED).add(repaired)
+    if not qrels:
+        msg = f"{path} holds no judgement; each line is an object with query, positive and negatives"
+        raise ValueError(msg)
+    return Corpus(passages, {name: query for query, name in query_ids.items()}, qrels)
+
+
+def _line(line: str, where: str) -> tuple[str, list[str], list[str]]:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        msg = f"{where}: not JSON ({error}); each line is an object with query, positive and negatives"
+        raise ValueError(msg) from None
+    if not isinstance(value, dict):
+        msg = f"{where}: expected an object with query, positive and negatives, got {type(value).__name__}"
+        raise ValueError(msg)
+    query = value.get("query")
+    if not isinstance(query, str) or not query.strip():
+        msg = f"{where}: query must be a text, got {query!r:.60}"
+        raise ValueError(msg)
+    positives, negatives = (_texts(value.get(name), name, where) for name in ("positive", "negatives"))
+    if not positives:
+        msg = f"{where}: positive must be a text or a list of texts, got none; leave out queries without an answer"
+        raise ValueError(msg)
+    return query, positives, negatives
+
+
+def _texts(value: object, name: str, where: str) -> list[str]:
+    found = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(found, list) or any(not isinstance(text, str) for text in found):
+        msg = f"{where}: {name} must be a text or a list of texts, got {value!r:.60}"
+        raise ValueError(msg)
+    return found
+
+
+def split_queries(qrels: Mapping[str, Mapping[str, int]], recipe: Recipe, *, by_passages: bool = False) -> Split:
+    """Divide judged queries at random, reproducibly.
+
+    Args:
+        qrels: judgements of the queries.
+        recipe: shares and seed.
+        by_passages: keep queries that share a relevant passage together, so that none of the three parts has seen the
+            relevant passages of another.
+
+    Raises:
+        ValueError: there are too few queries for three parts.
+    """
+    groups = _groups(qrels) if by_passages else [[query] for query in qrels]
+    random.Random(recipe.seed).shuffle(groups)  # noqa: S311 - a reproducible split
+    test, groups = _take(groups, max(1, round(recipe.test * len(qrels))))
+    rest = len(qrels) - len(test)
+    validation, groups = _take(groups, max(1, round(recipe.validation * rest)))
+    train = [query for group in groups for query in group]
+    if not (train and validation and test):
+        msg = (
+            f"{len(qrels)} judged queries cannot be divided into those that train, those that decide when to stop and "
+            "those that measure; judge at least 20, better 100"
+        )
+        raise ValueError(msg)
+    return Split(tuple(train), tuple(validation), tuple(test))
+
+
+def _take(groups: list[list[str]], count: int) -> tuple[list[str], list[list[str]]]:
+    taken: list[str] = []
+    for place, group in enumerate(groups):
+        if len(taken) >= count:
+            return taken, groups[place:]
+        taken += group
+    return taken, []
+
+
+def _groups(qrels: Mapping[str, Mapping[str, int]]) -> list[list[str]]:
+    """Queries that are connected by relevant passages that they share."""
+    parents: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while parents.setdefault(name, name) != name:
+            name = parents[name]
+        return name
+
+    for query, judged in qrels.items():
+        for passage, value in judged.items():
+            if value > 0:
+                parents[root(f"query {query}")] = root(f"passage {passage}")
+    groups: dict[str, list[str]] = {}
+    for query in qrels:
+        groups.setdefault(root(f"query {query}"), []).append(query)
+    return list(groups.values())
+
+
+def make_examples(
+    corpus: Corpus, candidates: Candidates, queries: Sequence[str], recipe: Recipe
+) -> tuple[list[Example], list[str]]:
+    """Return what lists are drawn from, and warnings about queries that were left out.
+
+    Args:
+        corpus: the collection.
+        candidates: of the first stage, and the judgements.
+        queries: ids of the queries to use.
+        recipe: how many negatives.
+
+    Raises:
+        ValueError: no query is left.
+    """
+    found: list[Example] = []
+    lost = equal = 0
+    for query in queries:
+        judged = candidates.qrels[query]
+        known = {name: value for name, value in judged.items() if name in corpus.passages}
+        positives = list(dict.fromkeys(corpus.passages[name] for name, value in known.items() if value > 0))
+        # A passage that stands twice in the corpus must not be its own negative.
+        taken = set(positives)
+        negatives = _fresh((corpus.passages[name] for name, value in known.items() if value <= 0), taken)
+        ranked = [corpus.passages[name] for name, _ in candidates.rankings[query][: recipe.negatives]]
+        first = _fresh(iter(ranked), taken)
+        if len(negatives) + len(first) < recipe.list_size - 1:
+            first += _fresh(_random_passages(corpus, f"{recipe.seed} {query}", recipe.list_size), taken)
+        if positives and (negatives or first):
+            found.append(Example(corpus.queries[query], tuple(positives), tuple(negatives), tuple(first)))
+        lost += not positives
+        equal += bool(positives) and not (negatives or first)
+    warnings = []
+    if lost:
+        warnings.append(f"{lost} queries have no relevant passage in the corpus and are left out")
+    if equal:
+        warnings.append(f"{equal} queries have no negative that differs from their relevant passages and are left out")
+    if not found:
+        msg = (
+            f"none of {len(queries)} queries can be trained on: {lost} have no relevant passage in the corpus, {equal} "
+            "have no negative that differs from it; give a corpus with other passages"
+        )
+        raise ValueError(msg)
+    return found, warnings
+
+
+def _fresh(texts: Iterator[str], taken: set[str]) -> list[str]:
+    """Return texts that were not taken before, and take them."""
+    found = []
+    for text in texts:
+        if text not in taken:
+            taken.add(text)
+            found.append(text)
+    return found
+
+
+def _random_passages(corpus: Corpus, seed: str, count: int) -> Iterator[str]:
+    chooser = random.Random(seed)  # noqa: S311 - reproducible
+    names = list(corpus.passages)
+    for name in chooser.sample(names, min(len(names), 4 * count)):
+        yield corpus.passages[name]
+
+
+def notes_on(corpus: Corpus, candidates: Candidates, split: Split) -> list[str]:
+    """Return what a user should know about these judgements before waiting for a result."""
+    notes = list(candidates.warnings)
+    count = len(candidates.qrels)
+    if count < FEW:
+        notes.append(
+            f"only {count} judged queries: {len(split.train)} train and {len(split.test)} measure, which is too few to "
+            "show a gain; judge at least 100"
+        )
+    named = {name for judged in corpus.qrels.values() for name in judged}
+    all_positive = all(value > 0 for judged in corpus.qrels.values() for value in judged.values())
+    if all_positive and named >= corpus.passages.keys():
+        notes.append(
+            "no negatives are given and the corpus holds only relevant passages: negatives are those of other queries, "
+            "which are easy to tell apart; add negatives, or the rest of the corpus"
+        )
+    return notes
