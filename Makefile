@@ -71,7 +71,7 @@ $(VENV)/.demo: $(VENV)/.base pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.base pyproject.toml constraints.txt
-	$(PIP) --editable '.[demo,eval]' --group dev
+	$(PIP) --editable '.[demo,eval,tune]' --group dev
 	for place in integrations/*/; do $(PIP) --no-deps --editable $$place || exit 1; done
 	touch $@
 

@@ -31,6 +31,8 @@ WRONG_MODEL_ARGUMENTS: list[dict[str, Any]] = [
     {"model": None},
     {"model": ""},
     {"revision": 7},
+    {"lora": 7},
+    {"lora": " "},
     {"device": 7},
     {"dtype": 7},
     {"dtype": "int3"},

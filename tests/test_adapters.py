@@ -138,6 +138,7 @@ def test_adapter_arguments_are_checked_by_name() -> None:
     wrong: dict[str, list[object]] = {
         "model": [None, 7, "", " "],
         "revision": [7],
+        "lora": [7, "", " "],
         "device": [7],
         "dtype": [7, True],
         "token": [7],

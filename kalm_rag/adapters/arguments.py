@@ -67,6 +67,13 @@ def _check_model(name: str, value: object) -> object:
     return value
 
 
+def _check_folder(name: str, value: object) -> object:
+    if not isinstance(value, Path) and not check_text(name, value).strip():
+        msg = f"{name} must be the folder of an adapter, got {value!r}; leave it out for none"
+        raise ValueError(msg)
+    return value
+
+
 def _check_share(name: str, value: Any) -> float:
     check_share(name, value)
     return float(value)
@@ -84,6 +91,7 @@ def _or_none(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "model": _check_model,
     "revision": _or_none(check_text),
+    "lora": _or_none(_check_folder),
     "device": _or_none(check_text),
     "dtype": _or_none(_check_dtype),
     "token": lambda _, value: clean_token(value),

@@ -163,7 +163,20 @@ OptionsLike: TypeAlias = Options | Mapping[str, Any] | None
 """What an adapter takes as its options."""
 
 _ARGUMENTS = frozenset(
-    {"model", "revision", "cache", "keep", "device", "dtype", "max_length", "ratio", "instruction", "top_n", "top_k"}
+    {
+        "model",
+        "revision",
+        "lora",
+        "cache",
+        "keep",
+        "device",
+        "dtype",
+        "max_length",
+        "ratio",
+        "instruction",
+        "top_n",
+        "top_k",
+    }
     | {"score_threshold"}
 )
 

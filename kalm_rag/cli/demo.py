@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from kalm_rag.cli.options import choices, console, note_mini, passage_table
+from kalm_rag.cli.options import LoraOption, choices, console, note_mini, passage_table
 from kalm_rag.model.checkpoint import MINI
 from kalm_rag.utils.display import visible
 
@@ -31,6 +31,7 @@ def demo(
             autocompletion=choices("nano", "small", "large", "mini"),
         ),
     ] = MINI,
+    lora: LoraOption = None,
 ) -> None:
     """Show what reranking gains on a bundled corpus.
 
@@ -55,10 +56,10 @@ def demo(
         f"Corpus: the Python 3.11 FAQ, {len(corpus.passages)} passages; "
         f"{len(corpus.queries)} questions; BM25 finds up to {_CANDIDATES} candidates for each."
     )
-    out.print(Text(f"Model: {visible(model)}"))
+    out.print(Text(visible(f"Model: {model}" + ("" if lora is None else f" with the adapter {lora}"))))
     note_mini(model)
     index = BM25(corpus.passages)
-    with KaLMReranker(model, cache=None) as reranker:
+    with KaLMReranker(model, lora=lora, cache=None) as reranker:
         reranker.load()
         steps = ("BM25 retrieval", "rerank, new passages encoded", "rerank, all passages known")
         times: dict[str, list[float]] = {step: [] for step in steps}

@@ -15,7 +15,9 @@ from kalm_rag.cli.options import (
     CacheOption,
     DeviceOption,
     JsonOption,
+    LoraOption,
     RevisionOption,
+    check_lora,
     check_revision,
     choices,
     console,
@@ -58,6 +60,7 @@ def doctor(
     ] = None,
     cache: CacheOption = "default",
     revision: RevisionOption = None,
+    lora: LoraOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -71,6 +74,7 @@ def doctor(
     """
     if model is None:
         check_revision(revision)
+        check_lora(lora)
         if card is not None:
             msg = f"--card {card} belongs to a model: name the folder of its copy with --model"
             raise ValueError(msg)
@@ -82,7 +86,7 @@ def doctor(
     if model is not None:
         note_mini(model)
     with _without_warnings("kalm_rag.model"):  # which precisions are slow is part of the report
-        found = diagnose(model, revision=revision, cache=cache, device=device, card=card)
+        found = diagnose(model, revision=revision, lora=lora, cache=cache, device=device, card=card)
     if as_json:
         print_json(found.as_json())
     else:

@@ -20,6 +20,7 @@ from kalm_rag.cli.options import (
     IdFieldOption,
     JsonOption,
     LimitOption,
+    LoraOption,
     MaxLengthOption,
     ModelOption,
     RevisionOption,
@@ -81,6 +82,7 @@ def encode(
     max_length: MaxLengthOption = 1024,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Estimate bytes and time, and encode nothing.")] = False,
     revision: RevisionOption = None,
+    lora: LoraOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     file_format: FormatOption = "auto",
@@ -110,7 +112,14 @@ def encode(
     note_mini(model)
     ratio = 4 if 4 % base_ratio == 0 else base_ratio  # what `rank` will ask for
     reranker = KaLMReranker(
-        model, revision=revision, device=device, dtype=dtype, ratio=ratio, max_length=max_length, cache=passages
+        model,
+        revision=revision,
+        lora=lora,
+        device=device,
+        dtype=dtype,
+        ratio=ratio,
+        max_length=max_length,
+        cache=passages,
     )
 
     def texts(*, count: bool = False) -> Iterator[str]:

@@ -21,6 +21,7 @@ from kalm_rag.cli.options import (
     note_mini,
     print_json,
     whole_number,
+    whole_numbers,
 )
 from kalm_rag.model.checkpoint import MINI
 from kalm_rag.utils.display import visible, visible_line
@@ -92,6 +93,15 @@ def evaluate(
             metavar="MODEL",
             show_default="mini",
             autocompletion=choices("nano", "small", "large", "mini"),
+        ),
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--lora",
+            help="Also measure the model with this adapter, a folder that `kalm-rag tune` wrote. May be repeated.",
+            metavar="FOLDER",
+            show_default="none",
         ),
     ] = None,
     ratio: Annotated[
@@ -166,7 +176,7 @@ def evaluate(
     check_extras()
     report = user_path(out, "--out")
     chosen = Metrics([name.strip() for name in metrics.split(",") if name.strip()])
-    ratios = _ratios(ratio)
+    ratios = whole_numbers("--ratio", ratio)
     corpus, title = _corpus(source, queries, qrels, split, (file_format, text_field, id_field))
     candidates = _candidates(corpus, run, depth, limit_queries)
     models = model or [MINI]
@@ -174,14 +184,16 @@ def evaluate(
         note_mini(name)
     for warning in candidates.warnings:
         typer.echo(f"note: {visible(warning)}", err=True)
+    adapters: list[str | None] = [None, *(str(user_path(folder, "--lora")) for folder in lora or [])]
     precisions: list[str | None] = [*dtype] if dtype else [None]
     tasks: list[str | None] = [*instruction] if instruction else [None]
     experiment = Experiment(
         corpus,
         candidates,
         [
-            System(name, number, precision, task)
+            System(name, number, precision, task, adapter)
             for name in models
+            for adapter in adapters
             for precision in precisions
             for task in tasks
             for number in ratios
@@ -208,15 +220,6 @@ def evaluate(
     if not as_json:
         typer.echo(f"Report: {visible_line(str(written[0]))}")
         typer.echo(f"with {len(written) + len(numbers) - 1} files of runs, plots and numbers beside it.")
-
-
-def _ratios(text: str) -> list[int]:
-    try:
-        found = [int(part) for part in text.split(",")]
-    except ValueError:
-        msg = f"--ratio takes whole numbers separated by commas, for example 1,4,32; got {text!r}"
-        raise ValueError(msg) from None
-    return list(dict.fromkeys(found))
 
 
 def _corpus(

@@ -37,6 +37,21 @@ def whole_number(text: str | int) -> int:
         raise typer.BadParameter(msg) from None
 
 
+def whole_numbers(name: str, text: str) -> tuple[int, ...]:
+    """Read whole numbers that are separated by commas, each once.
+
+    Args:
+        name: the option.
+        text: what was given.
+    """
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        msg = f"{name} takes whole numbers separated by commas, for example 1,4,32; got {text!r}"
+        raise ValueError(msg) from None
+    return tuple(dict.fromkeys(found))
+
+
 def number(text: str | float) -> float:
     """Read an option's number, or say what was given instead."""
     try:
@@ -64,6 +79,15 @@ RevisionOption = Annotated[
         help="Use this branch, tag or commit of a model on the hub.",
         metavar="REVISION",
         show_default="the newest",
+    ),
+]
+LoraOption = Annotated[
+    str | None,
+    typer.Option(
+        "--lora",
+        help="Add this adapter, a folder that `kalm-rag tune` wrote, to the model.",
+        metavar="FOLDER",
+        show_default="none",
     ),
 ]
 DeviceOption = Annotated[
@@ -198,6 +222,13 @@ def check_revision(revision: str | None) -> None:
     """Refuse a `--revision` without a `--model`, which would be ignored."""
     if revision is not None:
         msg = f"--revision {revision} belongs to a model: name it with --model"
+        raise ValueError(msg)
+
+
+def check_lora(lora: str | None) -> None:
+    """Refuse a `--lora` without a `--model`, which would be ignored."""
+    if lora is not None:
+        msg = f"--lora {lora} belongs to a model: name the one it was trained on with --model"
         raise ValueError(msg)
 
 

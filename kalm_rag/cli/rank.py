@@ -13,6 +13,7 @@ from kalm_rag.cli.options import (
     FormatOption,
     IdFieldOption,
     JsonOption,
+    LoraOption,
     ModelOption,
     RevisionOption,
     TextFieldOption,
@@ -76,6 +77,7 @@ def rank(
     ] = False,
     cache: CacheOption = "default",
     revision: RevisionOption = None,
+    lora: LoraOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     file_format: FormatOption = "auto",
@@ -90,7 +92,14 @@ def rank(
     note_mini(model)
     records = list(read_passages(passages, file_format, text_field, id_field))
     with KaLMReranker(
-        model, revision=revision, device=device, dtype=dtype, ratio=ratio, cache=cache, refine=refine
+        model,
+        revision=revision,
+        lora=lora,
+        device=device,
+        dtype=dtype,
+        ratio=ratio,
+        cache=cache,
+        refine=refine,
     ) as reranker:
         ranking = reranker.rank(query, [record.text for record in records], top_k, instruction, threshold=threshold)
     if as_json:

@@ -81,6 +81,7 @@ def diagnose(
     model: str | None = None,
     *,
     revision: str | None = None,
+    lora: str | None = None,
     cache: str = DEFAULT,
     device: str | None = None,
     card: str | None = None,
@@ -92,6 +93,7 @@ def diagnose(
     Args:
         model: as in `KaLMReranker`.
         revision: as in `KaLMReranker`.
+        lora: as in `KaLMReranker`.
         cache: the folder to look at.
         device: where to measure and to run the model; default as in `KaLMReranker`.
         card: the hub id of the release that `model` is a copy of, if its folder does not tell.
@@ -121,18 +123,21 @@ def diagnose(
         findings,
     )
     if model is not None:
-        _check_model(found, model, revision, str(place), card)
+        _check_model(found, model, revision, lora, str(place), card)
     findings.sort(key=lambda finding: ("error", "warning", "note").index(finding.level))
     return found
 
 
-def _check_model(found: Diagnosis, model: str, revision: str | None, device: str, card: str | None) -> None:
+def _check_model(
+    found: Diagnosis, model: str, revision: str | None, lora: str | None, device: str, card: str | None
+) -> None:
     try:
-        checkpoint = find_checkpoint(model, revision=revision)
+        checkpoint = find_checkpoint(model, revision=revision, lora=lora)
         identity = identify(checkpoint)
         found.model = {
             "name": model,
             "folder": str(checkpoint.folder),
+            **({} if checkpoint.lora is None else {"adapter": str(checkpoint.lora.folder)}),
             "digest": identity.short,
             "encoder_digest": identity.encoder,
             "decoder_digest": identity.decoder,

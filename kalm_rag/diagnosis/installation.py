@@ -23,7 +23,7 @@ OURS = ("kalm-rag", "langchain-kalm", "llama-index-postprocessor-kalm-rerank", "
 _A_QUERY = 150_000_000
 """Bytes of 32 prefilled passages of 300 tokens of Nano in float32."""
 
-EXTRAS = ("demo", "eval", "mteb")
+EXTRAS = ("demo", "eval", "tune", "mteb")
 """Extras of `kalm-rag` that are not adapters."""
 
 

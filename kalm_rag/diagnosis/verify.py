@@ -185,6 +185,8 @@ def verify(
     pairs = demo_pairs()
     found = Verification(len(pairs), str(device))
     examples = EXAMPLES.get(card or "")
+    if checkpoint.lora is not None:
+        examples, found.card_why = None, "an adapter changes the margins that the card prints"
     numbers = _text_numbers(checkpoint)
     with Progress(len(PRECISIONS) + 1, "verify", unit="step", show=show_progress) as progress:
         for precision in PRECISIONS:
@@ -322,6 +324,8 @@ def _ask_reference(
     """Compare with the reference implementation, if it is here and its copy of the model fits."""
     # It loads the vision tower too, and the file's numbers beside its own for a while.
     found.reference_why = why_no_reference() or _too_large("float32", 2 * numbers, device)
+    if checkpoint.lora is not None:
+        found.reference_why = "it takes no adapter; check the folder that `kalm-rag tune --export` writes instead"
     if found.reference_why or not found.base:
         return
     try:

@@ -264,7 +264,7 @@ def _fill(
     expected = {name: weight.shape for name, weight in model.named_parameters(remove_duplicate=False)}
     found = {}
     for key in list(tensors):
-        tensor, name = tensors.pop(key), _name(key, expected)
+        tensor, name = tensors.pop(key), weight_name(key, expected)
         if name is not None:
             found[name] = tensor
     _share_tied(found, model.all_tied_weights_keys)
@@ -289,8 +289,8 @@ def _fill(
     return []
 
 
-def _name(key: str, expected: Collection[str]) -> str | None:
-    """Return a tensor's name in the model; releases differ in the encoder's nesting."""
+def weight_name(key: str, expected: Collection[str]) -> str | None:
+    """Return the name in the model of a tensor in a file, if it is an expected one; releases differ in nesting."""
     whole = key if key.startswith(("model.", "lm_head.")) else f"model.{key}"
     names = (whole, whole.replace("model.encoder.", "model.encoder.text_model.", 1))
     return next((name for name in names if name in expected), None)

@@ -100,14 +100,12 @@ class Lora:
         Raises:
             CheckpointError: the adapter cannot be read, or has changed since it was found.
         """
-        import safetensors.torch
-
-        content = _content(self.folder)
-        if _digest(self.scale, content) != self.digest:
+        tensors = _tensors(self.folder)
+        if _digest(self.scale, tensors) != self.digest:
             msg = f"the adapter in {str(self.folder)!r} changed while it was loaded; load it again"
             raise CheckpointError(msg)
         halves: dict[str, dict[str, torch.Tensor]] = {}
-        for key, tensor in safetensors.torch.load(content).items():
+        for key, tensor in tensors.items():
             match = _PAIR.fullmatch(key)
             if match is None or tensor.ndim != 2 or not tensor.is_floating_point():
                 msg = (
@@ -150,8 +148,7 @@ def read_lora(folder: str | Path) -> Lora:
         raise CheckpointError(msg)
     config = read_json(place / CONFIG, _AGAIN)
     scale = _scale(config, place)
-    content = _content(place)
-    return Lora(place, scale, _base(place), _digest(scale, content))
+    return Lora(place, scale, _base(place), _digest(scale, _tensors(place)))
 
 
 def pickles_in(folder: Path) -> list[str]:
@@ -189,13 +186,25 @@ def _base(folder: Path) -> tuple[str, str]:
     return metadata[BASE[0]], metadata[BASE[1]]
 
 
-def _content(folder: Path) -> bytes:
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Read all of the weights' file into memory: a mapped file could change later."""
+    import safetensors.torch
+    from safetensors import SafetensorError
+
     try:
-        return (folder / WEIGHTS).read_bytes()
-    except OSError as error:
+        return safetensors.torch.load((folder / WEIGHTS).read_bytes())
+    except (SafetensorError, OSError) as error:
         msg = f"cannot read {str(folder / WEIGHTS)!r} ({error}); {_AGAIN}"
         raise CheckpointError(msg) from error
 
 
-def _digest(scale: float, content: bytes) -> str:
-    return tagged_digest("kalm-rag lora", repr(scale), content).hexdigest()
+def _digest(scale: float, tensors: Mapping[str, torch.Tensor]) -> str:
+    """Digest of names, shapes and numbers; the file itself holds its metadata in any order."""
+    import torch
+
+    digest = tagged_digest("kalm-rag lora", repr(scale))
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        head = tagged_digest(name, str(tensor.dtype), *map(str, tensor.shape)).digest()
+        digest.update(head + tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

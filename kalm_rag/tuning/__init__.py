@@ -5,9 +5,10 @@ The extra `tune` installs what it needs: pip install 'kalm-rag[tune]'.
 
 from __future__ import annotations
 
+from kalm_rag.tuning.export import export_checkpoint
+from kalm_rag.tuning.job import tune
 from kalm_rag.tuning.judgements import read_judgements
 from kalm_rag.tuning.recipe import Recipe
 from kalm_rag.tuning.report import Comparison, Tuned
-from kalm_rag.tuning.tune import tune
 
-__all__ = ["Comparison", "Recipe", "Tuned", "read_judgements", "tune"]
+__all__ = ["Comparison", "Recipe", "Tuned", "export_checkpoint", "read_judgements", "tune"]

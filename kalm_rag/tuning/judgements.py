@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,7 +138,13 @@ def _texts(value: object, name: str, where: str) -> list[str]:
     return found
 
 
-def split_queries(qrels: Mapping[str, Mapping[str, int]], recipe: Recipe, *, by_passages: bool = False) -> Split:
+def split_queries(
+    qrels: Mapping[str, Mapping[str, int]],
+    recipe: Recipe,
+    *,
+    by_passages: bool = False,
+    held_out: Collection[str] = (),
+) -> Split:
     """Divide judged queries at random, reproducibly.
 
     Args:
@@ -146,14 +152,19 @@ def split_queries(qrels: Mapping[str, Mapping[str, int]], recipe: Recipe, *, by_
         recipe: shares and seed.
         by_passages: keep queries that share a relevant passage together, so that none of the three parts has seen the
             relevant passages of another.
+        held_out: queries that measure. Default: a share of all.
 
     Raises:
         ValueError: there are too few queries for three parts.
     """
     groups = _groups(qrels) if by_passages else [[query] for query in qrels]
     random.Random(recipe.seed).shuffle(groups)  # noqa: S311 - a reproducible split
-    test, groups = _take(groups, max(1, round(recipe.test * len(qrels))))
-    rest = len(qrels) - len(test)
+    if held_out:
+        test = [query for query in qrels if query in held_out]
+        groups = [group for group in groups if not any(query in held_out for query in group)]
+    else:
+        test, groups = _take(groups, max(1, round(recipe.test * len(qrels))))
+    rest = sum(map(len, groups))
     validation, groups = _take(groups, max(1, round(recipe.validation * rest)))
     train = [query for group in groups for query in group]
     if not (train and validation and test):

@@ -134,6 +134,7 @@ def test_to_dict_default() -> None:
         "init_parameters": {
             "model": "nano",
             "revision": None,
+            "lora": None,
             "cache": "default",
             "keep": "states",
             "device": None,

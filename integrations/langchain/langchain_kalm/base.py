@@ -47,6 +47,8 @@ class KalmBase(BaseModel):
     """`nano`, `small`, `large`, a folder, or a hub id."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
+    lora: str | Path | None = None
+    """Folder of an adapter that `kalm-rag tune` trained on this model."""
     cache: Annotated[CacheLike, SkipValidation, WithJsonSchema({"type": ["string", "null"]})] = "default"
     """A folder, by default the user's cache folder; None keeps documents in the process; a ready-made
     `kalm_rag.PassageCache` or store is used as it is, shared with all that are given it."""
@@ -82,7 +84,7 @@ class KalmBase(BaseModel):
         except TypeError as error:
             raise ValueError(str(error)) from None
 
-    @field_validator("model", "cache", mode="before")
+    @field_validator("model", "lora", "cache", mode="before")
     @classmethod
     def _plain(cls, value: Any) -> Any:
         return str(value) if isinstance(value, Path) else value
@@ -117,6 +119,7 @@ class KalmBase(BaseModel):
             cache=self.cache,
             keep=self.keep,
             revision=self.revision,
+            lora=self.lora,
             device=self.device,
             dtype=self.dtype,
             max_length=self.max_length,

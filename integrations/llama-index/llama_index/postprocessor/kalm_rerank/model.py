@@ -43,6 +43,9 @@ class KalmBase(BaseComponent):
 
     model: str = Field(default="nano", description="nano, small, large, a folder, or a hub id.")
     revision: str | None = Field(default=None, description="Branch, tag or commit on the hub.")
+    lora: str | None = Field(
+        default=None, description="Folder of an adapter that `kalm-rag tune` trained on this model."
+    )
     cache: Annotated[CacheLike, SkipValidation, WithJsonSchema({"type": ["string", "null"]})] = Field(
         default="default",
         description="Folder of encoded passages; None keeps them in the process; a ready-made kalm_rag.PassageCache or "
@@ -88,7 +91,7 @@ class KalmBase(BaseComponent):
         except TypeError as error:
             raise ValueError(str(error)) from None
 
-    @field_validator("model", "cache", mode="before")
+    @field_validator("model", "lora", "cache", mode="before")
     @classmethod
     def _plain(cls, value: Any) -> Any:
         return str(value) if isinstance(value, Path) else value
@@ -137,6 +140,7 @@ class KalmBase(BaseComponent):
             cache=self.cache,
             keep=self.keep,
             revision=self.revision,
+            lora=self.lora,
             device=self.device,
             dtype=self.dtype,
             max_length=self.max_length,

@@ -34,6 +34,7 @@ class KalmBase:
         model: str | Path,
         *,
         revision: str | None,
+        lora: str | Path | None,
         cache: CacheLike,
         keep: Keep,
         device: ComponentDevice | None,
@@ -54,6 +55,7 @@ class KalmBase:
             {
                 "model": model,
                 "revision": revision,
+                "lora": lora,
                 "dtype": dtype,
                 "max_length": max_length,
                 "ratio": ratio,
@@ -69,6 +71,7 @@ class KalmBase:
             raise TypeError(msg)
         self.model = str(model)
         self.revision = revision
+        self.lora = None if lora is None else str(lora)
         self.cache: CacheLike = str(cache) if isinstance(cache, Path) else cache
         self.keep: Keep = keep
         self.device = device
@@ -88,6 +91,7 @@ class KalmBase:
             cache=self.cache,
             keep=self.keep,
             revision=self.revision,
+            lora=self.lora,
             device=None if self.device is None else self.device.to_torch_str(),
             dtype=self.dtype,
             token=self._own_token(),
@@ -147,6 +151,7 @@ class KalmBase:
         return {
             "model": self.model,
             "revision": self.revision,
+            "lora": self.lora,
             "cache": cache,
             "keep": self.keep,
             "device": self.device,

@@ -39,6 +39,7 @@ class KalmRanker(KalmBase):
         model: str | Path = "nano",
         *,
         revision: str | None = None,
+        lora: str | Path | None = None,
         cache: CacheLike = "default",
         keep: Keep = "states",
         device: ComponentDevice | None = None,
@@ -58,6 +59,7 @@ class KalmRanker(KalmBase):
         Args:
             model: `nano`, `small`, `large`, a folder, or a hub id.
             revision: branch, tag or commit on the hub.
+            lora: folder of an adapter that `kalm-rag tune` trained on this model.
             cache: folder of encoded documents, by default the user's cache folder; None keeps them in the process; a
                 ready-made `kalm_rag.PassageCache` or store is used as it is, shared with all that are given it.
             keep: what a folder keeps: `states`, or `prefilled` to keep prefilled documents too, for fast first queries
@@ -84,6 +86,7 @@ class KalmRanker(KalmBase):
             self,
             model,
             revision=revision,
+            lora=lora,
             cache=cache,
             keep=keep,
             device=device,

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,6 @@ from kalm_rag.utils.display import duration_text
 from kalm_rag.utils.paths import DEFAULT, passages_dir, user_path
 
 if TYPE_CHECKING:
-
     from kalm_rag.tuning.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -79,6 +78,7 @@ def tune(
     split: str = "train",
     recipe: Recipe | None = None,
     by_passages: bool = False,
+    held_out: Collection[str] = (),
     show_progress: bool | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
@@ -104,6 +104,7 @@ def tune(
         split: which judgements of a BEIR folder, see `read_judgements`.
         recipe: how to train.
         by_passages: hold out queries whose relevant passages no other part of the split has, instead of any queries.
+        held_out: ids of the queries that measure the result. Default: a share of all, see `Recipe`.
         show_progress: as in `KaLMReranker`.
         token: as in `KaLMReranker`.
         local_files_only: as in `KaLMReranker`.
@@ -141,16 +142,16 @@ def tune(
     )
     try:
         with FileLock(folder / LOCK, timeout=0):
-            return _tune(job, corpus, by_passages=by_passages, name=str(model))
+            return _tune(job, corpus, str(model), by_passages=by_passages, held_out=held_out)
     except Timeout:
         msg = f"another process is tuning into {str(folder)!r}; wait for it, or give another folder (--out)"
         raise ValueError(msg) from None
 
 
-def _tune(job: _Job, corpus: Corpus, *, by_passages: bool, name: str) -> Tuned:
+def _tune(job: _Job, corpus: Corpus, name: str, *, by_passages: bool, held_out: Collection[str]) -> Tuned:
     recipe = job.recipe
     candidates = bm25_candidates(corpus, recipe.depth, show_progress=job.show_progress)
-    parts = split_queries(candidates.qrels, recipe, by_passages=by_passages)
+    parts = split_queries(candidates.qrels, recipe, by_passages=by_passages, held_out=held_out)
     warnings = notes_on(corpus, candidates, parts)
     examples, lost = make_examples(corpus, candidates, parts.train, recipe)
     warnings += [f"of the queries that train, {text}" for text in lost]
@@ -158,13 +159,13 @@ def _tune(job: _Job, corpus: Corpus, *, by_passages: bool, name: str) -> Tuned:
     warnings += [f"of the queries that decide when to stop, {text}" for text in lost]
     for warning in warnings:
         job.say(f"note: {warning}")
-    held_out = Candidates(
+    measuring = Candidates(
         candidates.name,
         {query: candidates.rankings[query] for query in parts.test},
         {query: candidates.qrels[query] for query in parts.test},
         (),
     )
-    measured = [corpus.passages[found] for ranking in held_out.rankings.values() for found, _ in ranking]
+    measured = [corpus.passages[found] for ranking in measuring.rankings.values() for found, _ in ranking]
     encoded = _encode(job, [*_texts(examples), *_texts(validation), *measured])
     counts = len(parts.train), len(parts.validation), len(parts.test)
     tuned = _train(job, examples, validation, counts, name)
@@ -177,7 +178,7 @@ def _tune(job: _Job, corpus: Corpus, *, by_passages: bool, name: str) -> Tuned:
         job.say(f"Comparing before and after on {counts[2]} held-out queries, at ratio {text}.")
         experiment = Experiment(
             corpus,
-            held_out,
+            measuring,
             systems,
             Metrics([METRIC]),
             cache=job.cache,
@@ -185,6 +186,7 @@ def _tune(job: _Job, corpus: Corpus, *, by_passages: bool, name: str) -> Tuned:
             max_length=job.settings.max_length,
             lengths=0,
             show_progress=job.show_progress,
+            local_files_only=True,
         )
         tuned.comparisons = compare(experiment, tuned.folder)
     report = {**tuned.as_json(), "model": name, "recipe": asdict(recipe)}

@@ -1,0 +1,404 @@
+"""Tuning from judgements to an adapter: exact, resumable, on cached states, and honest about its result."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mteb.models.model_implementations.kalm_reranker import KaLMRerankerWrapper
+from safetensors.torch import load_file
+from tunekit import RECIPE, small_corpus
+
+from kalm_rag import KaLMReranker, PassageCache
+from kalm_rag.errors import CheckpointError, MissingExtraError
+from kalm_rag.evaluation.metrics import difference_interval
+from kalm_rag.model.checkpoint import find_checkpoint
+from kalm_rag.model.decoder import Pair, YesNoHead, pair_margins
+from kalm_rag.model.encoder import Encoder
+from kalm_rag.model.identity import identify
+from kalm_rag.model.loading import load_model
+from kalm_rag.model.lora import WEIGHTS
+from kalm_rag.model.prompts import Prompts
+from kalm_rag.settings import Settings
+from kalm_rag.tuning import Comparison, Recipe, Tuned, export_checkpoint, tune
+from kalm_rag.tuning import adapter as adapter_module
+from kalm_rag.tuning import job as job_module
+from kalm_rag.tuning import trainer as trainer_module
+from kalm_rag.tuning.adapter import insert_adapter
+from kalm_rag.tuning.loss import list_loss
+from kalm_rag.tuning.state import FILE, Progressed, read_state
+from kalm_rag.tuning.trainer import Trainer
+
+pytest.importorskip("peft", reason="the extra tune is not installed")
+
+QUERY = "How do I sort a list?"
+
+
+@pytest.fixture
+def without_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comparing takes most of the time of a small tuning."""
+    monkeypatch.setattr(job_module, "compare", lambda *_: [])
+
+
+def again(checkpoint: Path, cache: Path, out: Path, recipe: Recipe = RECIPE, **options: Any) -> Tuned:
+    return tune(small_corpus(), out, model=checkpoint, cache=cache, recipe=recipe, device="cpu", **options)
+
+
+def weights(tuned: Tuned) -> dict[str, torch.Tensor]:
+    assert tuned.folder is not None
+    return load_file(tuned.folder / WEIGHTS)
+
+
+def assert_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        torch.testing.assert_close(tensor, right[name], rtol=0, atol=1e-5)
+
+
+def test_the_validation_loss_falls_and_is_reported(tuned: Tuned, cache: Path) -> None:
+    assert tuned.best_step > 0
+    found = dict(tuned.validation)
+    assert found[tuned.best_step] < found[0]
+    assert tuned.encoded > 0
+    assert tuned.queries == (13, 2, 5)
+    assert [(one.ratio, one.queries) for one in tuned.comparisons] == [(4, 5), (16, 5)]
+    assert all(one.verdict == "within the noise" for one in tuned.comparisons), "five queries show nothing"
+    assert tuned.folder is not None
+    report = json.loads((tuned.folder / "tuning.json").read_text())
+    assert report["best_step"] == tuned.best_step
+    assert report["comparisons"][0]["verdict"] == "within the noise"
+    assert not (tuned.folder / FILE).exists(), "a finished tuning leaves nothing to resume"
+
+
+def test_the_encoder_does_not_run_again_and_the_result_is_the_same(
+    tuned: Tuned, checkpoint: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(Encoder, "encode", run)
+    said: list[str] = []
+    second = again(checkpoint, cache, tmp_path / "two", announce=said.append)
+    assert second.encoded == 0
+    assert_equal(weights(second), weights(tuned))
+    assert second.comparisons == tuned.comparisons
+    assert any("0 encoded now" in text for text in said)
+    assert any(text.startswith("Training takes about") and "10 steps of" in text for text in said)
+
+
+def test_the_merged_adapter_scores_as_the_trained_modules(tuned: Tuned, checkpoint: Path, passages: list[str]) -> None:
+    settings = Settings()
+    loaded = load_model(
+        find_checkpoint(checkpoint), settings=settings, device=torch.device("cpu"), dtype="float32", fast=False
+    )
+    matrices = insert_adapter(loaded.model, RECIPE)
+    for name, tensor in weights(tuned).items():
+        matrices[name].data.copy_(tensor)
+    assert tuned.folder is not None
+    reranker = KaLMReranker(checkpoint, lora=tuned.folder, cache=None, device="cpu")
+    plain = KaLMReranker(checkpoint, cache=None, device="cpu")
+    states = plain.scorer.states.get(passages[:4], 4)
+    prompt = Prompts(loaded.tokenizer, settings, 8192).prompt(QUERY)
+    with torch.no_grad():
+        expected = pair_margins(loaded, YesNoHead(loaded), [Pair(prompt, states[text]) for text in passages[:4]])
+    found = sorted(reranker.rank(QUERY, passages[:4]), key=lambda hit: hit.index)
+    assert [hit.margin for hit in found] == pytest.approx(expected.tolist(), abs=1e-5)
+    before = sorted(plain.rank(QUERY, passages[:4]), key=lambda hit: hit.index)
+    assert max(abs(one.margin - other.margin) for one, other in zip(found, before, strict=True)) > 1e-3
+
+
+def test_only_matrices_of_the_decoders_layers_take_gradients(checkpoint: Path) -> None:
+    loaded = load_model(
+        find_checkpoint(checkpoint), settings=Settings(), device=torch.device("cpu"), dtype="float32", fast=False
+    )
+    state = torch.random.get_rng_state()
+    found = insert_adapter(loaded.model, RECIPE)
+    assert torch.equal(state, torch.random.get_rng_state()), "the user's random numbers are left alone"
+    assert len(found) == 8 * 7 * 2
+    trained = {name for name, parameter in loaded.model.named_parameters() if parameter.requires_grad}
+    assert all(".decoder.layers." in name and "lora_" in name for name in trained)
+    assert len(trained) == len(found)
+
+
+@pytest.mark.usefixtures("without_comparison")
+@pytest.mark.parametrize("step", [0, 7])
+def test_an_interrupted_run_ends_as_it_would_have(
+    tuned: Tuned, checkpoint: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    take = Trainer._step
+
+    def interrupt(trainer: Trainer, lists: Any) -> None:
+        if trainer.progressed.step == step:
+            raise KeyboardInterrupt
+        take(trainer, lists)
+
+    monkeypatch.setattr(Trainer, "_step", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        again(checkpoint, cache, tmp_path)
+    assert (tmp_path / FILE).is_file()
+    monkeypatch.setattr(Trainer, "_step", take)
+    said: list[str] = []
+    found = again(checkpoint, cache, tmp_path, announce=said.append)
+    assert step == 0 or any(f"resuming after step {step}" in text for text in said)
+    assert_equal(weights(found), weights(tuned))
+    assert [loss for _, loss in found.losses] == pytest.approx([loss for _, loss in tuned.losses], abs=1e-5)
+    assert found.best_step == tuned.best_step
+
+
+@pytest.mark.usefixtures("without_comparison")
+def test_a_kill_between_two_steps_loses_only_what_was_not_kept(
+    tuned: Tuned, checkpoint: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing runs after a kill, so the state must be there before: it is written after every step here."""
+    monkeypatch.setattr(trainer_module, "_KEPT_EVERY", -1.0)
+    take = Trainer._step
+
+    def kill(trainer: Trainer, lists: Any) -> None:
+        if trainer.progressed.step == 4:
+            raise SystemExit
+        take(trainer, lists)
+
+    monkeypatch.setattr(Trainer, "_step", kill)
+    with pytest.raises(SystemExit):
+        again(checkpoint, cache, tmp_path)
+    monkeypatch.setattr(Trainer, "_step", take)
+    said: list[str] = []
+    found = again(checkpoint, cache, tmp_path, announce=said.append)
+    assert any("resuming after step 4" in text for text in said)
+    assert_equal(weights(found), weights(tuned))
+
+
+def test_the_state_of_another_run_is_refused_and_a_damaged_one_is_left(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer_module.write_state(tmp_path, Progressed("mine", 3), {"x": torch.ones(2)})
+    found = read_state(tmp_path, "mine")
+    assert found is not None
+    assert (found[0].step, found[1]["x"].tolist()) == (3, [1.0, 1.0])
+    with pytest.raises(ValueError, match="holds an unfinished tuning of another model, other judgements or another"):
+        read_state(tmp_path, "another")
+    (tmp_path / FILE).write_bytes((tmp_path / FILE).read_bytes()[:-3])
+    assert read_state(tmp_path, "mine") is None
+    assert "training starts again" in caplog.text
+
+
+@pytest.mark.usefixtures("without_comparison")
+@pytest.mark.parametrize("good", [4, 0])
+def test_a_loss_that_is_not_finite_ends_training_with_the_best_so_far(
+    tuned: Tuned, checkpoint: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good: int
+) -> None:
+    monkeypatch.setattr(Trainer, "time_step", lambda _: 1.0)
+    take = Trainer._gradients
+
+    def diverge(trainer: Trainer, lists: Any) -> float:
+        return float("nan") if trainer.progressed.step == good else take(trainer, lists)
+
+    monkeypatch.setattr(Trainer, "_gradients", diverge)
+    found = again(checkpoint, cache, tmp_path)
+    assert found.ended == f"the loss was not finite at step {good + 1}"
+    assert found.steps == good
+    if good:
+        assert 0 < found.best_step <= good
+        assert all(tensor.isfinite().all() for tensor in weights(found).values())
+    else:
+        assert found.folder is None
+        assert not (tmp_path / WEIGHTS).exists()
+
+
+@pytest.mark.usefixtures("without_comparison")
+def test_a_rate_that_is_too_high_ends_training_early(
+    tuned: Tuned, checkpoint: Path, cache: Path, tmp_path: Path
+) -> None:
+    found = again(checkpoint, cache, tmp_path, replace(RECIPE, rate=0.9, epochs=20, patience=2))
+    assert found.steps < 20 * 5
+    assert "did not fall for 2 measurements" in found.ended
+    losses = dict(found.validation)
+    assert losses[found.best_step] == min(losses.values())
+
+
+def full_disk(path: Path, content: bytes) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+
+@pytest.mark.usefixtures("without_comparison")
+def test_a_full_disk_at_saving(
+    tuned: Tuned, checkpoint: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(adapter_module, "replace_file", full_disk)
+        with pytest.raises(OSError, match=r"cannot write the adapter to .*No space left.*what was trained is kept"):
+            again(checkpoint, cache, tmp_path)
+    take = Trainer._step
+    monkeypatch.setattr(Trainer, "_step", lambda *_: pytest.fail("it was trained already"))
+    assert_equal(weights(again(checkpoint, cache, tmp_path)), weights(tuned))
+    assert take is not Trainer._step
+
+
+@pytest.mark.usefixtures("without_comparison")
+def test_a_state_that_cannot_be_kept_does_not_end_training(
+    tuned: Tuned,
+    checkpoint: Path,
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("kalm_rag.tuning.state.replace_file", full_disk)
+    with caplog.at_level(logging.WARNING):
+        assert_equal(weights(again(checkpoint, cache, tmp_path)), weights(tuned))
+    assert "cannot keep the state of the training" in caplog.text
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter_module.replace_file(tmp_path / "file", b"old")
+
+    def fail(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        adapter_module.replace_file(tmp_path / "file", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"old"
+
+
+def test_the_loss_prefers_the_right_order_and_is_the_formula() -> None:
+    margins = torch.tensor([2.0, -1.0, 0.5])
+    expected = torch.nn.functional.cross_entropy(margins[None], torch.tensor([0]))
+    assert float(list_loss(margins, 0.0)) == pytest.approx(float(expected))
+    yes = -torch.log(torch.sigmoid(margins[0])) - torch.log(1 - torch.sigmoid(margins[1:])).mean()
+    assert float(list_loss(margins, 0.4)) == pytest.approx(float(expected + 0.2 * yes), rel=1e-5)
+    assert list_loss(margins, 0.3) < list_loss(margins.flip(0), 0.3)
+
+
+def test_half_of_the_lists_are_at_the_first_ratio_and_the_others_take_turns() -> None:
+    class Example:
+        query = "q"
+
+        def draw(self, *_: object) -> list[str]:
+            return ["a", "b"]
+
+    trainer = Trainer.__new__(Trainer)
+    trainer._recipe = Recipe(ratios=(4, 8, 16, 32))
+    trainer._prompts = type("Prompts", (), {"prompt": lambda _, query: query})()  # type: ignore[assignment]
+    tokenizer = type("Tokenizer", (), {"clean": lambda _, text: text})()
+    trainer._loaded = type("Loaded", (), {"tokenizer": tokenizer})()  # type: ignore[assignment]
+    drawn = [trainer._drawn(Example(), place, None).ratio for place in range(12)]  # type: ignore[arg-type]
+    assert drawn == [4, 8, 4, 16, 4, 32] * 2
+
+
+def comparison(low: float, high: float, p: float) -> Comparison:
+    return Comparison(4, 50, 0.5, 0.6, 0.7, low, high, p)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "p", "verdict"),
+    [
+        (0.01, 0.2, 0.01, "gain"),
+        (-0.2, -0.01, 0.01, "loss"),
+        (-0.01, 0.2, 0.01, "within the noise"),
+        (0.01, 0.2, 0.06, "within the noise"),
+        (0.0, 0.2, 0.04, "within the noise"),
+        (-0.2, -0.01, 0.2, "within the noise"),
+    ],
+)
+def test_a_difference_is_a_gain_only_if_interval_and_test_say_so(
+    low: float, high: float, p: float, verdict: str
+) -> None:
+    assert comparison(low, high, p).verdict == verdict
+
+
+def test_the_interval_is_that_of_the_bootstrap() -> None:
+    from scipy import stats
+
+    rng = np.random.default_rng(3)
+    old = {f"q{number}": float(value) for number, value in enumerate(rng.random(80))}
+    new = {query: value + float(rng.normal(0.02, 0.1)) for query, value in old.items()}
+    differences = np.array([new[query] - old[query] for query in old])
+    expected = stats.bootstrap((differences,), np.mean, method="percentile", n_resamples=9_999, rng=1)
+    found = difference_interval(new, old)
+    assert found == pytest.approx((expected.confidence_interval.low, expected.confidence_interval.high), abs=2e-3)
+    assert found == difference_interval(new, old), "it is the same again"
+    assert difference_interval(old, old) == (0.0, 0.0)
+
+
+def test_an_exported_checkpoint_scores_as_the_adapter_does_for_the_reference_too(
+    tuned: Tuned, checkpoint: Path, passages: list[str], tmp_path: Path
+) -> None:
+    assert tuned.folder is not None
+    place = export_checkpoint(checkpoint, tuned.folder, tmp_path / "whole")
+    own, old = identify(find_checkpoint(place)), identify(find_checkpoint(checkpoint))
+    assert own.encoder == old.encoder
+    assert own.decoder != old.decoder
+    pairs = [(QUERY, passage) for passage in passages[:6]]
+    cache = PassageCache(tmp_path / "cache")
+    expected = KaLMReranker(checkpoint, lora=tuned.folder, cache=cache, device="cpu").predict(pairs)
+    cache.flush()
+    exported = KaLMReranker(place, cache=PassageCache(tmp_path / "cache", memory=0), device="cpu")
+    assert exported.predict(pairs) == pytest.approx(expected, abs=1e-5)
+    assert exported.cache.stats().encoded == 0, "encoded passages are found"
+    wrapper = KaLMRerankerWrapper(str(place), device="cpu")
+    scores = wrapper._predict_batch(pairs, [wrapper.instruction] * len(pairs))
+    assert scores == pytest.approx(expected, abs=1e-5)
+    names = set(load_file(place / "model.safetensors"))
+    assert names == set(load_file(checkpoint / "model.safetensors")), "the vision tower comes along"
+    plain = KaLMReranker(checkpoint, cache=cache, device="cpu").predict(pairs)
+    assert max(abs(one - other) for one, other in zip(plain, expected, strict=True)) > 1e-4
+    with pytest.raises(ValueError, match="is not an empty folder; give a new one"):
+        export_checkpoint(checkpoint, tuned.folder, place)
+
+
+def test_an_export_of_another_model_writes_nothing(tuned: Tuned, tmp_path: Path) -> None:
+    assert tuned.folder is not None
+    with pytest.raises(CheckpointError, match="was trained on another model than 'mini'"):
+        export_checkpoint("mini", tuned.folder, tmp_path / "whole")
+    assert not (tmp_path / "whole").exists()
+
+
+@pytest.mark.usefixtures("without_comparison")
+def test_a_few_queries_on_mini(tmp_path: Path) -> None:
+    recipe = Recipe(ratios=(4, 32), list_size=4, lists_per_step=4, epochs=4, warmup=2, negatives=6, depth=6, patience=9)
+    found = tune(small_corpus(24), tmp_path / "out", model="mini", cache=None, recipe=recipe, device="cpu")
+    losses = [loss for _, loss in found.losses]
+    assert np.mean(losses[-4:]) < 0.8 * np.mean(losses[:4])
+    validation = [loss for _, loss in found.validation]
+    assert min(validation) < validation[0]
+    assert (tmp_path / "out" / "cache").is_dir(), "without a cache of the user, one beside the adapter"
+
+
+def test_what_must_be_installed_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    find = job_module.importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == "peft" else find(name, *rest))
+    with pytest.raises(MissingExtraError, match=r"'peft'.*pip install 'kalm-rag\[tune\]'"):
+        tune(small_corpus(), tmp_path, model="mini")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"dtype": "int8"}, r"dtype must be one of \('float32', 'bfloat16'\), got 'int8'"),
+        ({"dtype": "float16"}, r"dtype must be one of \('float32', 'bfloat16'\), got 'float16'"),
+        ({"max_length": 0}, "max_length must be at least 1, got 0"),
+        ({"instruction": 7}, "instruction must be a string, got int"),
+        ({"model": "nowhere"}, "is neither an alias"),
+    ],
+)
+def test_wrong_arguments(tmp_path: Path, given: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        tune(small_corpus(), tmp_path / "out", **{"model": "mini", **given})
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds other files \(it has \['mine.txt'\]\); give a new or empty folder"):
+        tune(small_corpus(), tmp_path, model="mini")
+    with pytest.raises(ValueError, match="is a file; give a folder"):
+        tune(small_corpus(), tmp_path / "mine.txt", model="mini")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
