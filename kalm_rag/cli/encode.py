@@ -112,15 +112,9 @@ def encode(
     note_mini(model)
     ratio = 4 if 4 % base_ratio == 0 else base_ratio  # what `rank` will ask for
     reranker = KaLMReranker(
-        model,
-        revision=revision,
-        lora=lora,
-        device=device,
-        dtype=dtype,
-        ratio=ratio,
-        max_length=max_length,
-        cache=passages,
-    )
+        model, revision=revision, lora=lora, device=device, dtype=dtype,
+        ratio=ratio, max_length=max_length, cache=passages,
+    )  # fmt: skip
 
     def texts(*, count: bool = False) -> Iterator[str]:
         for record in read_passages(corpus, file_format, text_field, id_field):

@@ -91,7 +91,7 @@ def tune(
     epochs: Annotated[
         int,
         typer.Option("--epochs", help="Pass over the queries this often at most.", metavar="N", parser=whole_number),
-    ] = 3,
+    ] = 2,
     rate: Annotated[
         float, typer.Option("--rate", help="Let the learning rate rise to this.", metavar="RATE", parser=number)
     ] = 1.0e-3,
@@ -185,6 +185,7 @@ def tune(
 
 
 def _show(tuned: Tuned, model: str) -> None:
+    from rich.measure import Measurement
     from rich.table import Table
     from rich.text import Text
 
@@ -204,7 +205,8 @@ def _show(tuned: Tuned, model: str) -> None:
     for row in rows:
         table.add_row(*map(Text, row))
     out = console()
-    out.width = max(out.width, out.measure(table).maximum)
+    # Numbers are never cut: a table that is too wide for the terminal runs over its edge.
+    out.width = max(out.width, Measurement.get(out, out.options.update(width=10_000), table).maximum)
     out.print(table)
     show("nDCG@10 of held-out queries. Interval: paired bootstrap of the change; p: paired randomisation test.")
     if any(one.verdict == "within the noise" for one in tuned.comparisons):

@@ -157,15 +157,15 @@ def pickles_in(folder: Path) -> list[str]:
 
 
 def _scale(config: Mapping[str, Any], folder: Path) -> float:
-    rank, alpha = config.get("r"), config.get("lora_alpha")
+    rank: Any = config.get("r")
+    alpha: Any = config.get("lora_alpha")
     wrong = [f"{name}={config[name]!r:.40}" for name in _UNSUPPORTED if config.get(name)]
     expected = {"peft_type": "LORA", "bias": "none"}
     wrong += [f"{name}={config.get(name)!r:.40}" for name, value in expected.items() if config.get(name) != value]
     if wrong:
         msg = f"the adapter in {str(folder)!r} is of a kind that kalm-rag does not merge ({', '.join(wrong)}); {_AGAIN}"
         raise CheckpointError(msg)
-    are_numbers = type(rank) is int and type(alpha) in (int, float)
-    if not are_numbers or rank < 1 or not math.isfinite(alpha):
+    if not (type(rank) is int and rank > 0 and type(alpha) in (int, float) and math.isfinite(alpha)):
         msg = f"{str(folder / CONFIG)!r} has r={rank!r:.40} and lora_alpha={alpha!r:.40}; {_AGAIN}"
         raise CheckpointError(msg)
     return float(alpha) / rank

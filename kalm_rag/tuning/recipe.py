@@ -35,7 +35,7 @@ class Recipe:
     ratios: tuple[int, ...] = (4, 8, 16, 32)
     list_size: int = 8
     lists_per_step: int = 8
-    epochs: int = 3
+    epochs: int = 2
     rate: float = 1.0e-3
     rank: int = 16
     alpha: int = 32

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import logging
 import math
-import random
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kalm_rag.model.decoder import Pair, YesNoHead, pair_margins
 from kalm_rag.model.loading import LoadedModel
-from kalm_rag.model.prompts import Prompt, Prompts
+from kalm_rag.model.prompts import Prompts
 from kalm_rag.states import StatesSource
 from kalm_rag.tuning.adapter import insert_adapter
 from kalm_rag.tuning.judgements import Example
-from kalm_rag.tuning.loss import list_loss
+from kalm_rag.tuning.lists import ListMaker, Objective, ScoredList
 from kalm_rag.tuning.recipe import Recipe
 from kalm_rag.tuning.state import Progressed, read_state, write_state
 from kalm_rag.utils.progress import Progress
@@ -27,20 +24,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_TOKENS_AT_ONCE = 4096
-"""Prompt and passage tokens whose activations are kept for the gradients at a time; a single list may have more."""
 _KEPT_EVERY = 60.0
 """Seconds between two states that are kept for a later start."""
 _MEASURED_PER_EPOCH = 2
-
-
-@dataclass(frozen=True, slots=True)
-class ScoredList:
-    """A query and the passages that compete, the relevant one first; at one compression ratio."""
-
-    prompt: Prompt
-    passages: tuple[str, ...]
-    ratio: int
 
 
 class Trainer:
@@ -59,6 +45,7 @@ class Trainer:
         folder: where the state for a later start is kept.
 
     Attributes:
+        steps: steps of the whole run, if nothing stops it before.
         progressed: how far the run is.
         best: the adapter with the lowest validation loss, by the names in the file.
         is_kept: whether the state that was written last, if any, could be written.
@@ -77,33 +64,23 @@ class Trainer:
     ) -> None:
         import torch
 
-        self._loaded, self._states, self._prompts = loaded, states, prompts
-        self._examples, self._recipe, self._folder = examples, recipe, folder
-        self._head = YesNoHead(loaded)
+        self._recipe, self._folder = recipe, folder
+        self._objective = Objective(loaded, states, recipe.answer)
         self._matrices = insert_adapter(loaded.model, recipe)
         self._parameters = list(self._matrices.values())
         self._optimiser = torch.optim.AdamW(self._parameters, lr=recipe.rate, weight_decay=0.01)
-        self._validation = [
-            self._drawn(example, place, random.Random(f"{recipe.seed} validation {place}"))  # noqa: S311
-            for place, example in enumerate(validation)
-        ]
+        self._lists = ListMaker(prompts, recipe)
+        self._examples, self._validation = examples, self._lists.validation(validation)
+        self._steps_per_epoch = -(-len(examples) // recipe.lists_per_step)
+        self.steps = recipe.epochs * self._steps_per_epoch
         self.progressed = Progressed(owner)
-        self.best = self._copy()
+        self.best = _copied(self._matrices)
         self.is_kept = False
         self._resume()
 
-    @property
-    def steps(self) -> int:
-        """Steps of the whole run, if nothing stops it before."""
-        return self._recipe.epochs * self._steps_per_epoch
-
-    @property
-    def _steps_per_epoch(self) -> int:
-        return -(-len(self._examples) // self._recipe.lists_per_step)
-
     def time_step(self) -> float:
         """Return the seconds of one step, without taking it; one list before it warms up."""
-        lists = next(self._epoch(0))
+        lists = self._lists.epoch(self._examples, 0)[0]
         self._gradients(lists[:1])
         began = time.perf_counter()
         self._gradients(lists)
@@ -154,25 +131,7 @@ class Trainer:
         """Yield the lists of each step that is left."""
         first, skipped = divmod(self.progressed.step, self._steps_per_epoch)
         for epoch in range(first, self._recipe.epochs):
-            for place, lists in enumerate(self._epoch(epoch)):
-                if epoch > first or place >= skipped:
-                    yield lists
-
-    def _epoch(self, epoch: int) -> Iterator[list[ScoredList]]:
-        chooser = random.Random(f"{self._recipe.seed} epoch {epoch}")  # noqa: S311 - reproducible
-        examples = list(self._examples)
-        chooser.shuffle(examples)
-        lists = [self._drawn(example, place, chooser) for place, example in enumerate(examples)]
-        size = self._recipe.lists_per_step
-        for start in range(0, len(lists), size):
-            yield lists[start : start + size]
-
-    def _drawn(self, example: Example, place: int, chooser: random.Random) -> ScoredList:
-        first, *others = self._recipe.ratios
-        ratio = others[place // 2 % len(others)] if others and place % 2 else first
-        clean = self._loaded.tokenizer.clean
-        passages = tuple(clean(text) for text in example.draw(self._recipe.list_size, chooser))
-        return ScoredList(self._prompts.prompt(example.query), passages, ratio)
+            yield from self._lists.epoch(self._examples, epoch)[skipped if epoch == first else 0 :]
 
     def _step(self, lists: Sequence[ScoredList]) -> None:
         import torch
@@ -185,54 +144,32 @@ class Trainer:
             logger.warning("%s: training stops, and the adapter of step %d is kept", done.ended, done.best_step)
             return
         for group in self._optimiser.param_groups:
-            group["lr"] = self._recipe.rate * self._rate_share(done.step)
+            group["lr"] = self._recipe.rate * _rate_share(done.step, self.steps, self._recipe.warmup)
         self._optimiser.step()
         done.step += 1
         done.losses.append((done.step, loss))
-
-    def _rate_share(self, step: int) -> float:
-        warmup = min(self._recipe.warmup, max(1, self.steps // 4))
-        return min((step + 1) / warmup, (self.steps - step) / max(1, self.steps - warmup))
 
     def _gradients(self, lists: Sequence[ScoredList]) -> float:
         """Compute the gradients of the mean loss of some lists, and return it."""
         self._optimiser.zero_grad(set_to_none=True)
         total = 0.0
-        for losses in self._losses(lists, gradients=True):
+        for losses in self._objective.losses(lists, gradients=True):
             loss = losses / len(lists)
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
         return total
 
-    def _losses(self, lists: Sequence[ScoredList], *, gradients: bool) -> Iterator[torch.Tensor]:
-        """Yield the summed loss of a few lists at a time."""
-        import torch
-
-        rows = [self._pairs(one) for one in lists]
-        order = sorted(range(len(rows)), key=lambda place: -_width(rows[place]))
-        while order:
-            group = [order.pop(0)]
-            width = _width(rows[group[0]])
-            while order and width * sum(len(rows[place]) for place in (*group, order[0])) <= _TOKENS_AT_ONCE:
-                group.append(order.pop(0))
-            pairs = [pair for place in group for pair in rows[place]]
-            with torch.set_grad_enabled(gradients), torch.autocast(self._loaded.device.type, enabled=False):
-                margins = pair_margins(self._loaded, self._head, pairs).split([len(rows[place]) for place in group])
-                yield torch.stack([list_loss(one, self._recipe.answer) for one in margins]).sum()
-
-    def _pairs(self, one: ScoredList) -> list[Pair]:
-        states = self._states.get(one.passages, one.ratio)
-        return [Pair(one.prompt, states[text]) for text in one.passages]
-
     def _measure(self) -> None:
         """Measure the validation loss, and keep the adapter if it is the best so far."""
         done = self.progressed
-        loss = sum(float(part) for part in self._losses(self._validation, gradients=False)) / len(self._validation)
+        loss = sum(float(part) for part in self._objective.losses(self._validation, gradients=False)) / len(
+            self._validation
+        )
         done.validation.append((done.step, loss))
         logger.info("step %d of %d: validation loss %.4f", done.step, self.steps, loss)
         if loss < done.best_loss:
             done.best_loss, done.best_step, done.waited = loss, done.step, 0
-            self.best = self._copy()
+            self.best = _copied(self._matrices)
             return
         done.waited += 1
         if not math.isfinite(loss):
@@ -242,9 +179,6 @@ class Trainer:
             done.ended = (
                 f"the validation loss did not fall for {done.waited} measurements, the last at step {done.step}"
             )
-
-    def _copy(self) -> dict[str, torch.Tensor]:
-        return {name: parameter.detach().cpu().clone() for name, parameter in self._matrices.items()}
 
     def _keep(self) -> None:
         tensors = {f"best {name}": tensor for name, tensor in self.best.items()}
@@ -271,6 +205,11 @@ class Trainer:
         logger.info("resuming at step %d of %d", self.progressed.step, self.steps)
 
 
-def _width(pairs: Sequence[Pair]) -> int:
-    """Prompt and passage positions of the widest row."""
-    return max(len(pair.prompt.ids) for pair in pairs) + max(len(pair.passage.states) for pair in pairs)
+def _rate_share(step: int, steps: int, warmup: int) -> float:
+    """Share of the highest learning rate: it rises during the warm-up, and falls to 0 from there."""
+    warmup = min(warmup, max(1, steps // 4))
+    return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+
+
+def _copied(matrices: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: matrix.detach().cpu().clone() for name, matrix in matrices.items()}

@@ -23,7 +23,7 @@ from kalm_rag.model.checkpoint import find_checkpoint
 from kalm_rag.model.decoder import Pair, YesNoHead, pair_margins
 from kalm_rag.model.encoder import Encoder
 from kalm_rag.model.identity import identify
-from kalm_rag.model.loading import load_model
+from kalm_rag.model.loading import load_model, load_tokenizer
 from kalm_rag.model.lora import WEIGHTS
 from kalm_rag.model.prompts import Prompts
 from kalm_rag.settings import Settings
@@ -32,6 +32,8 @@ from kalm_rag.tuning import adapter as adapter_module
 from kalm_rag.tuning import job as job_module
 from kalm_rag.tuning import trainer as trainer_module
 from kalm_rag.tuning.adapter import insert_adapter
+from kalm_rag.tuning.judgements import Example
+from kalm_rag.tuning.lists import ListMaker
 from kalm_rag.tuning.loss import list_loss
 from kalm_rag.tuning.state import FILE, Progressed, read_state
 from kalm_rag.tuning.trainer import Trainer
@@ -278,20 +280,16 @@ def test_the_loss_prefers_the_right_order_and_is_the_formula() -> None:
     assert list_loss(margins, 0.3) < list_loss(margins.flip(0), 0.3)
 
 
-def test_half_of_the_lists_are_at_the_first_ratio_and_the_others_take_turns() -> None:
-    class Example:
-        query = "q"
-
-        def draw(self, *_: object) -> list[str]:
-            return ["a", "b"]
-
-    trainer = Trainer.__new__(Trainer)
-    trainer._recipe = Recipe(ratios=(4, 8, 16, 32))
-    trainer._prompts = type("Prompts", (), {"prompt": lambda _, query: query})()  # type: ignore[assignment]
-    tokenizer = type("Tokenizer", (), {"clean": lambda _, text: text})()
-    trainer._loaded = type("Loaded", (), {"tokenizer": tokenizer})()  # type: ignore[assignment]
-    drawn = [trainer._drawn(Example(), place, None).ratio for place in range(12)]  # type: ignore[arg-type]
-    assert drawn == [4, 8, 4, 16, 4, 32] * 2
+def test_half_of_the_lists_are_at_the_first_ratio_and_the_others_take_turns(checkpoint: Path) -> None:
+    tokenizer = load_tokenizer(find_checkpoint(checkpoint), escape=True)
+    maker = ListMaker(Prompts(tokenizer, Settings(), 8192), Recipe(ratios=(4, 8, 16, 32), lists_per_step=5))
+    examples = [Example(f"q{number}", ("a",), (), tuple("bcdefghijk")) for number in range(12)]
+    steps = maker.epoch(examples, 0)
+    assert [one.ratio for lists in steps for one in lists] == [4, 8, 4, 16, 4, 32] * 2
+    assert [len(lists) for lists in steps] == [5, 5, 2]
+    assert steps == maker.epoch(examples, 0)
+    assert steps != maker.epoch(examples, 1)
+    assert all(one.passages[0] == "a" and len(set(one.passages)) == 8 for lists in steps for one in lists)
 
 
 def comparison(low: float, high: float, p: float) -> Comparison:
