@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from langchain_kalm import KalmPassageEncoder as LangChainEncoder
 from llama_index.core.schema import MetadataMode, NodeWithScore, TextNode
 from llama_index.postprocessor.kalm_rerank import KalmPassageEncoder as LlamaIndexEncoder
 from llama_index.postprocessor.kalm_rerank import KalmQueryBundle, KalmRerank
+from lorakit import write_lora
 
 from kalm_rag import KaLMReranker, Options, PassageCache
 from kalm_rag.adapters import HIT_KEYS
@@ -327,6 +329,30 @@ def test_documents_of_a_framework_are_ranked_as_they_are(adapter: Adapter, given
     assert made.reranker.cache.stats().encoded == encoded, "the text is the adapter's"
     with pytest.raises(TypeError, match="documents must be a list of passages, got one"):
         made.reranker.rank(QUERY, documents[0])
+
+
+def test_an_adapter_of_the_model_is_part_of_the_arguments(
+    adapter: Adapter, given: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = write_lora(given["model"], tmp_path / "tuned", 0.05)
+    plain, made = adapter.make(**given), adapter.make(**given, lora=folder)
+    documents = adapter.documents(TEXTS)
+    before, after = (
+        sorted(adapter.metadata(document)["relevance_margin"] for document in adapter.rank(one, documents))
+        for one in (plain, made)
+    )
+    wanted = KaLMReranker(given["model"], lora=folder, cache=None, device="cpu").rank(QUERY, documents)
+    assert after == pytest.approx(sorted(hit.margin for hit in wanted), abs=1e-5)
+    assert max(abs(one - other) for one, other in zip(before, after, strict=True)) > 1e-3
+    assert plain.reranker is not made.reranker
+    assert plain.reranker.cache is made.reranker.cache
+    assert plain.reranker.cache.stats().encoded == len(TEXTS), "both use the same states"
+    assert made != plain
+    for same in (adapter.make(**given, lora=str(folder)), adapter.saved(made), pickle.loads(pickle.dumps(made))):
+        assert same == made
+        assert same.reranker is made.reranker
+    for make in adapter.others:
+        assert make(**given, lora=folder).reranker is made.reranker
 
 
 @MODES
