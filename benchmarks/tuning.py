@@ -40,8 +40,11 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=Recipe().rank)
     parser.add_argument("--list-size", type=int, default=Recipe().list_size)
     parser.add_argument("--cache", default=None, help="folder of encoded passages, to run again faster")
+    parser.add_argument("--small", action="store_true", help="try it out in half a minute")
     parser.add_argument("--output", default=None, help="write everything to this file as JSON")
     arguments = parser.parse_args()
+    if arguments.small:
+        arguments.train, arguments.test, arguments.epochs = "12", 4, 1
     recipe = Recipe(
         epochs=arguments.epochs,
         rate=arguments.rate,
@@ -75,7 +78,7 @@ def main() -> None:
     heading = ["collection", "held out by", "train", "ratio", "BM25", "before", "after", "change", "95 % interval"]
     print_table([*heading, "p", "verdict", "training s", "steps"], rows)
     result = {"environment": environment(), "recipe": asdict(recipe), "runs": facts}
-    print(json.dumps(result["environment"]))
+    print(json.dumps(result))
     if arguments.output:
         Path(arguments.output).write_text(json.dumps(result, indent=1) + "\n", "utf-8")
 

@@ -58,6 +58,13 @@ def test_script(script: str, tmp_path: Path, run: Callable[..., dict[str, Any]])
         assert [item["changed"] for item in json.loads(written.read_text())["quality"]] == [0]
 
 
+def test_tuning(run: Callable[..., dict[str, Any]]) -> None:
+    pytest.importorskip("peft", reason="the extra tune is not installed")
+    [found] = run("tuning.py")["runs"]
+    assert found["queries"] == [10, 2, 4]
+    assert [one["ratio"] for one in found["comparisons"]] == [4, 32]
+
+
 def test_startup(run: Callable[..., dict[str, Any]]) -> None:
     assert run("startup.py", "--repeats", "1")["file_bytes"] > 0
 

@@ -176,7 +176,7 @@ def tune(
         if as_json:
             print_json(tuned.as_json())
         else:
-            _show(tuned, model)
+            _show(tuned, model, out)
         if tuned.folder is None:
             sys.exit(1)
     if export is not None:
@@ -184,7 +184,7 @@ def tune(
         typer.echo(f"Checkpoint: {visible_line(str(written))}", err=as_json)
 
 
-def _show(tuned: Tuned, model: str) -> None:
+def _show(tuned: Tuned, model: str, out: str) -> None:
     from rich.measure import Measurement
     from rich.table import Table
     from rich.text import Text
@@ -204,14 +204,14 @@ def _show(tuned: Tuned, model: str) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*map(Text, row))
-    out = console()
+    screen = console()
     # Numbers are never cut: a table that is too wide for the terminal runs over its edge.
-    out.width = max(out.width, Measurement.get(out, out.options.update(width=10_000), table).maximum)
-    out.print(table)
+    screen.width = max(screen.width, Measurement.get(screen, screen.options.update(width=10_000), table).maximum)
+    screen.print(table)
     show("nDCG@10 of held-out queries. Interval: paired bootstrap of the change; p: paired randomisation test.")
     if any(one.verdict == "within the noise" for one in tuned.comparisons):
         show("A change within the noise is no evidence that tuning helped: judge more queries to see a smaller gain.")
     show(
-        f'Use it: KaLMReranker("{visible_line(model)}", lora="{visible_line(str(tuned.folder))}"), or --lora.',
+        f'Use it: KaLMReranker("{visible_line(model)}", lora="{visible_line(out)}"), or --lora.',
         wrap=False,
     )

@@ -59,7 +59,7 @@ def test_options_reach_the_recipe_and_the_table_is_shown(
     assert [row for row in rows if row[-3:] == ["within", "the", "noise"]]
     assert "60 trained it, 10 decided when to stop, 50 measure it" in " ".join(out.split())
     assert "A change within the noise is no evidence that tuning helped" in " ".join(out.split())
-    assert f'KaLMReranker("mini", lora="{tmp_path}")' in out
+    assert 'KaLMReranker("mini", lora="here")' in out
     assert "Training takes about 9 s" in err
 
 
