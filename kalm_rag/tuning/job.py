@@ -238,7 +238,7 @@ def _train(
     checkpoint = find_checkpoint(job.model)
     identity = identify(checkpoint)
     loaded = load_model(checkpoint, settings=settings, device=resolve_device(job.device), dtype=job.dtype, fast=False)
-    dtype = str(loaded.dtype).removeprefix("torch.")
+    dtype = loaded.encoder_precision
     with job.open_cache() as cache:
         keys = key_space(identity, max_length=settings.max_length, dtype=dtype, storage=cache.storage)
         prompts = Prompts(loaded.tokenizer, settings, loaded.model.config.decoder.max_position_embeddings)
