@@ -75,7 +75,7 @@ def test_it_is_added_to_the_weights_of_the_decoder(checkpoint: Path, adapter: Pa
 def test_every_path_scores_with_it(checkpoint: Path, adapter: Path, passages: list[str]) -> None:
     given = {"lora": adapter, "cache": None, "device": "cpu"}
     plain = margins(KaLMReranker(checkpoint, prefill_memory=0, **given), passages[:4])  # type: ignore[arg-type]
-    prefilled = KaLMReranker(checkpoint, **given)  # type: ignore[arg-type]
+    prefilled = KaLMReranker(checkpoint, score_memory=0, **given)  # type: ignore[arg-type]
     for _ in range(2):
         assert margins(prefilled, passages[:4]) == pytest.approx(plain, abs=1e-5)
     without = margins(KaLMReranker(checkpoint, cache=None, device="cpu"), passages[:4])
