@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +125,7 @@ def compare(experiment: Experiment, lora: Path) -> list[Comparison]:
     """
     plain = list(experiment.systems)
     tuned = [System(one.model, one.ratio, one.dtype, one.instruction, str(lora)) for one in plain]
-    experiment.systems = [*plain, *tuned]
-    results, _ = evaluate(experiment)
+    results, _ = evaluate(replace(experiment, systems=[*plain, *tuned]))
     found = {result.system: result.per_query[METRIC] for result in results}
     candidates = experiment.candidates
     first = experiment.metrics.per_query(candidates.rankings, candidates.qrels)[METRIC]
