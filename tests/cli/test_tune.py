@@ -178,7 +178,7 @@ def test_doctor_verifies_the_model_with_its_adapter(
     monkeypatch.setattr("kalm_rag.diagnosis.verify.PRECISIONS", ("float32",))
     code, out, _ = run(["doctor", "-m", checkpoint, "--lora", adapter, "--json"], monkeypatch, capsys)
     found = json.loads(out)
-    assert code == 0
+    assert code == 0, found["findings"]
     assert found["model"]["adapter"].endswith("adapter")
     assert found["model"]["decoder_digest"]
     verified = found["verification"]
