@@ -91,5 +91,8 @@ def own_spaces(
         checkpoint = find_checkpoint(model, revision=revision, local_files_only=True, lora=lora)
         return spaces_of(checkpoint, settings, ratios=(settings.ratio,))
     except CheckpointError as error:
+        if lora is not None:  # encoder states do not depend on it
+            logger.warning("the adapter is not here, so only the recorded key spaces of it are searched: %s", error)
+            return own_spaces(None, settings, model, revision)
         logger.warning("the model is not here, so only the recorded key spaces are searched: %s", error)
         return []

@@ -181,6 +181,8 @@ class Scorer:
         keys = self.score_cache.keys([score.prompt.ids for score in scores], [score.passage for score in scores], ratio)
         known = self.score_cache.get_many(keys)
         new = _recall(scores, known, progress)
+        if wanted is not None:
+            wanted = wanted.beside([found[0] for found in known if found is not None])
         left = self._score_from_prefix(new, instruction, ratio, progress, wanted)
         self._score_in_full(left, self.states.get(_passages(left), ratio), progress)
         self._rescore_nonfinite(new, instruction, ratio)
@@ -311,7 +313,7 @@ class _Passes:
         for score in scores:
             score.exact = False
         self.exactly(scores, request, progress, states={})
-        known = [score.margin for score in scores if score.exact]
+        known = [*wanted.known, *(score.margin for score in scores if score.exact)]
         scores = [score for score in scores if not score.exact]
         return [] if wanted.saves(len(scores)) and self._refine(scores, known, request, wanted, progress) else scores
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lorakit import write_lora
 
 from kalm_rag import KaLMReranker, PassageCache
 from kalm_rag.adapters import SharedHandle, check_arguments, check_cache, serialisable_cache, shared_reranker
@@ -245,3 +246,30 @@ def test_context_variables_travel(checkpoint: Path) -> None:
         assert await reranker.arank("query", []) == ["here"]
 
     asyncio.run(main())
+
+
+def test_adapters_of_the_model_are_compared_as_places_with_their_content(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same relative path in another working directory, and the same folder after it was tuned again."""
+    found = []
+    for name in ("one", "two"):
+        write_lora(checkpoint, tmp_path / name / "tuned", 0.1)
+        monkeypatch.chdir(tmp_path / name)
+        found.append(shared_reranker(checkpoint, lora="tuned"))
+    assert found[0] is not found[1]
+    assert shared_reranker(checkpoint, lora=tmp_path / "two" / "tuned") is found[1]
+    write_lora(checkpoint, tmp_path / "two" / "tuned", 0.3)
+    assert shared_reranker(checkpoint, lora="tuned") is not found[1]
+
+
+def test_relative_folders_of_models_are_compared_as_places(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model").symlink_to(checkpoint)
+        monkeypatch.chdir(tmp_path / name)
+        found.append(shared_reranker("model"))
+    assert found[0] is not found[1]

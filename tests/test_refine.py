@@ -306,3 +306,25 @@ def test_command_line(checkpoint: Path, passages: list[str], tmp_path: Path) -> 
     line = ["rank", "query", str(corpus), "--model", str(checkpoint), "--cache", str(tmp_path / "cache")]
     shown = [CliRunner().invoke(app, [*line, *more, "-k", "2"]).output for more in ([], ["--refine"])]
     assert shown[0] == shown[1] != ""
+
+
+def test_a_query_that_is_asked_again_takes_the_exact_pass_of_the_sample_alone(texts: list[str]) -> None:
+    """What was exact is remembered, and rules out the rest as it did before."""
+    reranker = refining("mini", prefill_memory=0)
+    for query in QUERIES:  # the bound is learned
+        reranker.rank(query, texts, top_k=3)
+    expected = reranker.rank(QUERIES[-1], texts, top_k=3)
+    before = counters(reranker)
+    assert reranker.rank(QUERIES[-1], texts, top_k=3) == expected
+    after = counters(reranker)
+    assert after.approximated > before.approximated
+    assert after.misses - before.misses == after.sampled - before.sampled
+
+
+def test_the_command_line_says_where_it_changes_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "passages.txt"
+    file.write_text("one\ntwo\n")
+    line = ["rank", "q", str(file), "--model", "mini", "--cache", str(tmp_path / "cache"), "--refine"]
+    note = "--refine changes nothing without --top-k or --threshold"
+    assert note in CliRunner().invoke(app, line).output
+    assert note not in CliRunner().invoke(app, [*line, "--top-k", "1"]).output

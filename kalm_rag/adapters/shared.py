@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import threading
@@ -13,6 +14,7 @@ from kalm_rag.adapters.arguments import DEFAULT_KEEP, CacheLike, check_cache
 from kalm_rag.adapters.options import Options
 from kalm_rag.cache import PassageCache
 from kalm_rag.cache.passage_cache import Keep
+from kalm_rag.model.lora import CONFIG, WEIGHTS
 from kalm_rag.reranker import KaLMReranker
 from kalm_rag.settings import base_ratio
 from kalm_rag.utils.checks import check_ratio
@@ -64,7 +66,8 @@ def shared_reranker(
         of_cache["base_ratio"] = base_ratio(1 if ratio is None else check_ratio("ratio", ratio))
     of_reranker = {**options.of_reranker(), **arguments}
     where = (_place(cache), keep, *_comparable(of_cache))
-    key = (str(model), where, *_comparable(of_reranker))
+    lora = {"lora": _lora_place(arguments.get("lora"))}
+    key = (_model_place(model), where, *_comparable({**of_reranker, **lora}))
     with _lock:
         found = _rerankers.get(key)
         if found is None:
@@ -87,6 +90,24 @@ def _place(cache: CacheLike) -> Any:
     if isinstance(cache, (str, Path)):
         return str(user_path(cache, "cache"))
     return None if cache is None else id(cache)
+
+
+def _model_place(model: str | Path) -> str:
+    """Return what tells a model from others: the same relative path may be another folder later."""
+    return str(Path(model).absolute()) if Path(model).is_dir() else str(model)
+
+
+def _lora_place(lora: str | Path | None) -> list[str]:
+    """Return what tells an adapter from others, and from what was in its folder before it was tuned again."""
+    if lora is None:
+        return []
+    folder = user_path(lora, "lora")
+    found = [str(folder)]
+    for name in (CONFIG, WEIGHTS):
+        with contextlib.suppress(OSError):  # loading it says what is wrong
+            status = (folder / name).stat()
+            found.append(f"{name} {status.st_ino} {status.st_size} {status.st_mtime_ns}")
+    return found
 
 
 def _comparable(arguments: dict[str, Any]) -> list[tuple[str, str]]:

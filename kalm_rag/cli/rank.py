@@ -90,6 +90,8 @@ def rank(
     from kalm_rag.retrieval.corpus import read_passages
 
     note_mini(model)
+    if refine and top_k is None and threshold is None:
+        typer.echo("note: --refine changes nothing without --top-k or --threshold", err=True)
     records = list(read_passages(passages, file_format, text_field, id_field))
     with KaLMReranker(
         model,

@@ -341,7 +341,8 @@ def _optimize_for_cpu(model: Any, *, int8: bool, int8_encoder: bool) -> torch.dt
         if not int8:
             raise
         msg = (
-            f"torch {metadata.version('torch')} cannot run dtype='int8' on this machine ({error}): {_instead_of_int8()}"
+            f"torch {metadata.version('torch')} cannot run dtype={'int8-all' if int8_encoder else 'int8'!r} on this "
+            f"machine ({error}): {_instead_of_int8()}"
         )
         raise ValueError(msg) from error
 

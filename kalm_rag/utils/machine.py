@@ -221,7 +221,8 @@ def free_memory(device: torch.device) -> tuple[int | None, str]:
         # Blocks that torch reserved and does not use are free for this process, though not for others.
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached, "GPU memory"
-    host = available_memory()
+    # Without a figure of what is free, as on macOS, all of the memory is no answer.
+    host = available_memory() if _meminfo("MemAvailable", Path("/")) is not None or memory_limit() else None
     if device.type != "mps":
         return host, "memory"
     # Apple's GPUs use the host's memory, up to a limit of their own.

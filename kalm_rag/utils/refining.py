@@ -33,15 +33,21 @@ class Wanted(NamedTuple):
     Attributes:
         top_k: the best so many; None is all.
         threshold: lowest `P(yes)`; None is any.
+        known: exact margins of further candidates of the call.
     """
 
     top_k: int | None = None
     threshold: float | None = None
+    known: tuple[float, ...] = ()
+
+    def beside(self, known: Iterable[float]) -> Wanted:
+        """Return the same beside candidates whose exact margins are known."""
+        return self._replace(known=(*self.known, *known))
 
     def saves(self, count: int) -> bool:
         """Whether a first pass over so many candidates is likely to save time."""
         if self.top_k is None:
-            return self.threshold is not None
+            return self.threshold is not None and self.threshold > 0
         return count > _LEAST_SHARE * self.top_k
 
     def admits(self, margin: float) -> bool:

@@ -6,6 +6,7 @@ import asyncio
 import copy
 import json
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -250,3 +251,17 @@ def test_an_adapter_that_changes_while_it_is_loaded_is_refused(checkpoint: Path,
 def test_a_folder_that_is_not_there(checkpoint: Path, lora: object) -> None:
     with pytest.raises((ValueError, TypeError), match="lora"):
         KaLMReranker(checkpoint, lora=lora, cache=None, device="cpu").load()  # type: ignore[arg-type]
+
+
+def test_states_are_forgotten_without_the_adapter(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They do not depend on it. Entries that are older than the records are found by the model's own key spaces."""
+    folder = write_lora(checkpoint, tmp_path / "tuned", 0.1)
+    reranker = KaLMReranker(checkpoint, device="cpu", lora=folder, cache=tmp_path / "cache")
+    with KaLMReranker(checkpoint, device="cpu", cache=tmp_path / "cache") as other:
+        other.encode(["a text"])
+    shutil.rmtree(tmp_path / "cache" / "key-spaces")
+    shutil.rmtree(folder)
+    assert reranker.forget(["a text"]).store.states == 1
+    assert "the adapter is not here" in caplog.text

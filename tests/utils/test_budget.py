@@ -158,3 +158,10 @@ def test_a_small_share_bounds_what_is_laid_out_at_once(
     assert reranker.predict(pairs) == pytest.approx(expected, abs=1e-5)
     assert len(groups) >= 3
     assert max(groups) <= share
+
+
+def test_all_of_the_memory_is_not_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on macOS, where nothing tells how much is free."""
+    monkeypatch.setattr(machine, "_meminfo", lambda name, root: None)
+    monkeypatch.setattr(machine, "memory_limit", lambda: None)
+    assert memory_budget("auto", CPU).bytes == UNKNOWN

@@ -165,6 +165,7 @@ def test_the_same_calls_give_the_same_result() -> None:
         (Wanted(5), 16, True),
         (Wanted(1000), 1000, False),
         (Wanted(threshold=0.5), 10, True),
+        (Wanted(threshold=0.0), 10, False),
     ],
 )
 def test_when_a_first_pass_is_taken(wanted: Wanted, count: int, saves: bool) -> None:
