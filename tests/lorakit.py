@@ -20,7 +20,7 @@ RANK = 2
 def write_lora(model: Path | str, folder: Path, spread: float, *, matrix: str = "q_proj", **changed: Any) -> Path:
     """Write an adapter for two of a model's matrices per layer, with random numbers; a spread of 0 changes nothing.
 
-    `changed` replaces what identifies the base model.
+    `changed` replaces what identifies the base model, and `scale`.
     """
     from kalm_rag.model.loading import load_model
 
@@ -37,5 +37,6 @@ def write_lora(model: Path | str, folder: Path, spread: float, *, matrix: str = 
     identity = identify(checkpoint)
     base = changed.get("base", (identity.encoder, identity.decoder))
     folder.mkdir(parents=True, exist_ok=True)
-    save_adapter(folder, matrices, Recipe(rank=RANK, alpha=int(SCALE * RANK)), str(model), base)
+    scale = changed.get("scale", SCALE)
+    save_adapter(folder, matrices, Recipe(rank=RANK, alpha=int(scale * RANK)), str(model), base)
     return folder

@@ -6,6 +6,8 @@ encoder, whose states are in caches, and the embeddings and the output matrix, w
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import re
 from collections.abc import Mapping, MutableMapping
@@ -29,6 +31,10 @@ TARGETS = r"model\.decoder\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|d
 
 BASE = ("kalm_rag.base_encoder", "kalm_rag.base_decoder")
 """Metadata of the weights' file: the digests of the model that the adapter was trained on."""
+
+SIZES = ("kalm_rag.r", "kalm_rag.lora_alpha")
+"""Metadata of the weights' file: rank and alpha, which must be those of the configuration. The files are replaced one
+after the other, so that one of them can be of an earlier adapter."""
 
 PREFIX = "base_model.model."
 """What `peft` puts before the name of a module."""
@@ -82,7 +88,8 @@ class Lora:
             shapes: shape by parameter name.
 
         Raises:
-            CheckpointError: the adapter cannot be read, has changed, or does not fit.
+            CheckpointError: the adapter cannot be read, has changed, does not fit, or gives weights that are NaN or
+                infinite.
         """
         for name, (down, up) in self.matrices().items():
             key = f"{name}.weight"
@@ -92,7 +99,11 @@ class Lora:
                     f"{tuple(up.shape)} times {tuple(down.shape)}; {_AGAIN}"
                 )
                 raise CheckpointError(msg)
-            weights[key] = weights[key].float() + (up @ down) * self.scale
+            merged = weights[key].float() + (up @ down) * self.scale
+            if not merged.isfinite().all() and weights[key].isfinite().all():
+                msg = f"the adapter in {str(self.folder)!r} makes {name!r} NaN or infinite; {_AGAIN}"
+                raise CheckpointError(msg)
+            weights[key] = merged
 
     def matrices(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Return the matrices A, shape `(rank, inputs)`, and B, shape `(outputs, rank)`, in float32, by module.
@@ -100,32 +111,19 @@ class Lora:
         Raises:
             CheckpointError: the adapter cannot be read, or has changed since it was found.
         """
-        tensors = _tensors(self.folder)
+        tensors, _ = _read(self.folder)
         if _digest(self.scale, tensors) != self.digest:
             msg = f"the adapter in {str(self.folder)!r} changed while it was loaded; load it again"
             raise CheckpointError(msg)
-        halves: dict[str, dict[str, torch.Tensor]] = {}
-        for key, tensor in tensors.items():
-            match = _PAIR.fullmatch(key)
-            if match is None or tensor.ndim != 2 or not tensor.is_floating_point():
-                msg = (
-                    f"the adapter in {str(self.folder)!r} changes {key!r}; only matrices of the decoder's layers may "
-                    f"be adapted, so that encoded passages stay valid: {_AGAIN}"
-                )
-                raise CheckpointError(msg)
-            halves.setdefault(match[1], {})[match[4]] = tensor.float()
-        single = [name for name, pair in halves.items() if len(pair) < 2]
-        if single or not halves:
-            msg = f"the adapter in {str(self.folder)!r} lacks a matrix of {single[:1] or 'every module'}; {_AGAIN}"
-            raise CheckpointError(msg)
-        return {name: (pair["A"], pair["B"]) for name, pair in halves.items()}
+        return _pairs(self.folder, tensors)
 
 
 def read_lora(folder: str | Path) -> Lora:
     """Find an adapter.
 
     Raises:
-        CheckpointError: there is none, its weights are a pickle, or it is of a kind that cannot be merged.
+        CheckpointError: there is none, its weights are a pickle, it is of a kind that cannot be merged, or its files
+            are not of the same adapter.
         TypeError, ValueError: `folder` is not a path.
     """
     place = user_path(folder, "lora")
@@ -147,8 +145,26 @@ def read_lora(folder: str | Path) -> Lora:
         )
         raise CheckpointError(msg)
     config = read_json(place / CONFIG, _AGAIN)
-    scale = _scale(config, place)
-    return Lora(place, scale, _base(place), _digest(scale, _tensors(place)))
+    rank, alpha, scale = _scale(config, place)
+    tensors, metadata = _read(place)
+    if any(name not in metadata for name in BASE):
+        msg = f"the adapter in {str(place)!r} does not say which model it was trained on; {_AGAIN}"
+        raise CheckpointError(msg)
+    said = tuple(metadata.get(name) for name in SIZES)
+    if said != (str(rank), str(float(alpha))):
+        msg = (
+            f"{CONFIG} and {WEIGHTS} in {str(place)!r} are not of the same adapter: r={rank} and lora_alpha={alpha} in "
+            f"the first, {said[0]} and {said[1]} in the second, as after a write that was cut short; {_AGAIN}"
+        )
+        raise CheckpointError(msg)
+    for name, (down, up) in _pairs(place, tensors).items():
+        if not len(down) == up.shape[1] == rank:
+            msg = (
+                f"the adapter in {str(place)!r} has r={rank}, but changes {name!r} by {tuple(up.shape)} times "
+                f"{tuple(down.shape)}; {_AGAIN}"
+            )
+            raise CheckpointError(msg)
+    return Lora(place, scale, (metadata[BASE[0]], metadata[BASE[1]]), _digest(scale, tensors))
 
 
 def pickles_in(folder: Path) -> list[str]:
@@ -156,7 +172,8 @@ def pickles_in(folder: Path) -> list[str]:
     return sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
 
 
-def _scale(config: Mapping[str, Any], folder: Path) -> float:
+def _scale(config: Mapping[str, Any], folder: Path) -> tuple[int, float, float]:
+    """Return rank, alpha, and what the product of the matrices is multiplied by."""
     rank: Any = config.get("r")
     alpha: Any = config.get("lora_alpha")
     wrong = [f"{name}={config[name]!r:.40}" for name in _UNSUPPORTED if config.get(name)]
@@ -165,37 +182,49 @@ def _scale(config: Mapping[str, Any], folder: Path) -> float:
     if wrong:
         msg = f"the adapter in {str(folder)!r} is of a kind that kalm-rag does not merge ({', '.join(wrong)}); {_AGAIN}"
         raise CheckpointError(msg)
-    if not (type(rank) is int and rank > 0 and type(alpha) in (int, float) and math.isfinite(alpha)):
-        msg = f"{str(folder / CONFIG)!r} has r={rank!r:.40} and lora_alpha={alpha!r:.40}; {_AGAIN}"
-        raise CheckpointError(msg)
-    return float(alpha) / rank
+    if type(rank) is int and rank > 0 and type(alpha) in (int, float):
+        with contextlib.suppress(OverflowError):  # of a number that no float can hold
+            if math.isfinite(alpha):
+                return rank, alpha, float(alpha) / rank
+    msg = f"{str(folder / CONFIG)!r} has r={rank!r:.40} and lora_alpha={alpha!r:.40}; {_AGAIN}"
+    raise CheckpointError(msg)
 
 
-def _base(folder: Path) -> tuple[str, str]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        msg = f"cannot read {str(folder / WEIGHTS)!r} ({error}); {_AGAIN}"
-        raise CheckpointError(msg) from error
-    if any(name not in metadata for name in BASE):
-        msg = f"the adapter in {str(folder)!r} does not say which model it was trained on; {_AGAIN}"
-        raise CheckpointError(msg)
-    return metadata[BASE[0]], metadata[BASE[1]]
-
-
-def _tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Read all of the weights' file into memory: a mapped file could change later."""
+def _read(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Read all of the weights' file into memory, tensors and metadata: a mapped file could change later."""
     import safetensors.torch
     from safetensors import SafetensorError
 
     try:
-        return safetensors.torch.load((folder / WEIGHTS).read_bytes())
-    except (SafetensorError, OSError) as error:
+        content = (folder / WEIGHTS).read_bytes()
+        tensors = safetensors.torch.load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
         msg = f"cannot read {str(folder / WEIGHTS)!r} ({error}); {_AGAIN}"
         raise CheckpointError(msg) from error
+    except KeyError as error:
+        msg = f"{str(folder / WEIGHTS)!r} holds numbers of the type {error}, which torch cannot read; {_AGAIN}"
+        raise CheckpointError(msg) from error
+    return tensors, header.get("__metadata__") or {}
+
+
+def _pairs(folder: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Return A and B in float32, by module."""
+    halves: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = _PAIR.fullmatch(key)
+        if match is None or tensor.ndim != 2 or not tensor.is_floating_point():
+            msg = (
+                f"the adapter in {str(folder)!r} changes {key!r}; only matrices of the decoder's layers may "
+                f"be adapted, so that encoded passages stay valid: {_AGAIN}"
+            )
+            raise CheckpointError(msg)
+        halves.setdefault(match[1], {})[match[4]] = tensor.float()
+    single = [name for name, pair in halves.items() if len(pair) < 2]
+    if single or not halves:
+        msg = f"the adapter in {str(folder)!r} lacks a matrix of {single[:1] or 'every module'}; {_AGAIN}"
+        raise CheckpointError(msg)
+    return {name: (pair["A"], pair["B"]) for name, pair in halves.items()}
 
 
 def _digest(scale: float, tensors: Mapping[str, torch.Tensor]) -> str:

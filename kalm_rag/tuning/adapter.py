@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kalm_rag.errors import MissingExtraError
-from kalm_rag.model.lora import BASE, CONFIG, PREFIX, TARGETS, WEIGHTS
+from kalm_rag.model.lora import BASE, CONFIG, PREFIX, SIZES, TARGETS, WEIGHTS
 from kalm_rag.tuning.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -61,11 +61,13 @@ def save_adapter(
         base: digests of the base model's encoder and decoder.
 
     Raises:
-        OSError: it cannot be written; an adapter that was there before is left as it was.
+        OSError: it cannot be written; an adapter that was there before is left as it was. After a kill between the two
+            files, `read_lora` refuses what is not of the same adapter.
     """
     import safetensors.torch
 
-    metadata = {"format": "pt", **dict(zip(BASE, base, strict=True))}
+    sizes = str(recipe.rank), str(float(recipe.alpha))
+    metadata = {"format": "pt", **dict(zip((*BASE, *SIZES), (*base, *sizes), strict=True))}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in matrices.items()}
     config = {
         "peft_type": "LORA",
@@ -77,8 +79,12 @@ def save_adapter(
         "target_modules": TARGETS,
         "inference_mode": True,
     }
-    replace_file(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
-    replace_file(folder / WEIGHTS, safetensors.torch.save(tensors, metadata))
+    replace_files(
+        {
+            folder / CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
+            folder / WEIGHTS: safetensors.torch.save(tensors, metadata),
+        }
+    )
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -87,13 +93,27 @@ def replace_file(path: Path, content: bytes) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    replace_files({path: content})
+
+
+def replace_files(contents: Mapping[Path, bytes]) -> None:
+    """Write files whole or not at all; all are written before the first one is put in its place.
+
+    A kill can still come between two files: what belongs together says so in its content.
+
+    Raises:
+        OSError: one cannot be written.
+    """
+    partials = {path: path.with_name(f".{path.name}.partial") for path in contents}
     try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        for path, content in contents.items():
+            with partials[path].open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, partial in partials.items():
+            os.replace(partial, path)
     except OSError:
-        partial.unlink(missing_ok=True)
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
         raise

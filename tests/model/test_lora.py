@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import errno
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -21,7 +23,7 @@ from kalm_rag.forget import spaces_of
 from kalm_rag.model.checkpoint import find_checkpoint
 from kalm_rag.model.identity import identify
 from kalm_rag.model.loading import load_model
-from kalm_rag.model.lora import CONFIG, WEIGHTS
+from kalm_rag.model.lora import CONFIG, WEIGHTS, read_lora
 from kalm_rag.settings import Settings
 from kalm_rag.testing import build_checkpoint
 
@@ -122,8 +124,7 @@ def test_it_has_a_digest_of_content(checkpoint: Path, adapter: Path, zeros: Path
     assert len({plain.decoder, tuned.decoder, other.decoder}) == 3
     again = write_lora(checkpoint, tmp_path / "another name", SPREAD)
     assert identify(find_checkpoint(checkpoint, lora=again)) == tuned
-    config = json.loads((again / CONFIG).read_text())
-    (again / CONFIG).write_text(json.dumps(config | {"lora_alpha": 3 * config["lora_alpha"]}))
+    write_lora(checkpoint, again, SPREAD, scale=3 * SCALE)
     assert identify(find_checkpoint(checkpoint, lora=again)).decoder != tuned.decoder
 
 
@@ -192,6 +193,22 @@ def widen(tensors: dict[str, torch.Tensor], _: dict[str, str]) -> None:
     tensors[key] = torch.cat([tensors[key], tensors[key]])
 
 
+def narrow(tensors: dict[str, torch.Tensor], _: dict[str, str]) -> None:
+    key = next(name for name in tensors if "q_proj.lora_B" in name)
+    for name in (key, key.replace("lora_B", "lora_A")):
+        tensors[name] = tensors[name][:, :1].clone() if name == key else tensors[name][:1].clone()
+
+
+def poison(tensors: dict[str, torch.Tensor], _: dict[str, str]) -> None:
+    next(tensor for name, tensor in tensors.items() if "q_proj.lora_B" in name)[0, 0] = float("nan")
+
+
+def exotic(folder: Path) -> None:
+    """A type that the format knows and torch does not, as a later version may write."""
+    header = json.dumps({"x": {"dtype": "F8_E8M0", "shape": [2], "data_offsets": [0, 2]}}).encode()
+    (folder / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + b"\x00\x00")
+
+
 def pickled(folder: Path) -> None:
     (folder / WEIGHTS).rename(folder / "adapter_model.bin")
 
@@ -210,6 +227,14 @@ def pickled(folder: Path) -> None:
         (configure(bias="all"), r"does not merge \(bias='all'\)"),
         (configure(r=0), "has r=0 and lora_alpha=4"),
         (configure(lora_alpha="many"), "has r=2 and lora_alpha='many'"),
+        (configure(lora_alpha=10**400), "has r=2 and lora_alpha=1000"),
+        (configure(r=10**400), "has r=1000.* and lora_alpha=4"),
+        (configure(lora_alpha=64), "not of the same adapter: r=2 and lora_alpha=64 in the first, 2 and 4.0 in the sec"),
+        (configure(r=4), "not of the same adapter: r=4 and lora_alpha=4 in the first, 2 and 4.0 in the second"),
+        (rewrite(lambda _, metadata: metadata.pop("kalm_rag.r")), "not of the same adapter: .*, None and 4.0 in the"),
+        (rewrite(narrow), r"has r=2, but changes 'model.decoder.layers.0.self_attn.q_proj' by \(\d+, 1\) times"),
+        (rewrite(poison), "makes 'model.decoder.layers.0.self_attn.q_proj' NaN or infinite; train it again"),
+        (exotic, "holds numbers of the type 'F8_E8M0', which torch cannot read"),
         (rewrite(lambda _, metadata: metadata.clear()), "does not say which model it was trained on"),
         (rename("decoder.layers", "encoder.text_model.layers"), "only matrices of the decoder's layers may be adapted"),
         (rename("model.decoder.layers.0.self_attn.q_proj", "lm_head.out_proj"), "only matrices of the decoder's"),
@@ -226,6 +251,38 @@ def test_what_is_no_adapter_of_this_model_is_refused(
     edit(folder)
     with pytest.raises(CheckpointError, match=message):
         KaLMReranker(checkpoint, lora=folder, cache=None, device="cpu").load()
+
+
+def test_a_write_that_is_cut_short_leaves_no_mixture_of_two_adapters(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_lora(checkpoint, tmp_path / "lora", SPREAD)
+    before = read_lora(folder)
+    sync, replace, calls = os.fsync, os.replace, iter(range(9))
+
+    def full(descriptor: int) -> None:
+        if next(calls) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            write_lora(checkpoint, folder, SPREAD, scale=3 * SCALE)
+    assert read_lora(folder) == before
+    assert sorted(path.name for path in folder.iterdir()) == [CONFIG, WEIGHTS]
+
+    def kill(old: Path, new: Path) -> None:
+        if new.name == WEIGHTS:
+            raise SystemExit
+        replace(old, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", kill)
+        with pytest.raises(SystemExit):
+            write_lora(checkpoint, folder, SPREAD, scale=3 * SCALE)
+    with pytest.raises(CheckpointError, match=r"not of the same adapter: .* lora_alpha=12 in the first, 2 and 4\.0 in"):
+        read_lora(folder)
 
 
 def test_an_adapter_of_another_model_is_refused(checkpoint: Path, adapter: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -229,12 +230,19 @@ def full_disk(path: Path, content: bytes) -> None:
     raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
 
+def no_room_for_the_adapter(contents: Mapping[Path, bytes]) -> None:
+    for path, content in contents.items():
+        if path.name == WEIGHTS:
+            full_disk(path, content)
+        path.write_bytes(content)
+
+
 @pytest.mark.usefixtures("without_comparison")
 def test_a_full_disk_at_saving(
     tuned: Tuned, checkpoint: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(adapter_module, "replace_file", full_disk)
+        patch.setattr(adapter_module, "replace_files", no_room_for_the_adapter)
         with pytest.raises(OSError, match=r"cannot write the adapter to .*No space left.*what was trained is kept"):
             again(checkpoint, cache, tmp_path)
     take = Trainer._step
