@@ -102,7 +102,7 @@ def tune(
         int, typer.Option("--seed", help="Split and draw with this seed.", metavar="N", parser=whole_number)
     ] = 0,
     by_passages: Annotated[
-        bool, typer.Option("--by-passages", help="Hold out queries whose relevant passages no other query has.")
+        bool, typer.Option("--by-passages", help="Keep queries that share relevant passages in the same part.")
     ] = False,
     instruction: Annotated[
         str | None,
@@ -134,7 +134,7 @@ def tune(
     An adapter of the decoder is trained; encoded passages stay valid, and those in the cache are not encoded again. It
     ends with a comparison on queries that were held out. If interrupted, rerun the same command to resume.
 
-    The exit status is 1 if no step made the model better, and nothing was written.
+    The exit status is 1 if no step made the model better; then tuning.json is written, but no adapter.
     """
     from kalm_rag.tuning import Recipe, export_checkpoint
     from kalm_rag.tuning import tune as run_tuning
@@ -191,7 +191,7 @@ def _show(tuned: Tuned, model: str, out: str) -> None:
 
     show(f"Training: {duration_text(tuned.seconds)}, {tuned.steps} steps. It ended because {tuned.ended}.")
     if tuned.folder is None:
-        show("No step made the model better on the validation queries: nothing was written.")
+        show("No step made the model better on the validation queries: no adapter was written, only tuning.json.")
         return
     train, validation, test = tuned.queries
     show(

@@ -22,7 +22,7 @@ from kalm_rag.reranker import KaLMReranker
 from kalm_rag.retrieval.corpus import Corpus
 from kalm_rag.settings import DEFAULT_INSTRUCTION, Settings, base_ratio
 from kalm_rag.tuning.adapter import replace_file, save_adapter
-from kalm_rag.tuning.folder import CACHE, LOCK, REPORT, claim
+from kalm_rag.tuning.folder import CACHE, LOCK, REPORT, check_owner, claim, remove_adapter
 from kalm_rag.tuning.judgements import Example, make_examples, notes_on, read_judgements, split_queries
 from kalm_rag.tuning.recipe import Recipe
 from kalm_rag.tuning.report import METRIC, Tuned, compare
@@ -91,7 +91,8 @@ def tune(
 
     Args:
         source: a BEIR folder, a file of JSON lines with `query`, `positive` and `negatives`, or a `Corpus`.
-        out: folder for the adapter; new, empty, or of an earlier call.
+        out: folder for the adapter and `tuning.json`, the report; new, empty, or of an earlier call with the same
+            model, judgements and recipe. Another adapter is not overwritten.
         model: as in `KaLMReranker`.
         revision: as in `KaLMReranker`.
         device: as in `KaLMReranker`.
@@ -114,7 +115,7 @@ def tune(
         MissingExtraError: the extra `tune` is not installed.
         FileNotFoundError, ValueError, TypeError: an argument or the judgements are wrong; the message says how.
         CheckpointError: the model cannot be found or used.
-        OSError: the adapter cannot be written. Where there was room for it, the next call finds what was trained.
+        OSError: adapter or report cannot be written. Where there was room for it, the next call finds what was trained.
     """
     _check_packages()
     from filelock import FileLock, Timeout
@@ -190,8 +191,17 @@ def _tune(job: _Job, corpus: Corpus, name: str, *, by_passages: bool, held_out: 
         )
         tuned.comparisons = compare(experiment, tuned.folder)
     report = {**tuned.as_json(), "model": name, "recipe": asdict(recipe)}
-    replace_file(job.folder / REPORT, (json.dumps(report, indent=1) + "\n").encode())
-    (job.folder / FILE).unlink(missing_ok=True)
+    try:
+        if tuned.folder is None:
+            remove_adapter(job.folder)
+        replace_file(job.folder / REPORT, (json.dumps(report, indent=1) + "\n").encode())
+        (job.folder / FILE).unlink(missing_ok=True)
+    except OSError as error:
+        msg = (
+            f"cannot write the report to {str(job.folder / REPORT)!r} ({error}): make room there and rerun; "
+            f"{'the adapter is complete' if tuned.folder else 'no step made the model better, so there is no adapter'}"
+        )
+        raise OSError(error.errno, msg) from error
     return tuned
 
 
@@ -245,6 +255,7 @@ def _train(
         states = StatesSource(loaded, settings, cache, keys, prompts, Turns())
         owner = _digest([identity.decoder, identity.tokenizer, dtype, asdict(settings), asdict(recipe)])
         owner = _digest([owner, *(asdict(one) for one in (*examples, *validation))])
+        check_owner(job.folder, owner)
         trainer = Trainer(loaded, states, prompts, examples, validation, recipe, owner, job.folder)
         estimate = _announce_time(job, trainer)
         trainer.run(job.show_progress)
@@ -271,6 +282,7 @@ def _train(
         encoded,
         estimate,
         done.seconds,
+        owner=owner,
     )
 
 

@@ -18,6 +18,9 @@ from kalm_rag.tuning.recipe import Recipe
 if TYPE_CHECKING:
     import torch
 
+_PASSAGES_AT_ONCE = 128
+"""Passages whose states are in memory at a time; a single list may have more."""
+
 _TOKENS_AT_ONCE = 4096
 """Prompt and passage positions whose activations are kept for the gradients at a time; a single list may have more."""
 
@@ -82,6 +85,11 @@ class Objective:
 
     def losses(self, lists: Sequence[ScoredList], *, gradients: bool) -> Iterator[torch.Tensor]:
         """Yield the summed loss of a few lists at a time, as many as should be in memory together."""
+        size = max(1, _PASSAGES_AT_ONCE // max((len(one.passages) for one in lists), default=1))
+        for start in range(0, len(lists), size):
+            yield from self._losses(lists[start : start + size], gradients)
+
+    def _losses(self, lists: Sequence[ScoredList], gradients: bool) -> Iterator[torch.Tensor]:
         import torch
 
         rows = [self._pairs(one) for one in lists]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -62,7 +63,7 @@ class Tuned(Shown):
 
     Attributes:
         folder: holds the adapter, for `KaLMReranker(lora=...)`; None if no step made the model better on the validation
-            queries, and nothing was written.
+            queries, and only the report was written.
         comparisons: one per ratio that was measured.
         steps: steps done.
         best_step: step whose adapter was kept.
@@ -74,6 +75,7 @@ class Tuned(Shown):
         estimate: seconds that training was said to take at most.
         seconds: seconds that training took.
         warnings: what was odd about the judgements.
+        owner: digest of the model, the judgements and the recipe.
     """
 
     folder: Path | None
@@ -88,6 +90,7 @@ class Tuned(Shown):
     estimate: float
     seconds: float
     warnings: list[str] = field(default_factory=list)
+    owner: str = ""
 
     def columns(self) -> tuple[list[str], list[list[str]]]:
         """Heading and rows of the table of the held-out queries."""
@@ -107,13 +110,20 @@ class Tuned(Shown):
         return ["ratio", "BM25", "before", "after", "change", "95 % interval", "p", "verdict"], rows
 
     def as_json(self) -> dict[str, Any]:
-        """Return everything, for JSON."""
+        """Return everything, for JSON; a number that is NaN or infinite, which JSON lacks, is None."""
         found = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {
-            **found,
-            "folder": None if self.folder is None else str(self.folder),
-            "comparisons": [one.as_json() for one in self.comparisons],
-        }
+        found["folder"] = None if self.folder is None else str(self.folder)
+        found["comparisons"] = [one.as_json() for one in self.comparisons]
+        return {name: _finite(value) for name, value in found.items()}
+
+
+def _finite(value: Any) -> Any:
+    """Replace NaN and infinity in lists and mappings by None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    return [_finite(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def compare(experiment: Experiment, lora: Path) -> list[Comparison]:

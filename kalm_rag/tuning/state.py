@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kalm_rag.tuning.adapter import replace_file
 
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FILE = "resume.safetensors"
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What the optimiser keeps for each matrix once a step is done."""
 
 
 @dataclass(slots=True)
@@ -71,14 +74,52 @@ def write_state(folder: Path, progressed: Progressed, tensors: Mapping[str, torc
     return True
 
 
-def read_state(folder: Path, owner: str) -> tuple[Progressed, dict[str, torch.Tensor]] | None:
-    """Return the state of an earlier start of the same run, if there is one.
-
-    A file that cannot be read is a line in the log, and training starts again.
+def state_owner(folder: Path) -> str | None:
+    """Return whose state a folder holds; None if there is none, or it cannot be read.
 
     Raises:
-        ValueError: the folder holds the state of another run.
+        ValueError: the file is whole, but no state of a training.
     """
+    found = _read(folder, logging.DEBUG)  # `read_state` warns
+    return None if found is None else found[0].owner
+
+
+def read_state(
+    folder: Path, owner: str, shapes: Mapping[str, Sequence[int]]
+) -> tuple[Progressed, dict[str, torch.Tensor]] | None:
+    """Return the state of an earlier start of the same run, if there is one.
+
+    A file that cannot be read, or lacks a part, is a line in the log, and training starts again.
+
+    Args:
+        folder: where it is kept.
+        owner: digest of the run.
+        shapes: of the adapter's matrices, by name.
+
+    Raises:
+        ValueError: the folder holds the state of another run, or a file that is no state.
+    """
+    found = _read(folder, logging.WARNING)
+    if found is None:
+        return None
+    progressed, tensors = found
+    if progressed.owner != owner:
+        msg = (
+            f"{str(folder)!r} holds an unfinished tuning of another model, other judgements or another recipe "
+            f"({progressed.owner[:12]}, this one is {owner[:12]}); give another folder (--out), or delete this one"
+        )
+        raise ValueError(msg)
+    kinds = ("best", "now", *MOMENTS) if progressed.step else ("best", "now")
+    expected = {f"{kind} {name}": tuple(shape) for name, shape in shapes.items() for kind in kinds}
+    kept = {name: tuple(tensor.shape) for name, tensor in tensors.items() if str(tensor.dtype) == "torch.float32"}
+    if expected != kept:
+        wrong = sorted(name for name in expected.keys() | kept.keys() if expected.get(name) != kept.get(name))
+        logger.warning("%s does not fit the adapter (%s): training starts again", folder / FILE, wrong[:2])
+        return None
+    return found
+
+
+def _read(folder: Path, level: int) -> tuple[Progressed, dict[str, torch.Tensor]] | None:
     from safetensors import SafetensorError, safe_open
 
     path = folder / FILE
@@ -86,18 +127,38 @@ def read_state(folder: Path, owner: str) -> tuple[Progressed, dict[str, torch.Te
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            content = json.loads((file.metadata() or {})["state"])
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
-        progressed = Progressed(**content)
-        progressed.losses = [(int(step), float(loss)) for step, loss in progressed.losses]
-        progressed.validation = [(int(step), float(loss)) for step, loss in progressed.validation]
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-        logger.warning("cannot read %s (%s): training starts again", path, error)
+        progressed = _progressed(json.loads(metadata["state"])) if "state" in metadata else None
+    except (SafetensorError, OSError, LookupError, ValueError, TypeError, RecursionError, OverflowError) as error:
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        logger.log(level, "cannot read %s (%s): training starts again", path, why)
         return None
-    if progressed.owner != owner:
+    if progressed is None:
         msg = (
-            f"{str(folder)!r} holds an unfinished tuning of another model, other judgements or another recipe; give "
-            "another folder (--out), or delete this one"
+            f"{str(path)!r} is no state of a training, so it is not overwritten; move it elsewhere, or give another "
+            "folder (--out)"
         )
         raise ValueError(msg)
     return progressed, tensors
+
+
+def _progressed(content: Any) -> Progressed:
+    """Check what a file says, field by field.
+
+    Raises:
+        TypeError, ValueError, OverflowError: a field is missing, or of another type.
+    """
+    found = Progressed(**content)
+    for name in ("step", "best_step", "waited"):
+        value = getattr(found, name)
+        if type(value) is not int or value < 0:
+            msg = f"{name} is {value!r:.40}"
+            raise ValueError(msg)
+    if not (isinstance(found.owner, str) and isinstance(found.ended, str)):
+        msg = f"owner is {found.owner!r:.40}, ended is {found.ended!r:.40}"
+        raise TypeError(msg)
+    found.best_loss, found.seconds = float(found.best_loss), float(found.seconds)
+    found.losses = [(int(step), float(loss)) for step, loss in found.losses]
+    found.validation = [(int(step), float(loss)) for step, loss in found.validation]
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -16,7 +17,7 @@ from kalm_rag.tuning.adapter import insert_adapter
 from kalm_rag.tuning.judgements import Example
 from kalm_rag.tuning.lists import ListMaker, Objective, ScoredList
 from kalm_rag.tuning.recipe import Recipe
-from kalm_rag.tuning.state import Progressed, read_state, write_state
+from kalm_rag.tuning.state import MOMENTS, Progressed, read_state, write_state
 from kalm_rag.utils.progress import Progress
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class Trainer:
         self.progressed = Progressed(owner)
         self.best = _copied(self._matrices)
         self.is_kept = False
+        self._is_whole = True
         self._resume()
 
     def time_step(self) -> float:
@@ -100,32 +102,46 @@ class Trainer:
     def run(self, show_progress: bool | None = None) -> None:
         """Train until the last step, or until the validation loss no longer falls.
 
-        An interruption keeps the state for a later start.
+        An interruption keeps the state for a later start; in the middle of a change, the state that was kept before.
         """
         done = self.progressed
         began, kept = time.monotonic() - done.seconds, time.monotonic()
-        every = max(1, self._steps_per_epoch // _MEASURED_PER_EPOCH)
         with Progress(self.steps, "tuning", unit="step", show=show_progress) as progress:
             progress.advance(done.step)
             try:
-                if not done.validation:
+                if self._is_due():  # at the start, or where the run was interrupted while it measured
                     self._measure()
                 for lists in self._rest():
                     if done.ended:
                         break
                     self._step(lists)
                     progress.advance(1)
-                    if not done.ended and (done.step % every == 0 or done.step == self.steps):
+                    if self._is_due():
                         self._measure()
                     done.seconds = time.monotonic() - began
                     if time.monotonic() - kept > _KEPT_EVERY:
                         self._keep()
                         kept = time.monotonic()
-            except KeyboardInterrupt:
+                done.ended = done.ended or f"all {self.steps} steps are done"
                 self._keep()
+            except KeyboardInterrupt:
+                if self._is_whole:
+                    self._keep()
                 raise
-        done.ended = done.ended or f"all {self.steps} steps are done"
-        self._keep()
+
+    def _is_due(self) -> bool:
+        """Whether the validation loss of the present step is wanted and was not measured yet."""
+        done = self.progressed
+        every = max(1, self._steps_per_epoch // _MEASURED_PER_EPOCH)
+        wanted = not done.ended and (done.step % every == 0 or done.step == self.steps)
+        return wanted and (not done.validation or done.validation[-1][0] != done.step)
+
+    @contextlib.contextmanager
+    def _change(self) -> Iterator[None]:
+        """Mark a change of what is kept: a state from the middle of it would take a step twice, or lose the best."""
+        self._is_whole = False
+        yield
+        self._is_whole = True
 
     def _rest(self) -> Iterator[list[ScoredList]]:
         """Yield the lists of each step that is left."""
@@ -145,9 +161,10 @@ class Trainer:
             return
         for group in self._optimiser.param_groups:
             group["lr"] = self._recipe.rate * _rate_share(done.step, self.steps, self._recipe.warmup)
-        self._optimiser.step()
-        done.step += 1
-        done.losses.append((done.step, loss))
+        with self._change():
+            self._optimiser.step()
+            done.step += 1
+            done.losses.append((done.step, loss))
 
     def _gradients(self, lists: Sequence[ScoredList]) -> float:
         """Compute the gradients of the mean loss of some lists, and return it."""
@@ -165,12 +182,18 @@ class Trainer:
         loss = sum(float(part) for part in self._objective.losses(self._validation, gradients=False)) / len(
             self._validation
         )
-        done.validation.append((done.step, loss))
+        with self._change():
+            done.validation.append((done.step, loss))
+            if loss < done.best_loss:
+                self.best = _copied(self._matrices)
+                done.best_loss, done.best_step, done.waited = loss, done.step, 0
+            else:
+                self._wait(loss)
         logger.info("step %d of %d: validation loss %.4f", done.step, self.steps, loss)
-        if loss < done.best_loss:
-            done.best_loss, done.best_step, done.waited = loss, done.step, 0
-            self.best = _copied(self._matrices)
-            return
+
+    def _wait(self, loss: float) -> None:
+        """Note a measurement that is not the best, which may end training."""
+        done = self.progressed
         done.waited += 1
         if not math.isfinite(loss):
             done.ended = f"the validation loss was not finite at step {done.step}"
@@ -184,7 +207,7 @@ class Trainer:
         tensors = {f"best {name}": tensor for name, tensor in self.best.items()}
         for name, parameter in self._matrices.items():
             tensors[f"now {name}"] = parameter
-            for moment in ("exp_avg", "exp_avg_sq"):
+            for moment in MOMENTS:
                 if parameter in self._optimiser.state:
                     tensors[f"{moment} {name}"] = self._optimiser.state[parameter][moment]
         self.is_kept = write_state(self._folder, self.progressed, tensors)
@@ -192,7 +215,8 @@ class Trainer:
     def _resume(self) -> None:
         import torch
 
-        found = read_state(self._folder, self.progressed.owner)
+        shapes = {name: parameter.shape for name, parameter in self._matrices.items()}
+        found = read_state(self._folder, self.progressed.owner, shapes)
         if found is None:
             return
         self.progressed, tensors = found
@@ -200,7 +224,7 @@ class Trainer:
         for name, parameter in self._matrices.items():
             parameter.data.copy_(tensors[f"now {name}"])
             if self.progressed.step:
-                moments = {key: tensors[f"{key} {name}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
+                moments = {key: tensors[f"{key} {name}"].to(parameter.device) for key in MOMENTS}
                 self._optimiser.state[parameter] = {"step": torch.tensor(float(self.progressed.step)), **moments}
         logger.info("resuming at step %d of %d", self.progressed.step, self.steps)
 

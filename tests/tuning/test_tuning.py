@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from mteb.models.model_implementations.kalm_reranker import KaLMRerankerWrapper
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tunekit import RECIPE, demo_corpus, small_corpus
 
 from kalm_rag import KaLMReranker, PassageCache
@@ -25,19 +27,22 @@ from kalm_rag.model.decoder import Pair, YesNoHead, pair_margins
 from kalm_rag.model.encoder import Encoder
 from kalm_rag.model.identity import identify
 from kalm_rag.model.loading import load_model, load_tokenizer
-from kalm_rag.model.lora import WEIGHTS
+from kalm_rag.model.lora import CONFIG, WEIGHTS
 from kalm_rag.model.prompts import Prompts
 from kalm_rag.settings import Settings
+from kalm_rag.states import StatesSource, key_space
 from kalm_rag.tuning import Comparison, Recipe, Tuned, export_checkpoint, tune
 from kalm_rag.tuning import adapter as adapter_module
 from kalm_rag.tuning import job as job_module
+from kalm_rag.tuning import lists as lists_module
 from kalm_rag.tuning import trainer as trainer_module
 from kalm_rag.tuning.adapter import insert_adapter
 from kalm_rag.tuning.judgements import Example
-from kalm_rag.tuning.lists import ListMaker
+from kalm_rag.tuning.lists import ListMaker, Objective
 from kalm_rag.tuning.loss import list_loss
 from kalm_rag.tuning.state import FILE, Progressed, read_state
 from kalm_rag.tuning.trainer import Trainer
+from kalm_rag.utils.turns import Turns
 
 pytest.importorskip("peft", reason="the extra tune is not installed")
 
@@ -156,6 +161,72 @@ def test_an_interrupted_run_ends_as_it_would_have(
 
 
 @pytest.mark.usefixtures("without_comparison")
+def test_an_interruption_while_it_measures_or_takes_a_step_changes_nothing(
+    tuned: Tuned, checkpoint: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both in one run, one after the other; the state is written after every step here."""
+    monkeypatch.setattr(trainer_module, "_KEPT_EVERY", -1.0)
+    losses, step, steps = Objective.losses, torch.optim.AdamW.step, iter(range(1, 99))
+    best = max(place for place, _ in tuned.validation[1:-1])
+
+    def stop_measuring(objective: Objective, lists: Any, *, gradients: bool) -> Any:
+        yield from losses(objective, lists, gradients=gradients)
+        if not gradients and next(measured) == [place for place, _ in tuned.validation].index(best):
+            raise KeyboardInterrupt
+
+    def stop_after_step(optimiser: Any, *given: Any) -> None:
+        step(optimiser, *given)
+        if next(steps) == 2:
+            raise KeyboardInterrupt
+
+    measured = iter(range(99))
+    with monkeypatch.context() as patch:
+        patch.setattr(Objective, "losses", stop_measuring)
+        with pytest.raises(KeyboardInterrupt):
+            again(checkpoint, cache, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", stop_after_step)
+        with pytest.raises(KeyboardInterrupt):
+            again(checkpoint, cache, tmp_path)
+    said: list[str] = []
+    found = again(checkpoint, cache, tmp_path, announce=said.append)
+    assert any(f"resuming after step {best + 1}" in text for text in said)
+    assert [place for place, _ in found.validation] == [place for place, _ in tuned.validation]
+    assert dict(found.validation) == pytest.approx(dict(tuned.validation), abs=1e-5)
+    assert [place for place, _ in found.losses] == [place for place, _ in tuned.losses]
+    assert_equal(weights(found), weights(tuned))
+
+
+def test_few_passages_are_in_memory_at_a_time(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings()
+    found = find_checkpoint(checkpoint)
+    loaded = load_model(found, settings=settings, device=torch.device("cpu"), dtype="float32", fast=False)
+    prompts = Prompts(loaded.tokenizer, settings, 8192)
+    cache = PassageCache()
+    keys = key_space(identify(found), max_length=64, dtype="float32", storage=cache.storage)
+    objective = Objective(loaded, StatesSource(loaded, settings, cache, keys, prompts, Turns()), 0.3)
+    examples = [Example(f"q{number}", ("good",), (), ("bad", "worse", "worst")) for number in range(7)]
+    lists = ListMaker(prompts, Recipe(list_size=3, ratios=(4, 8))).validation(examples)
+    whole = sum(float(loss) for loss in objective.losses(lists, gradients=False))
+    make, score = Objective._pairs, lists_module.pair_margins
+    held: list[int] = [0]
+
+    def count_made(given: Objective, one: Any) -> Any:
+        held.append(held[-1] + 1)
+        return make(given, one)
+
+    def count_scored(*given: Any) -> torch.Tensor:
+        held.append(held[-1] - len(given[2]) // 3)
+        return score(*given)
+
+    monkeypatch.setattr(Objective, "_pairs", count_made)
+    monkeypatch.setattr(lists_module, "pair_margins", count_scored)
+    monkeypatch.setattr(lists_module, "_PASSAGES_AT_ONCE", 6)
+    assert sum(float(loss) for loss in objective.losses(lists, gradients=False)) == pytest.approx(whole, abs=1e-5)
+    assert (max(held), held[-1]) == (2, 0)
+
+
+@pytest.mark.usefixtures("without_comparison")
 def test_a_kill_between_two_steps_loses_only_what_was_not_kept(
     tuned: Tuned, checkpoint: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,18 +249,54 @@ def test_a_kill_between_two_steps_loses_only_what_was_not_kept(
     assert_equal(weights(found), weights(tuned))
 
 
+SHAPES = {"a": (2, 3)}
+STATE = {f"{kind} a": torch.ones(2, 3) for kind in ("best", "now", "exp_avg", "exp_avg_sq")}
+
+
 def test_the_state_of_another_run_is_refused_and_a_damaged_one_is_left(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trainer_module.write_state(tmp_path, Progressed("mine", 3), {"x": torch.ones(2)})
-    found = read_state(tmp_path, "mine")
+    trainer_module.write_state(tmp_path, Progressed("mine", 3), STATE)
+    found = read_state(tmp_path, "mine", SHAPES)
     assert found is not None
-    assert (found[0].step, found[1]["x"].tolist()) == (3, [1.0, 1.0])
-    with pytest.raises(ValueError, match="holds an unfinished tuning of another model, other judgements or another"):
-        read_state(tmp_path, "another")
+    assert found[0].step == 3
+    assert_equal(found[1], STATE)
+    with pytest.raises(ValueError, match=r"another model, other judgements or another recipe \(mine, this one is anot"):
+        read_state(tmp_path, "another", SHAPES)
     (tmp_path / FILE).write_bytes((tmp_path / FILE).read_bytes()[:-3])
-    assert read_state(tmp_path, "mine") is None
+    assert read_state(tmp_path, "mine", SHAPES) is None
     assert "training starts again" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "state",
+    ["[" * 100_000, "[1]", "{", '{"step": 3}', '{"owner": "mine", "step": "3"}', '{"owner": "mine", "step": -1}',
+     '{"owner": 7}', '{"owner": "mine", "losses": [[1]]}', '{"owner": "mine", "best_loss": 1' + 400 * "0" + "}",
+     '{"owner": "mine", "step": 1, "more": 1}'],
+)  # fmt: skip
+def test_a_state_that_says_nonsense_is_left(tmp_path: Path, caplog: pytest.LogCaptureFixture, state: str) -> None:
+    save_file(STATE, tmp_path / FILE, {"state": state})
+    assert read_state(tmp_path, "mine", SHAPES) is None
+    assert "training starts again" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {},
+        {name: tensor for name, tensor in STATE.items() if name != "now a"},
+        {name: tensor for name, tensor in STATE.items() if not name.startswith("exp")},
+        STATE | {"best a": torch.ones(3, 2)},
+        STATE | {"exp_avg a": torch.ones(2, 3, dtype=torch.float64)},
+        STATE | {"best b": torch.ones(1)},
+    ],
+)
+def test_a_state_without_its_tensors_is_left(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, tensors: dict[str, torch.Tensor]
+) -> None:
+    trainer_module.write_state(tmp_path, Progressed("mine", 3), tensors)
+    assert read_state(tmp_path, "mine", SHAPES) is None
+    assert "does not fit the adapter" in caplog.text
 
 
 @pytest.mark.usefixtures("without_comparison")
@@ -408,3 +515,71 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a file; give a folder"):
         tune(small_corpus(), tmp_path / "mine.txt", model="mini")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def no_training(*_: object, **__: object) -> None:
+    pytest.fail("the folder is refused before anything is trained")
+
+
+@pytest.mark.usefixtures("without_comparison")
+def test_an_adapter_of_another_tuning_is_not_overwritten(
+    tuned: Tuned, checkpoint: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert tuned.folder is not None
+    out = Path(shutil.copytree(tuned.folder, tmp_path / "out"))
+    before = contents(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "run", no_training)
+        with pytest.raises(ValueError, match=f"adapter of the tuning {tuned.owner[:12]}, and this one is .*give an"):
+            again(checkpoint, cache, out, replace(RECIPE, seed=1))
+        assert contents(out) == before
+        (out / "tuning.json").unlink()
+        with pytest.raises(ValueError, match=f"holds {CONFIG}, {WEIGHTS}, and no tuning.json names the tuning"):
+            again(checkpoint, cache, out)
+        (out / WEIGHTS).unlink()
+        (out / CONFIG).unlink()
+        (out / "tuning.json").write_text("[]")
+        with pytest.raises(ValueError, match=r"holds tuning.json, and no tuning.json names .*give another folder"):
+            again(checkpoint, cache, out)
+        (out / "tuning.json").unlink()
+        save_file({"x": torch.ones(1)}, out / FILE)
+        with pytest.raises(ValueError, match="resume.safetensors' is no state of a training, so it is not overwritten"):
+            again(checkpoint, cache, out)
+        assert load_file(out / FILE)["x"].tolist() == [1.0]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
+def diverge_at_once(trainer: Trainer, _: Any) -> float:
+    return float("nan")
+
+
+@pytest.mark.usefixtures("without_comparison")
+def test_without_a_gain_only_the_report_is_left(
+    tuned: Tuned, checkpoint: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert tuned.folder is not None
+    out = Path(shutil.copytree(tuned.folder, tmp_path / "out"))
+    monkeypatch.setattr(Trainer, "time_step", lambda _: 1.0)
+    monkeypatch.setattr(Trainer, "_gradients", diverge_at_once)
+    with monkeypatch.context() as patch:
+        patch.setattr(job_module, "replace_file", full_disk)
+        with pytest.raises(OSError, match=r"cannot write the report to .*tuning.json.*No space.*make room there"):
+            again(checkpoint, cache, out)
+    assert (out / FILE).is_file(), "the next call finds what was trained"
+    losses = Objective.losses
+    monkeypatch.setattr(
+        Objective, "losses", lambda *given, **more: (part * math.nan for part in losses(*given, **more))
+    )
+    found = again(checkpoint, cache, tmp_path / "new")
+    assert math.isnan(found.validation[0][1])
+    found = again(checkpoint, cache, out)
+    assert found.folder is None
+    assert set(contents(out)) == {"tuning.json"}
+    for folder in (out, tmp_path / "new"):
+        report = json.loads((folder / "tuning.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+        assert report["folder"] is None
+        assert report["owner"] == tuned.owner
+    assert report["validation"] == [[0, None]]
