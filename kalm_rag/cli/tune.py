@@ -138,10 +138,13 @@ def tune(
     """
     from kalm_rag.tuning import Recipe, export_checkpoint
     from kalm_rag.tuning import tune as run_tuning
+    from kalm_rag.tuning.export import check_target
 
     if source is None and export is None:
         msg = "name the judgements: a BEIR folder, or a file of JSON lines with query, positive and negatives"
         raise ValueError(msg)
+    if export is not None:
+        check_target(export, out)  # before hours of training
     note_mini(model)
     if source is not None:
         try:

@@ -23,7 +23,7 @@ from kalm_rag.retrieval.corpus import Corpus
 from kalm_rag.settings import DEFAULT_INSTRUCTION, Settings, base_ratio
 from kalm_rag.tuning.adapter import replace_file, save_adapter
 from kalm_rag.tuning.folder import CACHE, LOCK, REPORT, check_owner, claim, remove_adapter
-from kalm_rag.tuning.judgements import Example, make_examples, notes_on, read_judgements, split_queries
+from kalm_rag.tuning.judgements import Example, check_held_out, make_examples, notes_on, read_judgements, split_queries
 from kalm_rag.tuning.recipe import Recipe
 from kalm_rag.tuning.report import METRIC, Tuned, compare
 from kalm_rag.tuning.state import FILE
@@ -104,8 +104,10 @@ def tune(
         qrels: file of judgements, see `read_judgements`.
         split: which judgements of a BEIR folder, see `read_judgements`.
         recipe: how to train.
-        by_passages: hold out queries whose relevant passages no other part of the split has, instead of any queries.
-        held_out: ids of the queries that measure the result. Default: a share of all, see `Recipe`.
+        by_passages: keep queries that share relevant passages together, so that no part of the split has those of
+            another one.
+        held_out: ids of the queries that measure the result. Default: a share of all, see `Recipe`. With `by_passages`,
+            queries that share relevant passages with them are left out of training.
         show_progress: as in `KaLMReranker`.
         token: as in `KaLMReranker`.
         local_files_only: as in `KaLMReranker`.
@@ -126,6 +128,7 @@ def tune(
     task = DEFAULT_INSTRUCTION if instruction is None else check_text("instruction", instruction)
     settings = Settings(max_length=check_positive("max_length", max_length), instruction=task, prefill_memory=0)
     corpus = source if isinstance(source, Corpus) else read_judgements(source, queries, qrels, split)
+    held_out = check_held_out(corpus.qrels, held_out)
     claim(folder, [given for given in (source, queries, qrels) if isinstance(given, (str, Path))])
     checkpoint = find_checkpoint(model, revision=revision, token=token, local_files_only=local_files_only)
     if cache is None or (cache == DEFAULT and passages_dir() is None):
@@ -152,7 +155,11 @@ def tune(
 def _tune(job: _Job, corpus: Corpus, name: str, *, by_passages: bool, held_out: Collection[str]) -> Tuned:
     recipe = job.recipe
     candidates = bm25_candidates(corpus, recipe.depth, show_progress=job.show_progress)
-    parts = split_queries(candidates.qrels, recipe, by_passages=by_passages, held_out=held_out)
+    usable = [query for query in held_out if query in candidates.qrels]
+    if held_out and not usable:
+        msg = f"none of the {len(held_out)} queries of held_out has a relevant passage; hold out others"
+        raise ValueError(msg)
+    parts = split_queries(candidates.qrels, recipe, by_passages=by_passages, held_out=usable)
     warnings = notes_on(corpus, candidates, parts)
     examples, lost = make_examples(corpus, candidates, parts.train, recipe)
     warnings += [f"of the queries that train, {text}" for text in lost]

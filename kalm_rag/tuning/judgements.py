@@ -43,11 +43,16 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Ids of the queries that train, that decide when to stop, and that measure."""
+    """Ids of the queries that train, that decide when to stop, and that measure.
+
+    Attributes:
+        dropped: queries that are in none of them, because they share relevant passages with those that measure.
+    """
 
     train: tuple[str, ...]
     validation: tuple[str, ...]
     test: tuple[str, ...]
+    dropped: tuple[str, ...] = ()
 
 
 def read_judgements(
@@ -135,6 +140,9 @@ def _texts(value: object, name: str, where: str) -> list[str]:
     if not isinstance(found, list) or any(not isinstance(text, str) for text in found):
         msg = f"{where}: {name} must be a text or a list of texts, got {value!r:.60}"
         raise ValueError(msg)
+    if not all(text.strip() for text in found):
+        msg = f"{where}: {name} must not hold an empty text, got {value!r:.60}; leave out what is empty"
+        raise ValueError(msg)
     return found
 
 
@@ -152,16 +160,24 @@ def split_queries(
         recipe: shares and seed.
         by_passages: keep queries that share a relevant passage together, so that none of the three parts has seen the
             relevant passages of another.
-        held_out: queries that measure. Default: a share of all.
+        held_out: ids of queries that measure. Default: a share of all. With `by_passages`, queries that share relevant
+            passages with them are in no part.
 
     Raises:
-        ValueError: there are too few queries for three parts.
+        TypeError: `held_out` is one string.
+        ValueError: there are too few queries for three parts, or `held_out` names a query that is not judged.
     """
+    held_out = check_held_out(qrels, held_out)
     groups = _groups(qrels) if by_passages else [[query] for query in qrels]
+    largest = max(groups, key=len, default=[])
     random.Random(recipe.seed).shuffle(groups)  # noqa: S311 - a reproducible split
+    dropped: list[str] = []
     if held_out:
-        test = [query for query in qrels if query in held_out]
-        groups = [group for group in groups if not any(query in held_out for query in group)]
+        chosen = set(held_out)
+        test = [query for query in qrels if query in chosen]
+        touched = [group for group in groups if not chosen.isdisjoint(group)]
+        dropped = [query for group in touched for query in group if query not in chosen]
+        groups = [group for group in groups if chosen.isdisjoint(group)]
     else:
         test, groups = _take(groups, max(1, round(recipe.test * len(qrels))))
     rest = sum(map(len, groups))
@@ -170,10 +186,45 @@ def split_queries(
     if not (train and validation and test):
         msg = (
             f"{len(qrels)} judged queries cannot be divided into those that train, those that decide when to stop and "
-            "those that measure; judge at least 20, better 100"
+            f"those that measure: {_why(qrels, largest, len(test) if held_out else 0, len(dropped))}"
         )
         raise ValueError(msg)
-    return Split(tuple(train), tuple(validation), tuple(test))
+    return Split(tuple(train), tuple(validation), tuple(test), tuple(dropped))
+
+
+def check_held_out(qrels: Mapping[str, object], held_out: Collection[str]) -> tuple[str, ...]:
+    """Return the ids of the queries that measure.
+
+    Raises:
+        TypeError: they are one string.
+        ValueError: one is not judged.
+    """
+    if isinstance(held_out, (str, bytes)):
+        msg = f"held_out must be a collection of query ids, got the single text {held_out!r:.60}; put it into a list"
+        raise TypeError(msg)
+    found = tuple(held_out)
+    unknown = [query for query in found if query not in qrels]
+    if unknown:
+        msg = (
+            f"held_out names {len(unknown)} queries without judgements, such as {unknown[0]!r:.60}; judged are "
+            f"{len(qrels)}, such as {next(iter(qrels), None)!r:.60}: correct the ids, or leave them out"
+        )
+        raise ValueError(msg)
+    return found
+
+
+def _why(qrels: Mapping[str, object], largest: Sequence[str], held_out: int, dropped: int) -> str:
+    """Say why queries cannot be divided, and the way out."""
+    if len(largest) > 1:
+        left_out = f", and {dropped} are left out because they share some with those held out" if dropped else ""
+        return (
+            f"{len(largest)} of them, such as {largest[0]!r:.40} and {largest[-1]!r:.40}, are connected by relevant "
+            f"passages that they share, and stay together{left_out}; divide by queries (without by_passages), or judge "
+            "queries with other passages"
+        )
+    if held_out:
+        return f"held_out names {held_out}, so {len(qrels) - held_out} are left; hold out fewer"
+    return "judge at least 20, better 100"
 
 
 def _take(groups: list[list[str]], count: int) -> tuple[list[str], list[list[str]]]:
@@ -188,20 +239,24 @@ def _take(groups: list[list[str]], count: int) -> tuple[list[str], list[list[str
 def _groups(qrels: Mapping[str, Mapping[str, int]]) -> list[list[str]]:
     """Queries that are connected by relevant passages that they share."""
     parents: dict[str, str] = {}
-
-    def root(name: str) -> str:
-        while parents.setdefault(name, name) != name:
-            name = parents[name]
-        return name
-
     for query, judged in qrels.items():
         for passage, value in judged.items():
             if value > 0:
-                parents[root(f"query {query}")] = root(f"passage {passage}")
+                parents[_root(parents, f"query {query}")] = _root(parents, f"passage {passage}")
     groups: dict[str, list[str]] = {}
     for query in qrels:
-        groups.setdefault(root(f"query {query}"), []).append(query)
+        groups.setdefault(_root(parents, f"query {query}"), []).append(query)
     return list(groups.values())
+
+
+def _root(parents: dict[str, str], name: str) -> str:
+    """Follow parents to the end; the way there is shortened, as a long chain would be followed again every time."""
+    root = name
+    while parents.setdefault(root, root) != root:
+        root = parents[root]
+    while name != root:
+        parents[name], name = root, parents[name]
+    return root
 
 
 def make_examples(
@@ -274,6 +329,11 @@ def notes_on(corpus: Corpus, candidates: Candidates, split: Split) -> list[str]:
         notes.append(
             f"only {count} judged queries: {len(split.train)} train and {len(split.test)} measure, which is too few to "
             "show a gain; judge at least 100"
+        )
+    if split.dropped:
+        notes.append(
+            f"{len(split.dropped)} queries share relevant passages with held-out queries, also by way of others, and "
+            "are left out of training"
         )
     named = {name for judged in corpus.qrels.values() for name in judged}
     all_positive = all(value > 0 for judged in corpus.qrels.values() for value in judged.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
 
 from kalm_rag.utils.checks import check_positive, check_ratio
@@ -52,18 +53,22 @@ class Recipe:
         if not self.ratios:
             msg = "ratios must name at least one compression ratio, got none; (4, 8, 16, 32) is the default"
             raise ValueError(msg)
-        object.__setattr__(self, "ratios", tuple(check_ratio("ratios", ratio) for ratio in self.ratios))
+        checked: dict[str, object] = {"ratios": tuple(check_ratio("ratios", ratio) for ratio in self.ratios)}
         counts = ("lists_per_step", "epochs", "rank", "alpha", "warmup", "patience", "negatives", "depth")
         for name in (*counts, "list_size"):
-            check_positive(name, getattr(self, name))
+            checked[name] = check_positive(name, getattr(self, name))
         if self.list_size < 2:
             msg = f"list_size must be at least 2 (a relevant passage and a negative), got {self.list_size}"
             raise ValueError(msg)
         for name in ("rate", "answer", "test", "validation"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < 1:
                 msg = f"{name} must be a number above 0 and below 1, got {value!r}"
                 raise ValueError(msg)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            checked[name] = float(value)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, numbers.Integral):
             msg = f"seed must be an integer, got {self.seed!r}"
             raise TypeError(msg)
+        checked["seed"] = int(self.seed)
+        for name, found in checked.items():
+            object.__setattr__(self, name, found)  # frozen, and a number may have come as one of numpy's

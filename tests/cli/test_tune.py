@@ -137,6 +137,18 @@ def test_an_adapter_is_exported(
     assert (place / "model.safetensors").is_file()
 
 
+def test_the_place_of_an_export_is_checked_before_training(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tuning_module, "tune", lambda *_, **__: pytest.fail("it trained"))
+    (tmp_path / "mine").write_text("mine")
+    for place in (tmp_path, tmp_path / "mine"):
+        options = ["--out", tmp_path / "out", "--export", place]
+        code, _, err = run(["tune", "judged.jsonl", *options], monkeypatch, capsys)
+        assert code == 2
+        assert "give another one" in err or "is not an empty folder" in err
+
+
 def test_rank_scores_with_the_adapter(
     checkpoint: Path,
     adapter: Path,

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kalm_rag.evaluation.candidates import Candidates, bm25_candidates
 from kalm_rag.retrieval.corpus import Corpus
 from kalm_rag.tuning import Recipe, read_judgements
+from kalm_rag.tuning import judgements as judgements_module
 from kalm_rag.tuning.judgements import make_examples, notes_on, split_queries
 
 RECIPE = Recipe(list_size=4, negatives=5, depth=5)
@@ -60,6 +62,12 @@ def test_json_lines(tmp_path: Path) -> None:
         ({"query": "q", "negatives": ["a"]}, "line 1: positive must be a text or a list of texts, got none"),
         ({"query": "q", "positive": []}, "line 1: positive must be a text or a list of texts, got none"),
         ({"query": "q", "positive": 7}, "line 1: positive must be a text or a list of texts, got 7"),
+        (
+            {"query": "q", "positive": ""},
+            "line 1: positive must not hold an empty text, got ''; leave out what is empty",
+        ),
+        ({"query": "q", "positive": ["a", " "]}, r"line 1: positive must not hold an empty text, got \['a', ' '\]"),
+        ({"query": "q", "positive": "a", "negatives": ""}, "line 1: negatives must not hold an empty text, got ''"),
         ({"query": "q", "positive": "a", "negatives": [None]}, "line 1: negatives must be a text or a list of texts"),
         ({"query": "q", "positive": "a", "negatives": ["a"]}, "line 1: 'a' is both positive and negative"),
         ("", "holds no judgement; each line is an object with query, positive and negatives"),
@@ -104,8 +112,51 @@ def test_parts_of_a_split_are_apart_and_the_same_again() -> None:
 
 def test_queries_that_share_passages_in_a_chain_stay_together() -> None:
     qrels = {f"q{number}": {f"p{number}": 1, f"p{number + 1}": 1} for number in range(30)}
-    with pytest.raises(ValueError, match="30 judged queries cannot be divided"):
+    message = "measure: 30 of them, such as 'q0' and 'q29', are connected by relevant passages .*without by_passages"
+    with pytest.raises(ValueError, match=f"30 judged queries cannot be divided .*{message}"):
         split_queries(qrels, RECIPE, by_passages=True)
+
+
+def test_queries_that_are_held_out_by_name() -> None:
+    qrels = {f"q{number}": {f"p{number // 3}": 1} for number in range(60)}
+    found = split_queries(qrels, RECIPE, held_out=["q7", "q1"])
+    assert (found.test, found.dropped) == (("q1", "q7"), ())
+    assert len(found.train) + len(found.validation) == 58
+    by_passages = split_queries(qrels, RECIPE, by_passages=True, held_out=["q7", "q1"])
+    assert by_passages.test == ("q1", "q7")
+    assert sorted(by_passages.dropped) == ["q0", "q2", "q6", "q8"]
+    assert len(by_passages.train) + len(by_passages.validation) == 54
+    corpus = corpus_of(60, qrels)
+    said = notes_on(corpus, bm25_candidates(corpus, 5), by_passages)
+    assert "4 queries share relevant passages with held-out queries, also by way of others, and are left out of " in (
+        " ".join(said)
+    )
+
+
+@pytest.mark.parametrize(
+    ("held_out", "error", "message"),
+    [
+        ("q12", TypeError, "held_out must be a collection of query ids, got the single text 'q12'; put it into a list"),
+        (["q1", "q99"], ValueError, "names 1 queries without judgements, such as 'q99'; judged are 60, such as 'q0'"),
+        ([1], ValueError, "names 1 queries without judgements, such as 1; judged are 60, such as 'q0': correct the"),
+        ([f"q{number}" for number in range(59)], ValueError, "held_out names 59, so 1 are left; hold out fewer"),
+    ],
+)
+def test_queries_that_cannot_be_held_out(held_out: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        split_queries({f"q{number}": {f"p{number}": 1} for number in range(60)}, RECIPE, held_out=held_out)
+
+
+def test_the_reason_names_those_that_are_left_out() -> None:
+    qrels = {f"q{number}": {f"p{number}": 1, f"p{number + 1}": 1} for number in range(30)}
+    with pytest.raises(ValueError, match="and stay together, and 29 are left out because they share some with those"):
+        split_queries(qrels, RECIPE, by_passages=True, held_out=["q3"])
+
+
+def test_a_long_chain_is_followed_once() -> None:
+    parents = {str(number): str(min(number + 1, 5000)) for number in range(5001)}
+    assert judgements_module._root(parents, "0") == "5000"
+    assert set(parents.values()) == {"5000"}
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -193,3 +244,11 @@ def test_few_queries_and_only_positives_are_said_beforehand() -> None:
 def test_a_recipe_that_cannot_be_followed(field: str, value: Any, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         Recipe(**{field: value})
+
+
+def test_numbers_of_numpy_become_those_of_python() -> None:
+    given = {"ratios": (np.int64(4),), "epochs": np.int32(3), "rate": np.float32(0.5), "seed": np.int64(7)}
+    found = Recipe(**given)  # type: ignore[arg-type]
+    assert found == Recipe(ratios=(4,), epochs=3, rate=0.5, seed=7)
+    assert json.loads(json.dumps(asdict(found)))["epochs"] == 3
+    assert {type(value) for value in asdict(found).values()} == {tuple, int, float}

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from mteb.models.model_implementations.kalm_reranker import KaLMRerankerWrapper
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tunekit import RECIPE, demo_corpus, small_corpus
 
@@ -37,6 +38,7 @@ from kalm_rag.tuning import job as job_module
 from kalm_rag.tuning import lists as lists_module
 from kalm_rag.tuning import trainer as trainer_module
 from kalm_rag.tuning.adapter import insert_adapter
+from kalm_rag.tuning.export import check_target
 from kalm_rag.tuning.judgements import Example
 from kalm_rag.tuning.lists import ListMaker, Objective
 from kalm_rag.tuning.loss import list_loss
@@ -500,6 +502,8 @@ def test_what_must_be_installed_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pa
         ({"dtype": "float16"}, r"dtype must be one of \('float32', 'bfloat16'\), got 'float16'"),
         ({"max_length": 0}, "max_length must be at least 1, got 0"),
         ({"instruction": 7}, "instruction must be a string, got int"),
+        ({"held_out": "q1"}, "held_out must be a collection of query ids, got the single text 'q1'"),
+        ({"held_out": ["nowhere"]}, "held_out names 1 queries without judgements, such as 'nowhere'"),
         ({"model": "nowhere"}, "is neither an alias"),
     ],
 )
@@ -583,3 +587,52 @@ def test_without_a_gain_only_the_report_is_left(
         assert report["folder"] is None
         assert report["owner"] == tuned.owner
     assert report["validation"] == [[0, None]]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_an_export_that_cannot_be_written_leaves_nothing(
+    tuned: Tuned, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    assert tuned.folder is not None
+    place = tmp_path / "whole"
+    if there:
+        place.mkdir()
+
+    def full(_: object, path: Path, metadata: object) -> None:
+        Path(path).write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(
+        OSError, match=r"cannot write the checkpoint to .*whole.*No space.*; make room there, or give an"
+    ):
+        export_checkpoint(checkpoint, tuned.folder, place)
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"] * there
+
+
+def test_an_export_has_the_licence_and_replaces_an_empty_folder(tuned: Tuned, checkpoint: Path, tmp_path: Path) -> None:
+    assert tuned.folder is not None
+    source = Path(shutil.copytree(checkpoint, tmp_path / "source"))
+    for name in ("LICENSE", "License-Gemma.txt", "NOTICE.md", "README.md", "noticeable.py"):
+        (source / name).write_text(name)
+    place = tmp_path / "whole"
+    place.mkdir()
+    assert export_checkpoint(source, tuned.folder, place) == place
+    names = {path.name for path in place.iterdir()}
+    assert names == {path.name for path in source.iterdir()} - {"README.md", "noticeable.py"}
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "whole"}
+
+
+def test_where_no_export_can_go(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for place, lora, message in (
+        ("file", "lora", "is not an empty folder; give a new one to export to"),
+        ("file/whole", "lora", "no folder can be made in .*file"),
+        (".", "lora", "overlaps with the adapter's"),
+        ("lora/whole", "lora", "overlaps with the adapter's"),
+        ("lora", "lora", "overlaps with the adapter's"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_target(tmp_path / place, tmp_path / lora)
+    assert check_target(tmp_path / "a" / "b", tmp_path / "lora") == tmp_path / "a" / "b"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
