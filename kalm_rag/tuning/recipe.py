@@ -62,7 +62,8 @@ class Recipe:
             raise ValueError(msg)
         for name in ("rate", "answer", "test", "validation"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < 1:
+            is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+            if not (is_number and 0 < value < 1):
                 msg = f"{name} must be a number above 0 and below 1, got {value!r}"
                 raise ValueError(msg)
             checked[name] = float(value)

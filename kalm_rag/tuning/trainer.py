@@ -188,20 +188,8 @@ class Trainer:
                 self.best = _copied(self._matrices)
                 done.best_loss, done.best_step, done.waited = loss, done.step, 0
             else:
-                self._wait(loss)
+                _wait(done, loss, self._recipe.patience)
         logger.info("step %d of %d: validation loss %.4f", done.step, self.steps, loss)
-
-    def _wait(self, loss: float) -> None:
-        """Note a measurement that is not the best, which may end training."""
-        done = self.progressed
-        done.waited += 1
-        if not math.isfinite(loss):
-            done.ended = f"the validation loss was not finite at step {done.step}"
-            logger.warning("%s: training stops, and the adapter of step %d is kept", done.ended, done.best_step)
-        elif done.waited >= self._recipe.patience:
-            done.ended = (
-                f"the validation loss did not fall for {done.waited} measurements, the last at step {done.step}"
-            )
 
     def _keep(self) -> None:
         tensors = {f"best {name}": tensor for name, tensor in self.best.items()}
@@ -227,6 +215,16 @@ class Trainer:
                 moments = {key: tensors[f"{key} {name}"].to(parameter.device) for key in MOMENTS}
                 self._optimiser.state[parameter] = {"step": torch.tensor(float(self.progressed.step)), **moments}
         logger.info("resuming at step %d of %d", self.progressed.step, self.steps)
+
+
+def _wait(done: Progressed, loss: float, patience: int) -> None:
+    """Note a measurement that is not the best, which may end training."""
+    done.waited += 1
+    if not math.isfinite(loss):
+        done.ended = f"the validation loss was not finite at step {done.step}"
+        logger.warning("%s: training stops, and the adapter of step %d is kept", done.ended, done.best_step)
+    elif done.waited >= patience:
+        done.ended = f"the validation loss did not fall for {done.waited} measurements, the last at step {done.step}"
 
 
 def _rate_share(step: int, steps: int, warmup: int) -> float:
