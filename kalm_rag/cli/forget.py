@@ -147,7 +147,10 @@ def forget(
     hidden = _by_model(unsearchable(store, [*recorded, *named]))
     store.close()
     if as_json:
-        print_json({"folder": str(store.folder), **dataclasses.asdict(report), "unsearchable": hidden})
+        facts = dataclasses.asdict(report)
+        for level in ("memory", "store"):
+            del facts[level]["scores"]  # those of other processes are out of reach, and this one has none
+        print_json({"folder": str(store.folder), **facts, "unsearchable": hidden})
     else:
         _show_forgotten(report, hidden)
     if hidden or report.unreadable or report.older:
