@@ -23,7 +23,7 @@ from typing import Any
 
 from compact import costs
 from joint import PEERS, measure_peer
-from replay import Cell, Journal, Replay, budget, make_stream, quantiles
+from replay import Cell, Journal, Replay, budget, make_stream
 from report import environment, percentiles, print_table
 from warm import Bench, seconds
 
@@ -172,7 +172,7 @@ def replay(context: Context) -> dict[str, Any]:
             encoded.append(runner.encode("bfloat16", form))
             cell = Cell("bfloat16", form, "10%")
             found = runner.run(cell, budget(cell.memory, encoded[0]["prefilled_bytes"]))
-            cells.append({**found, **quantiles(found["samples"])})
+            cells.append({**found, **percentiles(found["samples"])})
             del cells[-1]["scores"]
     return {"stream": stream.facts(), "encoded": encoded, "cells": cells}
 

@@ -16,6 +16,7 @@ INK = "<style>text{fill:#374151!important}@media(prefers-color-scheme:dark){text
 """Labels that are dark on a light page and light on a dark one; no single grey is readable on both."""
 
 GREY, BLUE, ORANGE, GREEN = "#808895", "#3b82f6", "#f59e0b", "#10b981"
+COLOURS = (("float32", BLUE), ("bfloat16", ORANGE))
 
 
 def axes(title: str, height: float = 2.6) -> Any:
@@ -114,15 +115,18 @@ def replayed(found: dict[str, Any]) -> None:
     theirs = [peer for peer in found["peers"] if peer["p50"] is not None]
     clock = "processor seconds of one thread" if found["counted"] == "cpu" else "seconds"
     figure, ax = axes(f"Median query over 32 passages, {clock} (logarithmic)", 0.7 + 0.27 * (len(forms) + len(theirs)))
-    for offset, (dtype, colour) in enumerate((("float32", BLUE), ("bfloat16", ORANGE))):
+    dtypes = [(dtype, colour) for dtype, colour in COLOURS if any(cell["dtype"] == dtype for cell in ours)]
+    for offset, (dtype, colour) in enumerate(dtypes):
         medians = {
             (cell["form"], cell["memory"]): statistics.median(cell["samples"])
             for cell in ours
             if cell["dtype"] == dtype
         }
-        places = [place + 0.4 * offset for place, form in enumerate(forms) if form in medians]
+        places = [
+            place + (0.4 * offset if len(dtypes) > 1 else 0.2) for place, form in enumerate(forms) if form in medians
+        ]
         values = [medians[form] for form in forms if form in medians]
-        bars = ax.barh(places, values, 0.38, color=colour, label=f"kalm-rag, {dtype}")
+        bars = ax.barh(places, values, 0.38 if len(dtypes) > 1 else 0.6, color=colour, label=f"kalm-rag, {dtype}")
         ax.bar_label(bars, [f"{value:.2f}" for value in values], padding=3, color=GREY, fontsize=7)
     places = [len(forms) + number + 0.2 for number in range(len(theirs))]
     bars = ax.barh(places, [peer["p50"] for peer in theirs], 0.6, color=GREY, label="joint models")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -66,7 +67,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def percentiles(samples: Sequence[float]) -> dict[str, float]:
-    """p50, p90, p99 and maximum; with few samples the upper ones are the maximum."""
+    """The median, maximum, and p90, p95 and p99: the smallest sample that so many are no larger than."""
     ordered = sorted(samples)
-    pick = lambda share: ordered[min(len(ordered) - 1, int(share * len(ordered)))]  # noqa: E731
-    return {"p50": statistics.median(ordered), "p90": pick(0.9), "p99": pick(0.99), "max": ordered[-1]}
+    upper = {f"p{share}": ordered[math.ceil(share / 100 * len(ordered)) - 1] for share in (90, 95, 99)}
+    return {"p50": statistics.median(ordered), **upper, "max": ordered[-1]}

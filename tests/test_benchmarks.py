@@ -14,6 +14,8 @@ import gpu
 import joint
 import pytest
 import replay
+import replay_report
+import report
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
@@ -135,9 +137,10 @@ def test_choice_of_joint_models() -> None:
         replay.chosen(["bert"])
 
 
-def test_quantiles() -> None:
-    assert replay.quantiles([float(number) for number in range(100, 0, -1)]) == {"p50": 50, "p95": 95, "p99": 99}
-    assert replay.quantiles([3.0]) == {"p50": 3, "p95": 3, "p99": 3}
+def test_percentiles() -> None:
+    found = report.percentiles([float(number) for number in range(100, 0, -1)])
+    assert found == {"p50": 50.5, "p90": 90, "p95": 95, "p99": 99, "max": 100}
+    assert set(report.percentiles([3.0]).values()) == {3.0}
 
 
 def test_break_even() -> None:
@@ -148,7 +151,7 @@ def test_break_even() -> None:
     ]
     cell = {"dtype": "float32", "form": "compact", "memory": "0", "samples": [1.0], "score_memory": 0}
     peers = [{"peer": "slow", "p50": 4.0}, {"peer": "fast", "p50": 0.5}, {"peer": "none", "p50": None}]
-    slow, fast, none = replay.break_even(stream, encoded, [cell, {**cell, "score_memory": 9}], peers)
+    slow, fast, none = replay_report.break_even(stream, encoded, [cell, {**cell, "score_memory": 9}], peers)
     # 3 s for a passage once, and 1.5 s saved each time that it is one of two candidates.
     assert (slow["candidacies"], slow["queries"]) == (2.0, 100)
     assert fast["candidacies"] is fast["queries"] is none["candidacies"] is None

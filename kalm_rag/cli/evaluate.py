@@ -14,6 +14,9 @@ from kalm_rag.cli.options import (
     IdFieldOption,
     JsonOption,
     MaxLengthOption,
+    QrelsOption,
+    QueriesOption,
+    SplitOption,
     TextFieldOption,
     choices,
     complete_dtype,
@@ -40,27 +43,9 @@ def evaluate(
             show_default="the bundled Python FAQ",
         ),
     ] = None,
-    queries: Annotated[
-        Path | None,
-        typer.Option(
-            "--queries",
-            help="Read the queries from this file: JSONL, or id<tab>text.",
-            metavar="FILE",
-            show_default="the folder's",
-        ),
-    ] = None,
-    qrels: Annotated[
-        Path | None,
-        typer.Option(
-            "--qrels",
-            help="Read the judgements from this file of BEIR or TREC.",
-            metavar="FILE",
-            show_default="the folder's",
-        ),
-    ] = None,
-    split: Annotated[
-        str, typer.Option("--split", help="Use this part of a BEIR folder's judgements.", metavar="NAME")
-    ] = "test",
+    queries: QueriesOption = None,
+    qrels: QrelsOption = None,
+    split: SplitOption = "test",
     run: Annotated[
         Path | None,
         typer.Option(

@@ -8,6 +8,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -146,6 +147,36 @@ IdFieldOption = Annotated[
         metavar="NAME",
         show_default="_id, id, docid or doc_id",
     ),
+]
+InstructionOption = Annotated[
+    str | None,
+    typer.Option(
+        "--instruction",
+        help="Tell the model what makes a passage relevant.",
+        metavar="TEXT",
+        show_default="the model's",
+    ),
+]
+QueriesOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--queries",
+        help="Read the queries from this file: JSONL, or id<tab>text.",
+        metavar="FILE",
+        show_default="the folder's",
+    ),
+]
+QrelsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--qrels",
+        help="Read the judgements from this file of BEIR or TREC.",
+        metavar="FILE",
+        show_default="the folder's",
+    ),
+]
+SplitOption = Annotated[
+    str, typer.Option("--split", help="Use this part of a BEIR folder's judgements.", metavar="NAME")
 ]
 MaxLengthOption = Annotated[
     int,

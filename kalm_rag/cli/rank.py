@@ -12,6 +12,7 @@ from kalm_rag.cli.options import (
     DtypeOption,
     FormatOption,
     IdFieldOption,
+    InstructionOption,
     JsonOption,
     LoraOption,
     ModelOption,
@@ -43,15 +44,7 @@ def rank(
             show_default="all",
         ),
     ] = None,
-    instruction: Annotated[
-        str | None,
-        typer.Option(
-            "--instruction",
-            help="Tell the model what makes a passage relevant.",
-            metavar="TEXT",
-            show_default="the model's",
-        ),
-    ] = None,
+    instruction: InstructionOption = None,
     ratio: Annotated[
         int,
         typer.Option(

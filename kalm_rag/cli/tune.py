@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,10 +10,14 @@ import typer
 from kalm_rag.cli.options import (
     CacheOption,
     DeviceOption,
+    InstructionOption,
     JsonOption,
     MaxLengthOption,
     ModelOption,
+    QrelsOption,
+    QueriesOption,
     RevisionOption,
+    SplitOption,
     choices,
     console,
     note_mini,
@@ -52,27 +55,9 @@ def tune(
         ),
     ] = None,
     model: ModelOption = "nano",
-    queries: Annotated[
-        Path | None,
-        typer.Option(
-            "--queries",
-            help="Read the queries from this file: JSONL, or id<tab>text.",
-            metavar="FILE",
-            show_default="the folder's",
-        ),
-    ] = None,
-    qrels: Annotated[
-        Path | None,
-        typer.Option(
-            "--qrels",
-            help="Read the judgements from this file of BEIR or TREC.",
-            metavar="FILE",
-            show_default="the folder's",
-        ),
-    ] = None,
-    split: Annotated[
-        str, typer.Option("--split", help="Use this part of a BEIR folder's judgements.", metavar="NAME")
-    ] = "train",
+    queries: QueriesOption = None,
+    qrels: QrelsOption = None,
+    split: SplitOption = "train",
     ratio: Annotated[
         str,
         typer.Option(
@@ -104,15 +89,7 @@ def tune(
     by_passages: Annotated[
         bool, typer.Option("--by-passages", help="Keep queries that share relevant passages in the same part.")
     ] = False,
-    instruction: Annotated[
-        str | None,
-        typer.Option(
-            "--instruction",
-            help="Tell the model what makes a passage relevant.",
-            metavar="TEXT",
-            show_default="the model's",
-        ),
-    ] = None,
+    instruction: InstructionOption = None,
     max_length: MaxLengthOption = 1024,
     cache: CacheOption = "default",
     revision: RevisionOption = None,

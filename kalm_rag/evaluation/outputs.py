@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from kalm_rag.utils.paths import make_output_folder
+
 MANIFEST = "kalm-rag-eval.json"
 """Marks a folder as an evaluation's and lists the files that it wrote, by kind."""
 
@@ -23,18 +25,7 @@ def claim(out: Path, inputs: Iterable[str | Path | None] = ()) -> None:
     Raises:
         ValueError: the folder holds other files, or an input.
     """
-    place = out.resolve()
-    for given in inputs:
-        if given is None:
-            continue
-        read = Path(given).resolve()
-        if read == place or place in read.parents:
-            msg = f"the folder {str(out)!r} holds the input {str(given)!r}; give another folder for the results (--out)"
-            raise ValueError(msg)
-    if out.exists() and not out.is_dir():
-        msg = f"the place for results {str(out)!r} is a file; give a folder (--out)"
-        raise ValueError(msg)
-    out.mkdir(parents=True, exist_ok=True)
+    make_output_folder(out, inputs, "results")
     if (out / MANIFEST).is_file() or (out / _OLDER_MARK).is_file():
         return
     others = sorted(path.name for path in out.iterdir() if path.name != ".lock")

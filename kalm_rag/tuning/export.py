@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from kalm_rag.model.checkpoint import TOKENIZER_FILES, Checkpoint, find_checkpoi
 from kalm_rag.model.identity import identify
 from kalm_rag.model.json_file import read_json
 from kalm_rag.model.loading import weight_name
-from kalm_rag.model.lora import Lora
+from kalm_rag.model.lora import Lora, read_lora
 from kalm_rag.utils.paths import user_path
 
 if TYPE_CHECKING:
@@ -61,10 +62,11 @@ def export_checkpoint(
     """
     adapter = user_path(lora, "lora")
     target = check_target(folder, adapter)
-    checkpoint = find_checkpoint(model, revision=revision, token=token, local_files_only=local_files_only, lora=adapter)
-    assert checkpoint.lora is not None  # noqa: S101 - for type checkers
+    own = read_lora(adapter)
+    found = find_checkpoint(model, revision=revision, token=token, local_files_only=local_files_only)
+    checkpoint = replace(found, lora=own)
     identify(checkpoint)  # it refuses an adapter of another model
-    merged = _merged(checkpoint, checkpoint.lora)
+    merged = _merged(checkpoint, own)
     place = target.resolve()
     partial = place.with_name(f".{place.name}.{os.getpid()}.partial")
     try:

@@ -9,6 +9,7 @@ from kalm_rag.errors import CheckpointError
 from kalm_rag.model.json_file import read_json
 from kalm_rag.model.lora import CONFIG, WEIGHTS
 from kalm_rag.tuning.state import FILE, state_owner
+from kalm_rag.utils.paths import make_output_folder
 
 REPORT = "tuning.json"
 CACHE = "cache"
@@ -25,16 +26,7 @@ def claim(folder: Path, inputs: Iterable[str | Path]) -> None:
     Raises:
         ValueError: it is a file, or holds an input or files that no tuning wrote.
     """
-    place = folder.resolve()
-    for given in inputs:
-        read = Path(given).resolve()
-        if read == place or place in read.parents:
-            msg = f"the folder {str(folder)!r} holds the input {str(given)!r}; give another one for the adapter (--out)"
-            raise ValueError(msg)
-    if folder.exists() and not folder.is_dir():
-        msg = f"the place for the adapter {str(folder)!r} is a file; give a folder (--out)"
-        raise ValueError(msg)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_output_folder(folder, inputs, "the adapter")
     own = {REPORT, CACHE, LOCK, FILE, CONFIG, WEIGHTS}
     own |= {f".{name}.partial" for name in own}
     others = sorted(path.name for path in folder.iterdir() if path.name not in own)

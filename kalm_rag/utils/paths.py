@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -79,6 +80,31 @@ def passages_dir() -> Path | None:
     if own is None:
         _say_homeless()
     return None if own is None else own / "passages"
+
+
+def make_output_folder(folder: Path, inputs: Iterable[str | Path | None], purpose: str) -> None:
+    """Make a folder for what a command writes; what it holds is for the caller to check.
+
+    Args:
+        folder: the folder.
+        inputs: files and folders that the command reads, or None; they must not lie in it.
+        purpose: what it is for, for messages.
+
+    Raises:
+        ValueError: it is a file, or holds an input.
+    """
+    place = folder.resolve()
+    for given in inputs:
+        read = None if given is None else Path(given).resolve()
+        if read is not None and (read == place or place in read.parents):
+            msg = (
+                f"the folder {str(folder)!r} holds the input {str(given)!r}; give another folder for {purpose} (--out)"
+            )
+            raise ValueError(msg)
+    if folder.exists() and not folder.is_dir():
+        msg = f"the place for {purpose} {str(folder)!r} is a file; give a folder (--out)"
+        raise ValueError(msg)
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def digests_file() -> Path | None:
