@@ -12,8 +12,9 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint 
 demo: $(VENV)/.demo
 	$(VENV)/bin/kalm-rag demo
 
+# Two processes of one thread each, a file of tests at a time: small models gain nothing from more threads.
 test: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 # Every figure of the documentation; takes hours on 2 cores.
 bench: $(VENV)/.dev
