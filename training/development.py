@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from kalm_rag.model.prompts import Prompts
 from training.data import Tokens
-
-if TYPE_CHECKING:
-    from training.trainer import Trainer
+from training.student import Student
 
 RATIO = 4
 DEPTH = 10
@@ -32,12 +30,12 @@ class Development:
         back = prompts.tokenizer.encode([prompts.suffix()])[0]
         self._prefix, self._front, self._back = prefix, front, back
 
-    def scores(self, trainer: Trainer) -> dict[str, float]:
+    def scores(self, student: Student) -> dict[str, float]:
         """nDCG@10 per set, over the candidates of BM25 with the relevant passages among them."""
-        return {name: self._set(trainer, own) for name, own in self._tokens.items()}
+        return {name: self._set(student, own) for name, own in self._tokens.items()}
 
     @torch.no_grad()
-    def _set(self, trainer: Trainer, own: Tokens) -> float:
+    def _set(self, student: Student, own: Tokens) -> float:
         found = []
         for query in own.held_out:
             candidates = own.neighbours[query].tolist()
@@ -45,14 +43,13 @@ class Development:
             if not any(relevant):
                 continue
             rows = [[*self._prefix, *own.passages[number][:255].tolist()] for number in candidates]
-            ids, mask = trainer.padded(rows)
-            with trainer.autocast():
-                states = trainer.model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
-            prompts, prompts_mask = trainer.padded(
+            ids, mask = student.padded(rows)
+            states = student.read(ids, mask)
+            prompts, prompts_mask = student.padded(
                 [[*self._front, *own.queries[query].tolist(), *self._back]] * len(candidates)
             )
-            everyone = torch.arange(len(candidates), device=trainer.device)
-            margins, _, _ = trainer.decode(states, mask, prompts, prompts_mask, everyone, RATIO)
+            everyone = torch.arange(len(candidates), device=student.device)
+            margins, _, _ = student.decode(states, mask, prompts, prompts_mask, everyone, RATIO)
             found.append(ndcg(margins.float().cpu().numpy(), np.array(relevant)))
         return float(np.mean(found))
 

@@ -28,6 +28,9 @@ class Round:
         dense: weight of the dense signals at the start, and from the middle on.
         rate: highest learning rate.
         embeddings: share of that rate for the token embeddings, which start near where they should end.
+        average: share of the weights' moving average that stays at each step; the average is what is measured and
+            saved. 0 is the weights themselves.
+        measured_every: steps between two measurements on the development split.
     """
 
     steps: int
@@ -36,6 +39,8 @@ class Round:
     dense: tuple[float, float]
     rate: float = 1.0e-3
     embeddings: float = 1.0
+    average: float = 0.0
+    measured_every: int = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +57,7 @@ class Recipe:
         batch_tokens: passage tokens per batch.
         encoder_steps: batches in which the encoder alone learns to read as the teacher does.
         encoder_rate: highest learning rate of those.
-        rounds: passes of ranking; the best development score over all of them is kept.
+        rounds: passes of ranking, each from the weights with the best development score so far.
         soft: weights of the teacher's cosine, BM25's share and the label in the soft labels.
         answer: weight of the binary cross-entropy of `P(yes)`.
     """

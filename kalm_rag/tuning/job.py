@@ -21,7 +21,7 @@ from kalm_rag.model.identity import identify
 from kalm_rag.reranker import KaLMReranker
 from kalm_rag.retrieval.corpus import Corpus
 from kalm_rag.settings import DEFAULT_INSTRUCTION, Settings, base_ratio
-from kalm_rag.tuning.adapter import replace_file, save_adapter
+from kalm_rag.tuning.adapter import insert_adapter, replace_file, save_adapter
 from kalm_rag.tuning.folder import CACHE, LOCK, REPORT, check_owner, claim, remove_adapter
 from kalm_rag.tuning.judgements import Example, check_held_out, make_examples, notes_on, read_judgements, split_queries
 from kalm_rag.tuning.recipe import Recipe
@@ -33,7 +33,7 @@ from kalm_rag.utils.display import duration_text
 from kalm_rag.utils.paths import DEFAULT, passages_dir, user_path
 
 if TYPE_CHECKING:
-    from kalm_rag.tuning.trainer import Trainer
+    from kalm_rag.tuning.task import DecoderTask
 
 logger = logging.getLogger(__name__)
 
@@ -248,6 +248,7 @@ def _train(
     from kalm_rag.model.loading import load_model, resolve_device
     from kalm_rag.model.prompts import Prompts
     from kalm_rag.states import StatesSource, key_space
+    from kalm_rag.tuning.task import DecoderTask
     from kalm_rag.tuning.trainer import Trainer
     from kalm_rag.utils.turns import Turns
 
@@ -263,8 +264,10 @@ def _train(
         owner = _digest([identity.decoder, identity.tokenizer, dtype, asdict(settings), asdict(recipe)])
         owner = _digest([owner, *(asdict(one) for one in (*examples, *validation))])
         check_owner(job.folder, owner)
-        trainer = Trainer(loaded, states, prompts, examples, validation, recipe, owner, job.folder)
-        estimate = _announce_time(job, trainer)
+        matrices = insert_adapter(loaded.model, recipe)
+        task = DecoderTask(loaded, states, prompts, examples, validation, recipe, matrices, owner)
+        trainer = Trainer(task, job.folder)
+        estimate = _announce_time(job, task, trainer.progressed.step)
         trainer.run(job.show_progress)
         encoded = cache.stats().encoded
     done = trainer.progressed
@@ -293,13 +296,12 @@ def _train(
     )
 
 
-def _announce_time(job: _Job, trainer: Trainer) -> float:
-    step = trainer.time_step()
-    estimate = trainer.estimate(step)
-    done = trainer.progressed.step
+def _announce_time(job: _Job, task: DecoderTask, done: int) -> float:
+    step = task.time_step()
+    estimate = task.estimate(step, done)
     resumed = f", resuming after step {done}" if done else ""
     job.say(
-        f"Training takes about {duration_text(estimate)} at most: {trainer.steps - done} steps of {step:.2g} s"
+        f"Training takes about {duration_text(estimate)} at most: {task.steps - done} steps of {step:.2g} s"
         f"{resumed}, and measurements between them that may stop it sooner."
     )
     return estimate

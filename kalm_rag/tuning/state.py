@@ -18,9 +18,6 @@ logger = logging.getLogger(__name__)
 
 FILE = "resume.safetensors"
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""What the optimiser keeps for each matrix once a step is done."""
-
 
 @dataclass(slots=True)
 class Progressed:
@@ -85,7 +82,7 @@ def state_owner(folder: Path) -> str | None:
 
 
 def read_state(
-    folder: Path, owner: str, shapes: Mapping[str, Sequence[int]]
+    folder: Path, owner: str, shapes: Mapping[str, Sequence[int]], moments: Mapping[str, Sequence[int]]
 ) -> tuple[Progressed, dict[str, torch.Tensor]] | None:
     """Return the state of an earlier start of the same run, if there is one.
 
@@ -94,7 +91,8 @@ def read_state(
     Args:
         folder: where it is kept.
         owner: digest of the run.
-        shapes: of the adapter's matrices, by name.
+        shapes: of the tensors it holds.
+        moments: shapes of those that are added with the first step.
 
     Raises:
         ValueError: the folder holds the state of another run, or a file that is no state.
@@ -105,16 +103,16 @@ def read_state(
     progressed, tensors = found
     if progressed.owner != owner:
         msg = (
-            f"{str(folder)!r} holds an unfinished tuning of another model, other judgements or another recipe "
+            f"{str(folder)!r} holds an unfinished training of another model, other judgements or another recipe "
             f"({progressed.owner[:12]}, this one is {owner[:12]}); give another folder (--out), or delete this one"
         )
         raise ValueError(msg)
-    kinds = ("best", "now", *MOMENTS) if progressed.step else ("best", "now")
-    expected = {f"{kind} {name}": tuple(shape) for name, shape in shapes.items() for kind in kinds}
+    wanted = {**shapes, **moments} if progressed.step else shapes
+    expected = {name: tuple(shape) for name, shape in wanted.items()}
     kept = {name: tuple(tensor.shape) for name, tensor in tensors.items() if str(tensor.dtype) == "torch.float32"}
     if expected != kept:
         wrong = sorted(name for name in expected.keys() | kept.keys() if expected.get(name) != kept.get(name))
-        logger.warning("%s does not fit the adapter (%s): training starts again", folder / FILE, wrong[:2])
+        logger.warning("%s does not fit what is trained (%s): training starts again", folder / FILE, wrong[:2])
         return None
     return found
 

@@ -1,4 +1,4 @@
-"""Trains an adapter of the decoder on states that the encoder made before."""
+"""The loop of every training: steps, measurements, early stopping, and a state to resume from."""
 
 from __future__ import annotations
 
@@ -6,18 +6,12 @@ import contextlib
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from kalm_rag.model.loading import LoadedModel
-from kalm_rag.model.prompts import Prompts
-from kalm_rag.states import StatesSource
-from kalm_rag.tuning.adapter import insert_adapter
-from kalm_rag.tuning.judgements import Example
-from kalm_rag.tuning.lists import ListMaker, Objective, ScoredList
-from kalm_rag.tuning.recipe import Recipe
-from kalm_rag.tuning.state import MOMENTS, Progressed, read_state, write_state
+from kalm_rag.tuning.state import Progressed, read_state, write_state
 from kalm_rag.utils.progress import Progress
 
 if TYPE_CHECKING:
@@ -25,96 +19,102 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MOMENTS = {"AdamW": ("exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}
+"""What an optimiser keeps for each of its parameters once a step is done, by the optimiser's class."""
+
 _KEPT_EVERY = 60.0
 """Seconds between two states that are kept for a later start."""
-_MEASURED_PER_EPOCH = 2
+_LOGGED_EVERY = 50
+"""Steps between two lines in the log."""
+
+
+class Task(Protocol):
+    """What is trained, and on what; `Trainer` decides when.
+
+    Attributes:
+        name: what is done, for the progress bar and the log.
+        owner: digest of all that decides the result, so that no other run's state is resumed.
+        steps: steps of the whole run, if nothing stops it before.
+        measured_every: steps between two measurements; step 0 and the last one are measured too.
+        patience: how many times in a row a measurement may fail to improve before training stops; None for always.
+        parameters: what is trained, by name, in float32; each one must take part in every step.
+        extra: other tensors that a step changes, by name, in float32: they are kept and restored in place.
+        optimisers: of the parameters, each in one of them. A group's `share`, 1 by default, multiplies its rate.
+    """
+
+    name: str
+    owner: str
+    steps: int
+    measured_every: int
+    patience: int | None
+    parameters: Mapping[str, torch.nn.Parameter]
+    extra: Mapping[str, torch.Tensor]
+    optimisers: Sequence[torch.optim.Optimizer]
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
+
+    def gradients(self, step: int) -> Mapping[str, float]:
+        """Add the gradients of a step, counted from 0, which depend on its number, the weights and `extra` only.
+
+        Returns:
+            The loss as `loss`, and parts of it for the log.
+        """
+
+    def after_step(self, step: int) -> None:
+        """Update `extra` after a step, counted from 0."""
+
+    def measure(self) -> float:
+        """Return the validation loss; lower is better. It need not be that of the trained weights themselves."""
+
+    def snapshot(self) -> dict[str, torch.Tensor]:
+        """Return a copy of the weights that were measured last, which are the best so far, named as `parameters`."""
 
 
 class Trainer:
     """One training run.
 
-    What a step does depends on its number and the seed only, so that a run that was killed ends as it would have.
+    What a step does depends on its number only, so that a run that was killed ends as it would have.
 
     Args:
-        loaded: the model, with the modules of transformers; an adapter is put into it.
-        states: passages' states, from the cache.
-        prompts: builds the prompts.
-        examples: of the queries that train.
-        validation: of the queries that decide when to stop.
-        recipe: how to train.
-        owner: digest of all that decides the result.
+        task: what is trained.
         folder: where the state for a later start is kept.
 
     Attributes:
-        steps: steps of the whole run, if nothing stops it before.
         progressed: how far the run is.
-        best: the adapter with the lowest validation loss, by the names in the file.
+        best: the weights with the lowest validation loss, as the task's `snapshot` returned them.
         is_kept: whether the state that was written last, if any, could be written.
+
+    Raises:
+        ValueError: the folder holds the state of another run, or an optimiser's state cannot be kept.
     """
 
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        states: StatesSource,
-        prompts: Prompts,
-        examples: Sequence[Example],
-        validation: Sequence[Example],
-        recipe: Recipe,
-        owner: str,
-        folder: Path,
-    ) -> None:
-        import torch
-
-        self._recipe, self._folder = recipe, folder
-        self._objective = Objective(loaded, states, recipe.answer)
-        self._matrices = insert_adapter(loaded.model, recipe)
-        self._parameters = list(self._matrices.values())
-        self._optimiser = torch.optim.AdamW(self._parameters, lr=recipe.rate, weight_decay=0.01)
-        self._lists = ListMaker(prompts, recipe)
-        self._examples, self._validation = examples, self._lists.validation(validation)
-        self._steps_per_epoch = -(-len(examples) // recipe.lists_per_step)
-        self.steps = recipe.epochs * self._steps_per_epoch
-        self.progressed = Progressed(owner)
-        self.best = _copied(self._matrices)
+    def __init__(self, task: Task, folder: Path) -> None:
+        self._task, self._folder = task, folder
+        self._moments = _moments(task)
+        self.progressed = Progressed(task.owner)
+        self.best = copied(task.parameters)
         self.is_kept = False
         self._is_whole = True
+        self._shown: Counter[str] = Counter()
         self._resume()
-
-    def time_step(self) -> float:
-        """Return the seconds of one step, without taking it; one list before it warms up."""
-        lists = self._lists.epoch(self._examples, 0)[0]
-        self._gradients(lists[:1])
-        began = time.perf_counter()
-        self._gradients(lists)
-        return time.perf_counter() - began
-
-    def estimate(self, step: float) -> float:
-        """Return the seconds that the rest of the run takes if nothing stops it before.
-
-        Args:
-            step: seconds of one step.
-        """
-        left = self.steps - self.progressed.step
-        # Without gradients a list takes about a third.
-        measured = step * len(self._validation) / self._recipe.lists_per_step / 3
-        return step * left + measured * (1 + left * _MEASURED_PER_EPOCH / self._steps_per_epoch)
 
     def run(self, show_progress: bool | None = None) -> None:
         """Train until the last step, or until the validation loss no longer falls.
 
         An interruption keeps the state for a later start; in the middle of a change, the state that was kept before.
         """
-        done = self.progressed
+        done, task = self.progressed, self._task
         began, kept = time.monotonic() - done.seconds, time.monotonic()
-        with Progress(self.steps, "tuning", unit="step", show=show_progress) as progress:
+        with Progress(task.steps, task.name, unit="step", show=show_progress) as progress:
             progress.advance(done.step)
             try:
                 if self._is_due():  # at the start, or where the run was interrupted while it measured
                     self._measure()
-                for lists in self._rest():
+                while not done.ended and done.step < task.steps:
+                    self._step()
                     if done.ended:
                         break
-                    self._step(lists)
                     progress.advance(1)
                     if self._is_due():
                         self._measure()
@@ -122,7 +122,7 @@ class Trainer:
                     if time.monotonic() - kept > _KEPT_EVERY:
                         self._keep()
                         kept = time.monotonic()
-                done.ended = done.ended or f"all {self.steps} steps are done"
+                done.ended = done.ended or f"all {task.steps} steps are done"
                 self._keep()
             except KeyboardInterrupt:
                 if self._is_whole:
@@ -131,9 +131,8 @@ class Trainer:
 
     def _is_due(self) -> bool:
         """Whether the validation loss of the present step is wanted and was not measured yet."""
-        done = self.progressed
-        every = max(1, self._steps_per_epoch // _MEASURED_PER_EPOCH)
-        wanted = not done.ended and (done.step % every == 0 or done.step == self.steps)
+        done, task = self.progressed, self._task
+        wanted = not done.ended and (done.step % task.measured_every == 0 or done.step == task.steps)
         return wanted and (not done.validation or done.validation[-1][0] != done.step)
 
     @contextlib.contextmanager
@@ -143,95 +142,133 @@ class Trainer:
         yield
         self._is_whole = True
 
-    def _rest(self) -> Iterator[list[ScoredList]]:
-        """Yield the lists of each step that is left."""
-        first, skipped = divmod(self.progressed.step, self._steps_per_epoch)
-        for epoch in range(first, self._recipe.epochs):
-            yield from self._lists.epoch(self._examples, epoch)[skipped if epoch == first else 0 :]
-
-    def _step(self, lists: Sequence[ScoredList]) -> None:
+    def _step(self) -> None:
         import torch
 
-        done = self.progressed
-        loss = self._gradients(lists)
-        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, 1.0))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        done, task = self.progressed, self._task
+        for optimiser in task.optimisers:
+            optimiser.zero_grad(set_to_none=True)
+        losses = task.gradients(done.step)
+        unused = [name for name, parameter in task.parameters.items() if parameter.grad is None]
+        if unused:
+            msg = f"{len(unused)} parameters take no part in the loss ({unused[:3]}); leave them out of the task"
+            raise ValueError(msg)
+        norm = float(torch.nn.utils.clip_grad_norm_(list(task.parameters.values()), 1.0))
+        if not (math.isfinite(losses["loss"]) and math.isfinite(norm)):
             done.ended = f"the loss was not finite at step {done.step + 1}"
-            logger.warning("%s: training stops, and the adapter of step %d is kept", done.ended, done.best_step)
+            logger.warning("%s: training stops, and the weights of step %d are kept", done.ended, done.best_step)
             return
-        for group in self._optimiser.param_groups:
-            group["lr"] = self._recipe.rate * _rate_share(done.step, self.steps, self._recipe.warmup)
+        for optimiser in task.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = task.rate(done.step) * group.get("share", 1.0)
         with self._change():
-            self._optimiser.step()
+            for optimiser in task.optimisers:
+                optimiser.step()
+            task.after_step(done.step)
             done.step += 1
-            done.losses.append((done.step, loss))
+            done.losses.append((done.step, losses["loss"]))
+        self._log(losses)
 
-    def _gradients(self, lists: Sequence[ScoredList]) -> float:
-        """Compute the gradients of the mean loss of some lists, and return it."""
-        self._optimiser.zero_grad(set_to_none=True)
-        total = 0.0
-        for losses in self._objective.losses(lists, gradients=True):
-            loss = losses / len(lists)
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.item()
-        return total
+    def _log(self, losses: Mapping[str, float]) -> None:
+        """Log the mean losses of the steps since the last line."""
+        self._shown.update({**losses, "": 1})
+        done, steps = self.progressed, self._shown[""]
+        if done.step % _LOGGED_EVERY == 0:
+            means = ", ".join(f"{name} {value / steps:.4f}" for name, value in self._shown.items() if name)
+            logger.info("%s: step %d of %d: %s", self._task.name, done.step, self._task.steps, means)
+            self._shown.clear()
 
     def _measure(self) -> None:
-        """Measure the validation loss, and keep the adapter if it is the best so far."""
-        done = self.progressed
-        loss = sum(float(part) for part in self._objective.losses(self._validation, gradients=False)) / len(
-            self._validation
-        )
+        """Measure the validation loss, and keep the weights if they are the best so far."""
+        done, task = self.progressed, self._task
+        loss = task.measure()
+        best = task.snapshot() if loss < done.best_loss else self.best
         with self._change():
             done.validation.append((done.step, loss))
+            self.best = best
             if loss < done.best_loss:
-                self.best = _copied(self._matrices)
                 done.best_loss, done.best_step, done.waited = loss, done.step, 0
             else:
-                _wait(done, loss, self._recipe.patience)
-        logger.info("step %d of %d: validation loss %.4f", done.step, self.steps, loss)
+                _wait(done, loss, task.patience)
+        logger.info("%s: step %d of %d: validation loss %.4f", task.name, done.step, task.steps, loss)
 
     def _keep(self) -> None:
+        task = self._task
         tensors = {f"best {name}": tensor for name, tensor in self.best.items()}
-        for name, parameter in self._matrices.items():
-            tensors[f"now {name}"] = parameter
-            for moment in MOMENTS:
-                if parameter in self._optimiser.state:
-                    tensors[f"{moment} {name}"] = self._optimiser.state[parameter][moment]
+        tensors |= {f"extra {name}": tensor for name, tensor in task.extra.items()}
+        tensors |= {f"now {name}": parameter for name, parameter in task.parameters.items()}
+        if self.progressed.step:
+            tensors |= {
+                f"{moment} {name}": optimiser.state[task.parameters[name]][moment]
+                for name, (optimiser, moments) in self._moments.items()
+                for moment in moments
+            }
         self.is_kept = write_state(self._folder, self.progressed, tensors)
 
     def _resume(self) -> None:
         import torch
 
-        shapes = {name: parameter.shape for name, parameter in self._matrices.items()}
-        found = read_state(self._folder, self.progressed.owner, shapes)
+        task = self._task
+        shapes = {f"{kind} {name}": own.shape for name, own in task.parameters.items() for kind in ("best", "now")}
+        shapes |= {f"extra {name}": tensor.shape for name, tensor in task.extra.items()}
+        moments = {
+            f"{moment} {name}": task.parameters[name].shape
+            for name, (_, kept) in self._moments.items()
+            for moment in kept
+        }
+        found = read_state(self._folder, task.owner, shapes, moments)
         if found is None:
             return
         self.progressed, tensors = found
-        self.best = {name: tensors[f"best {name}"] for name in self._matrices}
-        for name, parameter in self._matrices.items():
-            parameter.data.copy_(tensors[f"now {name}"])
-            if self.progressed.step:
-                moments = {key: tensors[f"{key} {name}"].to(parameter.device) for key in MOMENTS}
-                self._optimiser.state[parameter] = {"step": torch.tensor(float(self.progressed.step)), **moments}
-        logger.info("resuming at step %d of %d", self.progressed.step, self.steps)
+        self.best = {name: tensors[f"best {name}"] for name in task.parameters}
+        with torch.no_grad():
+            for name, parameter in task.parameters.items():
+                parameter.copy_(tensors[f"now {name}"])
+            for name, extra in task.extra.items():
+                extra.copy_(tensors[f"extra {name}"])
+        if self.progressed.step:
+            for name, (optimiser, kept) in self._moments.items():
+                parameter = task.parameters[name]
+                state = {moment: tensors[f"{moment} {name}"].to(parameter.device) for moment in kept}
+                optimiser.state[parameter] = {"step": torch.tensor(float(self.progressed.step)), **state}
+        logger.info("%s: resuming at step %d of %d", task.name, self.progressed.step, task.steps)
 
 
-def _wait(done: Progressed, loss: float, patience: int) -> None:
+def copied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return copies in memory of the CPU."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+
+
+def _moments(task: Task) -> dict[str, tuple[torch.optim.Optimizer, tuple[str, ...]]]:
+    """Return the optimiser of each parameter, and what it keeps of it.
+
+    Raises:
+        ValueError: what it keeps is not known, or a parameter is in no optimiser or in two.
+    """
+    names = {id(parameter): name for name, parameter in task.parameters.items()}
+    found: dict[str, tuple[torch.optim.Optimizer, tuple[str, ...]]] = {}
+    for optimiser in task.optimisers:
+        kind = type(optimiser).__name__
+        if kind not in MOMENTS:
+            msg = f"what {kind} keeps between steps is not known; use one of {', '.join(MOMENTS)}, or add it to MOMENTS"
+            raise ValueError(msg)
+        for parameter in (each for group in optimiser.param_groups for each in group["params"]):
+            name = names.get(id(parameter))
+            if name is None or name in found:
+                msg = f"an optimiser has the parameter {name!r}, which is {'in another one' if name else 'not named'}"
+                raise ValueError(msg)
+            found[name] = optimiser, MOMENTS[kind]
+    if len(found) != len(names):
+        msg = f"no optimiser has the parameters {sorted(task.parameters.keys() - found.keys())[:3]}; add them to one"
+        raise ValueError(msg)
+    return found
+
+
+def _wait(done: Progressed, loss: float, patience: int | None) -> None:
     """Note a measurement that is not the best, which may end training."""
     done.waited += 1
     if not math.isfinite(loss):
         done.ended = f"the validation loss was not finite at step {done.step}"
-        logger.warning("%s: training stops, and the adapter of step %d is kept", done.ended, done.best_step)
-    elif done.waited >= patience:
+        logger.warning("%s: training stops, and the weights of step %d are kept", done.ended, done.best_step)
+    elif patience is not None and done.waited >= patience:
         done.ended = f"the validation loss did not fall for {done.waited} measurements, the last at step {done.step}"
-
-
-def _rate_share(step: int, steps: int, warmup: int) -> float:
-    """Share of the highest learning rate: it rises during the warm-up, and falls to 0 from there."""
-    warmup = min(warmup, max(1, steps // 4))
-    return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
-
-
-def _copied(matrices: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: matrix.detach().cpu().clone() for name, matrix in matrices.items()}

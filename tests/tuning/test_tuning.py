@@ -43,6 +43,7 @@ from kalm_rag.tuning.judgements import Example
 from kalm_rag.tuning.lists import ListMaker, Objective
 from kalm_rag.tuning.loss import list_loss
 from kalm_rag.tuning.state import FILE, Progressed, read_state
+from kalm_rag.tuning.task import DecoderTask
 from kalm_rag.tuning.trainer import Trainer
 from kalm_rag.utils.turns import Turns
 
@@ -144,10 +145,10 @@ def test_an_interrupted_run_ends_as_it_would_have(
 ) -> None:
     take = Trainer._step
 
-    def interrupt(trainer: Trainer, lists: Any) -> None:
+    def interrupt(trainer: Trainer) -> None:
         if trainer.progressed.step == step:
             raise KeyboardInterrupt
-        take(trainer, lists)
+        take(trainer)
 
     monkeypatch.setattr(Trainer, "_step", interrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -236,10 +237,10 @@ def test_a_kill_between_two_steps_loses_only_what_was_not_kept(
     monkeypatch.setattr(trainer_module, "_KEPT_EVERY", -1.0)
     take = Trainer._step
 
-    def kill(trainer: Trainer, lists: Any) -> None:
+    def kill(trainer: Trainer) -> None:
         if trainer.progressed.step == 4:
             raise SystemExit
-        take(trainer, lists)
+        take(trainer)
 
     monkeypatch.setattr(Trainer, "_step", kill)
     with pytest.raises(SystemExit):
@@ -251,7 +252,8 @@ def test_a_kill_between_two_steps_loses_only_what_was_not_kept(
     assert_equal(weights(found), weights(tuned))
 
 
-SHAPES = {"a": (2, 3)}
+SHAPES = {"best a": (2, 3), "now a": (2, 3)}
+MOMENTS = {"exp_avg a": (2, 3), "exp_avg_sq a": (2, 3)}
 STATE = {f"{kind} a": torch.ones(2, 3) for kind in ("best", "now", "exp_avg", "exp_avg_sq")}
 
 
@@ -259,14 +261,14 @@ def test_the_state_of_another_run_is_refused_and_a_damaged_one_is_left(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer_module.write_state(tmp_path, Progressed("mine", 3), STATE)
-    found = read_state(tmp_path, "mine", SHAPES)
+    found = read_state(tmp_path, "mine", SHAPES, MOMENTS)
     assert found is not None
     assert found[0].step == 3
     assert_equal(found[1], STATE)
     with pytest.raises(ValueError, match=r"another model, other judgements or another recipe \(mine, this one is anot"):
-        read_state(tmp_path, "another", SHAPES)
+        read_state(tmp_path, "another", SHAPES, MOMENTS)
     (tmp_path / FILE).write_bytes((tmp_path / FILE).read_bytes()[:-3])
-    assert read_state(tmp_path, "mine", SHAPES) is None
+    assert read_state(tmp_path, "mine", SHAPES, MOMENTS) is None
     assert "training starts again" in caplog.text
 
 
@@ -278,7 +280,7 @@ def test_the_state_of_another_run_is_refused_and_a_damaged_one_is_left(
 )  # fmt: skip
 def test_a_state_that_says_nonsense_is_left(tmp_path: Path, caplog: pytest.LogCaptureFixture, state: str) -> None:
     save_file(STATE, tmp_path / FILE, {"state": state})
-    assert read_state(tmp_path, "mine", SHAPES) is None
+    assert read_state(tmp_path, "mine", SHAPES, MOMENTS) is None
     assert "training starts again" in caplog.text
 
 
@@ -297,8 +299,8 @@ def test_a_state_without_its_tensors_is_left(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, tensors: dict[str, torch.Tensor]
 ) -> None:
     trainer_module.write_state(tmp_path, Progressed("mine", 3), tensors)
-    assert read_state(tmp_path, "mine", SHAPES) is None
-    assert "does not fit the adapter" in caplog.text
+    assert read_state(tmp_path, "mine", SHAPES, MOMENTS) is None
+    assert "does not fit what is trained" in caplog.text
 
 
 @pytest.mark.usefixtures("without_comparison")
@@ -306,13 +308,12 @@ def test_a_state_without_its_tensors_is_left(
 def test_a_loss_that_is_not_finite_ends_training_with_the_best_so_far(
     tuned: Tuned, checkpoint: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good: int
 ) -> None:
-    monkeypatch.setattr(Trainer, "time_step", lambda _: 1.0)
-    take = Trainer._gradients
+    take = DecoderTask.gradients
 
-    def diverge(trainer: Trainer, lists: Any) -> float:
-        return float("nan") if trainer.progressed.step == good else take(trainer, lists)
+    def diverge(task: DecoderTask, step: int) -> dict[str, float]:
+        return take(task, step) | ({"loss": float("nan")} if step == good else {})
 
-    monkeypatch.setattr(Trainer, "_gradients", diverge)
+    monkeypatch.setattr(DecoderTask, "gradients", diverge)
     found = again(checkpoint, cache, tmp_path)
     assert found.ended == f"the loss was not finite at step {good + 1}"
     assert found.steps == good
@@ -556,8 +557,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
 
 
-def diverge_at_once(trainer: Trainer, _: Any) -> float:
-    return float("nan")
+TAKE = DecoderTask.gradients
+
+
+def diverge_at_once(task: DecoderTask, step: int) -> dict[str, float]:
+    return TAKE(task, step) | {"loss": float("nan")}
 
 
 @pytest.mark.usefixtures("without_comparison")
@@ -566,8 +570,7 @@ def test_without_a_gain_only_the_report_is_left(
 ) -> None:
     assert tuned.folder is not None
     out = Path(shutil.copytree(tuned.folder, tmp_path / "out"))
-    monkeypatch.setattr(Trainer, "time_step", lambda _: 1.0)
-    monkeypatch.setattr(Trainer, "_gradients", diverge_at_once)
+    monkeypatch.setattr(DecoderTask, "gradients", diverge_at_once)
     with monkeypatch.context() as patch:
         patch.setattr(job_module, "replace_file", full_disk)
         with pytest.raises(OSError, match=r"cannot write the report to .*tuning.json.*No space.*make room there"):
