@@ -44,7 +44,8 @@ class Batches:
         self._recipe = student.recipe
         self._teacher_id = teacher_id.to(student.device)
         self._idf = _inverse_document_frequency(tokens, len(teacher_id)).to(student.device)
-        self._vectors: dict[tuple[str, int], Tensor] = {}
+        # By set, passage and tokens read: a vector must not depend on how much of the passage an earlier batch read.
+        self._vectors: dict[tuple[str, int, int], Tensor] = {}
         self._query_vectors: dict[tuple[str, int], Tensor] = {}
 
     def passages(self, generator: random.Random) -> tuple[list[tuple[str, int]], Tensor, Tensor]:
@@ -68,7 +69,7 @@ class Batches:
     def teach(self, keys: list[tuple[str, int]], ids: Tensor, mask: Tensor) -> Tensor:
         """Return the teacher's token states of passages, given without the prefix; their vectors are kept."""
         states = self._teacher.states(self._teacher_id[ids], mask)
-        for key, vector in zip(keys, self._teacher.sentence(states, mask), strict=True):
+        for key, vector in zip(_with_lengths(keys, mask), self._teacher.sentence(states, mask), strict=True):
             self._vectors.setdefault(key, vector.half())
         return states
 
@@ -88,9 +89,10 @@ class Batches:
         return self._student.padded(rows, longest)
 
     def _know_passages(self, keys: list[tuple[str, int]], ids: Tensor, mask: Tensor) -> None:
-        unknown = [number for number, key in enumerate(keys) if key not in self._vectors]
+        inner = slice(len(self._student.prefix), None)
+        known = [key in self._vectors for key in _with_lengths(keys, mask[:, inner])]
+        unknown = [number for number, is_known in enumerate(known) if not is_known]
         if unknown:
-            inner = slice(len(self._student.prefix), None)
             self.teach([keys[number] for number in unknown], ids[unknown, inner], mask[unknown, inner])
 
     def _know_queries(self, keys: list[tuple[str, int]]) -> None:
@@ -132,7 +134,8 @@ class Batches:
         weight = self._idf[queries] * present
         keys = [(group.source, number) for group in groups for number in group.passages]
         query_vector = torch.stack([self._query_vectors[key] for key in asked])[of].float()
-        passage_vector = torch.stack([self._vectors[key] for key in keys])[at].float()
+        read = _with_lengths(keys, mask[:, len(self._student.prefix) :])
+        passage_vector = torch.stack([self._vectors[key] for key in read])[at].float()
         prompt_ids, prompt_mask = self._student.padded(prompts)
         where = (len(front) + torch.arange(queries.shape[1], device=self._student.device)).expand_as(queries)
         return Rows(
@@ -151,6 +154,10 @@ class Batches:
                 torch.tensor([row + [-1] * (widest - len(row)) for row in lists], device=self._student.device),
             ),
         )
+
+
+def _with_lengths(keys: list[tuple[str, int]], mask: Tensor) -> list[tuple[str, int, int]]:
+    return [(*key, int(length)) for key, length in zip(keys, mask.sum(1).tolist(), strict=True)]
 
 
 def digest_of(tokens: dict[str, Tokens]) -> str:
