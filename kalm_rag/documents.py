@@ -71,6 +71,10 @@ TRUNCATED = (
     "%d texts are longer than the reranker reads (max_length tokens of a passage, query_max_length of a query); the "
     "rest of them is not read. The results say which"
 )
+UNKNOWN = (
+    "more than half of the tokens of %d texts are unknown to this model, as in a script it was not trained on; scores "
+    "of such texts mean little. Use a model that knows the script, such as 'nano'"
+)
 
 
 TextOf: TypeAlias = str | Callable[[D], str]

@@ -467,15 +467,18 @@ class KaLMReranker:
         """`forget` for asynchronous programs; see `arank`."""
         return await self._calls.run("encode", partial(self.forget, text=text), documents)
 
+    @property
+    def unknown_texts(self) -> int:
+        """How many queries scored and passages encoded were mostly unknown tokens, since the model was loaded."""
+        return 0 if (scorer := self._scorer) is None else scorer.prompts.unknown.count
+
     def prefill_stats(self) -> PrefillStats | None:
         """Hits, misses and size of the prefilled passages in memory; None while the model is not loaded."""
-        scorer = self._scorer
-        return None if scorer is None else scorer.passage_kv.cached.stats()
+        return None if (scorer := self._scorer) is None else scorer.passage_kv.cached.stats()
 
     def score_stats(self) -> ScoreStats | None:
         """Hits, misses and size of the remembered scores; None while the model is not loaded."""
-        scorer = self._scorer
-        return None if scorer is None else scorer.score_cache.stats()
+        return None if (scorer := self._scorer) is None else scorer.score_cache.stats()
 
     def _score(
         self,

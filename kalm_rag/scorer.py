@@ -200,6 +200,7 @@ class Scorer:
     def _prompt(self, pairs: Sequence[tuple[str, str]], instruction: str) -> list[Score]:
         queries = dict.fromkeys(query for query, _ in pairs)
         prompts = {query: self.prompts.prompt(query, instruction) for query in queries}
+        self.prompts.unknown.add(sum(prompt.unknown for prompt in prompts.values()))
         return [Score(prompts[query], self.loaded.tokenizer.clean(text)) for query, text in pairs]
 
     def _score_from_prefix(

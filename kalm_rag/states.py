@@ -179,6 +179,8 @@ class StatesSource(CachedSource[int, PassageTokens, PassageStates]):
         for start in range(0, len(texts), _TOKENISED_AT_ONCE):
             check_stopped()
             found += self._prompts.passages(texts[start : start + _TOKENISED_AT_ONCE])
+        is_unknown = self._loaded.tokenizer.is_mostly_unknown
+        self._prompts.unknown.add(sum(is_unknown(passage.ids) for passage in found))
         return found
 
     def _batches(self, inputs: Sequence[PassageTokens], request: int) -> Iterator[list[int]]:

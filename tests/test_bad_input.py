@@ -178,6 +178,27 @@ def test_half_characters_are_replaced_and_reported(
     assert [record.levelname for record in lines].count("WARNING") == 1
 
 
+def test_text_that_the_model_cannot_read_is_reported_once(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    english, chinese = "A list is sorted with its method sort.", "如何对列表进行排序？使用它的排序方法。"
+    mixed = f"{english} That is all there is to say. {chinese[:5]}"
+    mini = KaLMReranker("mini", cache=PassageCache(), device="cpu")
+    assert mini.unknown_texts == 0, "the model is not loaded"
+    mini.rank("How do I sort a list?", [english, mixed])
+    assert (mini.unknown_texts, caplog.text) == (0, "")
+    mini.rank("How do I sort a list?", [english, chinese])
+    assert mini.unknown_texts == 1
+    mini.rank(chinese, [english, chinese])
+    assert mini.unknown_texts == 2, "the query; the passage is served from the cache"
+    mini.encode([chinese, f"{chinese} {chinese}"])
+    assert mini.unknown_texts == 3
+    lines = [record for record in caplog.records if "tokens of 1 texts are unknown to this model" in record.message]
+    assert [record.levelname for record in lines].count("WARNING") == 1
+    assert "such as 'nano'" in lines[0].message
+    whole = KaLMReranker(checkpoint, cache=None, device="cpu")  # its tokenizer falls back on bytes, as the released
+    whole.rank(chinese, [chinese])
+    assert whole.unknown_texts == 0
+
+
 def test_numbers_of_numpy(reranker: KaLMReranker) -> None:
     texts = ["one", "two", "three"]
     expected = reranker.rank("query", texts, top_k=2, ratio=2, threshold=0.25)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kalm_rag.documents import UNKNOWN, TextCounter
 from kalm_rag.model.tokenization import Tokenizer
 from kalm_rag.settings import Settings
 
@@ -30,10 +31,12 @@ class Prompt:
     Attributes:
         ids: token ids of the whole prompt.
         truncated: whether the query was cut at `query_max_length` tokens.
+        unknown: whether more than half of the query's tokens are unknown to the tokenizer.
     """
 
     ids: list[int]
     truncated: bool
+    unknown: bool = False
 
 
 class Prompts:
@@ -43,10 +46,15 @@ class Prompts:
         tokenizer: the checkpoint's.
         settings: how passages and queries become scores.
         positions: tokens of the longest prompt that the decoder can read.
+
+    Attributes:
+        tokenizer: the checkpoint's.
+        unknown: counts queries that are scored and passages that are encoded, where most tokens are unknown.
     """
 
     def __init__(self, tokenizer: Tokenizer, settings: Settings, positions: int) -> None:
         self.tokenizer = tokenizer
+        self.unknown = TextCounter(UNKNOWN)
         self._settings = settings
         self._positions = positions
 
@@ -63,6 +71,7 @@ class Prompts:
         """
         clean = self.tokenizer.clean
         ids, truncated = self.tokenizer.encode_truncated([clean(query)], self._settings.query_max_length)[0]
+        unknown = self.tokenizer.is_mostly_unknown(ids)
         # The reference puts the decoded ids into the prompt, not the query: the round trip is part of the model.
         text = self.prefix(instruction) + clean(self.tokenizer.decode(ids)) + self.suffix()
         ids, is_longer = self.tokenizer.encode_truncated([text], self._positions)[0]
@@ -73,7 +82,7 @@ class Prompts:
                 f"{self._settings.query_max_length})"
             )
             raise ValueError(msg)
-        return Prompt(ids, truncated)
+        return Prompt(ids, truncated, unknown)
 
     def prefix(self, instruction: str | None = None) -> str:
         """The prompt up to the query: the same for every query under one instruction."""

@@ -36,6 +36,9 @@ class Tokenizer:
         self._fast = fast
         self._lock = forks.Lock()  # truncation and padding are state of the Rust object
         self._prefixes = LongTextReader(fast)
+        # With bytes to fall back on, no text is unknown.
+        falls_back = getattr(getattr(fast.backend_tokenizer, "model", None), "byte_fallback", False)
+        self._unknown_id = None if falls_back else fast.unk_token_id
         self._keep_right = getattr(fast, "truncation_side", "right") == "left"
         self.control = ControlTokens(str(token) for token in fast.added_tokens_decoder.values() if token.special)
         self._escape = escape
@@ -92,6 +95,10 @@ class Tokenizer:
         for place, ids in zip(whole, self.encode([texts[place] for place in whole]), strict=True):
             rows[place] = ids
         return [self._truncate(ids, limit) for ids in rows]
+
+    def is_mostly_unknown(self, ids: Sequence[int]) -> bool:
+        """Whether more than half of these ids are the one that stands for anything unknown."""
+        return self._unknown_id is not None and 2 * ids.count(self._unknown_id) > len(ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, control tokens included and nothing cleaned up, as the reference does it."""
