@@ -1,6 +1,7 @@
 """How well a model reranks what BM25 found, per collection: nDCG@10 of BM25, of a bi-encoder, and at each ratio.
 
 python benchmarks/ranking.py --data FOLDER_OF_BEIR_FOLDERS
+python benchmarks/ranking.py --data FOLDER --collections xquad/en xquad/de --no-save     # folders further down
 python benchmarks/ranking.py                      # the bundled corpus alone
 """
 
@@ -45,7 +46,11 @@ def main() -> None:
     """Print the table and write it to `results/ranking.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder of collections in BEIR layout")
-    parser.add_argument("--collections", nargs="*", help="their names, default the five that BM25 leaves room on")
+    parser.add_argument(
+        "--collections",
+        nargs="*",
+        help="names or paths in that folder, default the five with room over BM25",
+    )
     parser.add_argument("--model", default="mini")
     parser.add_argument("--dtype", help="default the device's")
     parser.add_argument("--ratios", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32])

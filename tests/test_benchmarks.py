@@ -17,6 +17,8 @@ import replay
 import replay_report
 import report
 
+from kalm_rag.demo_data import load_demo
+
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -62,9 +64,37 @@ def test_script(script: str, tmp_path: Path, run: Callable[..., dict[str, Any]])
 
 def test_tuning(run: Callable[..., dict[str, Any]]) -> None:
     pytest.importorskip("peft", reason="the extra tune is not installed")
-    [found] = run("tuning.py")["runs"]
-    assert found["queries"] == [10, 2, 4]
-    assert [one["ratio"] for one in found["comparisons"]] == [4, 32]
+    found = run("tuning.py", "--full")["runs"]
+    assert [one["trained"] for one in found] == ["adapter", "full"]
+    for one in found:
+        assert one["queries"] == [10, 2, 4]
+        assert [compared["ratio"] for compared in one["comparisons"]] == [4, 32]
+    # The same lists, scored before the first step.
+    assert found[0]["validation"][0] == pytest.approx(found[1]["validation"][0], abs=1e-5)
+    assert [one["before"] for one in found[0]["comparisons"]] == [one["before"] for one in found[1]["comparisons"]]
+
+
+def test_ranking_of_collections_further_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = load_demo()
+    queries = list(corpus.qrels)[:3]
+    for language in ("de", "en"):
+        folder = tmp_path / "sets" / language
+        folder.mkdir(parents=True)
+        for name, texts in (("corpus", corpus.passages), ("queries", corpus.queries)):
+            lines = [json.dumps({"_id": own, "text": text}) for own, text in texts.items()]
+            (folder / f"{name}.jsonl").write_text("\n".join(lines), "utf-8")
+        rows = [f"{query}\t{own}\t{value}" for query in queries for own, value in corpus.qrels[query].items()]
+        (folder / "qrels.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *rows]))
+    chosen = ["--collections", "sets/de", "sets/en", "--ratios", "4", "--depth", "5"]
+    arguments = ["ranking.py", "--data", str(tmp_path), *chosen, "--no-bi-encoder", "--no-save"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    runpy.run_path(str(FOLDER / "ranking.py"), run_name="__main__")
+    table = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert table[0] == ["nDCG@10", "sets/de", "sets/en", "mean"]
+    assert [row[0] for row in table[1:]] == ["BM25", "mini", "best"]
+    assert all(row[-1] == row[-2] == row[-3] for row in table[1:]), "it is the same collection twice"
 
 
 def test_startup(run: Callable[..., dict[str, Any]]) -> None:

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -196,7 +196,7 @@ def _tune(job: _Job, corpus: Corpus, name: str, *, by_passages: bool, held_out: 
             show_progress=job.show_progress,
             local_files_only=True,
         )
-        tuned.comparisons = compare(experiment, tuned.folder)
+        tuned.comparisons = compare(experiment, [replace(one, lora=str(tuned.folder)) for one in systems])
     report = {**tuned.as_json(), "model": name, "recipe": asdict(recipe)}
     try:
         if tuned.folder is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -126,15 +126,14 @@ def _finite(value: Any) -> Any:
     return [_finite(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
-def compare(experiment: Experiment, lora: Path) -> list[Comparison]:
-    """Rerank with and without an adapter, and compare query by query.
+def compare(experiment: Experiment, tuned: Sequence[System]) -> list[Comparison]:
+    """Rerank with each system before and after tuning, and compare query by query.
 
     Args:
-        experiment: the held-out queries, and the systems without the adapter.
-        lora: the adapter.
+        experiment: the held-out queries, and the systems before.
+        tuned: the same systems after, in the same order.
     """
     plain = list(experiment.systems)
-    tuned = [System(one.model, one.ratio, one.dtype, one.instruction, str(lora)) for one in plain]
     results, _ = evaluate(replace(experiment, systems=[*plain, *tuned]))
     found = {result.system: result.per_query[METRIC] for result in results}
     candidates = experiment.candidates
