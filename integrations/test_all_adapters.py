@@ -40,6 +40,10 @@ CHANGED: dict[str, Any] = {
     "prefill_storage": "int8",
     "score_memory": 654_321,
     "refine": True,
+    "long_passages": "windows",
+    "window_tokens": 100,
+    "window_overlap": 10,
+    "max_windows": 5,
     "show_progress": False,
     "local_files_only": True,
     "cache_memory": 1_000_000,
@@ -259,6 +263,7 @@ def test_a_result_says_what_was_not_read(adapter: Adapter, given: dict[str, Any]
     )
     for name in HIT_KEYS[1:]:
         field = name.removeprefix("relevance_")
+        field = "span" if name == "passage_span" else field
         assert [adapter.metadata(document)[name] for document in found] == [getattr(hit, field) for hit in wanted], name
     cut = [adapter.metadata(document)["passage_truncated"] for document in found]
     assert True in cut
@@ -266,6 +271,18 @@ def test_a_result_says_what_was_not_read(adapter: Adapter, given: dict[str, Any]
     assert all(set(adapter.metadata(document)) == {"mine"} for document in documents), "the input is untouched"
     short = adapter.make(**given, options={"query_max_length": 2})
     assert all(adapter.metadata(document)["query_truncated"] for document in adapter.rank(short, documents))
+
+
+def test_a_result_names_the_best_window_of_a_long_document(adapter: Adapter, given: dict[str, Any]) -> None:
+    texts = [TEXTS[0], "It rained all day, and nobody went out. " * 30 + TEXTS[0]]
+    made = adapter.make(**given, options={"long_passages": "windows", "window_tokens": 60})
+    documents = adapter.documents(texts)
+    wanted = [hit.span for hit in made.reranker.rank(QUERY, documents)]
+    found = [adapter.metadata(document)["passage_span"] for document in adapter.rank(made, documents)]
+    assert found == [None if span is None else list(span) for span in wanted]
+    assert sorted(span is None for span in found) == [False, True]
+    json.dumps(found)
+    assert made.forget(documents).total >= 3
 
 
 def test_what_a_result_says_is_no_text_of_the_next_ranking(adapter: Adapter, given: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 from collections.abc import Callable, Collection, ItemsView, Iterable, Iterator, KeysView, Mapping, Set
 from typing import Any, NamedTuple, TypeAlias
 
@@ -22,11 +23,26 @@ class Passage(NamedTuple):
         document: the very object that was given.
         text: its text; where half characters were replaced, the repaired text.
         repaired: whether that happened, see `repair_text`.
+        given: the text before that.
     """
 
     document: Any
     text: str
     repaired: bool
+    given: str
+
+    def original_span(self, span: tuple[int, int] | None) -> tuple[int, int] | None:
+        """Return where in the given text a part of `text` is; repairing joins the two halves of a character."""
+        if span is None or len(self.text) == len(self.given):
+            return span
+        start, end = span
+        for match in _HALVES.finditer(self.given):
+            start += match.start() < start
+            end += match.start() < end
+        return start, end
+
+
+_HALVES = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 
 
 def repair_text(text: str) -> tuple[str, bool]:
@@ -68,8 +84,8 @@ class TextCounter:
 
 REPAIRED = "%d texts hold half a surrogate pair, which has no UTF-8 form; it is read as U+FFFD. The results say which"
 TRUNCATED = (
-    "%d texts are longer than the reranker reads (max_length tokens of a passage, query_max_length of a query); the "
-    "rest of them is not read. The results say which"
+    "%d texts are longer than the reranker reads (max_length tokens of a passage, or max_windows windows of it, "
+    "query_max_length of a query); the rest of them is not read. The results say which"
 )
 UNKNOWN = (
     "more than half of the tokens of %d texts are unknown to this model, as in a script it was not trained on; scores "
@@ -146,8 +162,8 @@ def iter_documents(documents: object, text: TextOf[Any] | None = None) -> Iterat
         dimensions=1,
     )
     for position, document in enumerate(values):
-        found, repaired = repair_text(document_text(document, f"documents[{position}]", text))
-        yield Passage(document, found, repaired)
+        given = document_text(document, f"documents[{position}]", text)
+        yield Passage(document, *repair_text(given), given)
 
 
 def _is_one_document(documents: Any, text: TextOf[Any] | None) -> bool:

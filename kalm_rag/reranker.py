@@ -18,10 +18,12 @@ from kalm_rag.model.checkpoint import Checkpoint, find_checkpoint
 from kalm_rag.results import D, EncodeReport, Estimate, PrefillStats, RankedPassage, Ranking
 from kalm_rag.settings import (
     DEFAULT_INSTRUCTION,
+    DEFAULT_MAX_WINDOWS,
     DEFAULT_PREFILL_MEMORY,
     DEFAULT_SCORE_MEMORY,
     DEFAULT_SYSTEM_PROMPT,
     ControlTokens,
+    LongPassages,
     PrefillMemory,
     PrefillStorage,
     Settings,
@@ -40,8 +42,8 @@ if TYPE_CHECKING:
     from kalm_rag.cache.scores import ScoreStats
     from kalm_rag.scorer import Score, Scorer
 
-_WINDOW = 2048
-"""Distinct passages held at once: bounds memory on long inputs, and is enough to batch by length."""
+_AT_ONCE = 2048
+"""Passages held at once: bounds memory on long inputs, and is enough to batch by length."""
 
 
 class KaLMReranker:
@@ -88,6 +90,13 @@ class KaLMReranker:
             the same instruction and ratio, gets that score without the model. 0 remembers none, for measurements.
         refine: rank passages that are not prefilled in two passes: an approximate one over all, and the exact one over
             those that can be among the `top_k` or lie near the `threshold`. See `rank` for which scores are exact.
+        long_passages: `truncate`; or `windows`, which splits a passage that is longer than a window at the end of a
+            paragraph, a sentence or a word. Each window is encoded and cached as a passage of its own, and the passage
+            gets the score of its best one.
+        window_tokens: tokens of a window at most, the prefix of a passage included. Default: `max_length`.
+        window_overlap: tokens that a window repeats of the one before, at most. Default: an eighth of `window_tokens`.
+        max_windows: windows of a passage that are read, from its beginning. Of a longer one the rest is not read, and
+            the result says so.
         show_progress: True, False, or None for bars on long work when standard error is a terminal.
         token: hub token, if the model needs one.
         local_files_only: never ask the hub, use what was downloaded.
@@ -100,8 +109,8 @@ class KaLMReranker:
         owns_cache: whether `close` closes the cache: True for one that was made here.
         repairs: its `count` is how many texts held half a surrogate pair, as broken extraction leaves it. It is
             read as U+FFFD instead of failing the call, and the result says so.
-        truncations: its `count` is how many passages and queries were longer than `max_length` and `query_max_length`.
-            The first logs a warning, and the result says so.
+        truncations: its `count` is how many passages and queries were longer than `max_length` (or `max_windows`
+            windows) and `query_max_length`. The first logs a warning, and the result says so.
 
     Raises:
         ValueError, TypeError: a setting is wrong; the message names it, its value and the rule.
@@ -128,6 +137,10 @@ class KaLMReranker:
         prefill_storage: PrefillStorage = "native",
         score_memory: int = DEFAULT_SCORE_MEMORY,
         refine: bool = False,
+        long_passages: LongPassages = "truncate",
+        window_tokens: int | None = None,
+        window_overlap: int | None = None,
+        max_windows: int = DEFAULT_MAX_WINDOWS,
         show_progress: bool | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
@@ -146,6 +159,10 @@ class KaLMReranker:
             prefill_storage=prefill_storage,
             score_memory=score_memory,
             refine=refine,
+            long_passages=long_passages,
+            window_tokens=window_tokens,
+            window_overlap=window_overlap,
+            max_windows=max_windows,
         )
         self._arguments: dict[str, Any] = {
             **asdict(self.settings),
@@ -317,6 +334,7 @@ class KaLMReranker:
                 given[index].repaired,
                 query_repaired,
                 score.exact,
+                given[index].original_span(score.span),
             )
             for index, score in sorted(enumerate(scored), key=lambda item: -item[1].margin)
             if threshold is None or score.probability >= threshold
@@ -357,7 +375,7 @@ class KaLMReranker:
         """Encode passages ahead of the queries that will need them.
 
         Args:
-            documents: as in `rank`; a generator is consumed in windows, so a corpus need not fit into memory.
+            documents: as in `rank`; a generator is consumed in parts, so a corpus need not fit into memory.
             show_progress: for this call, instead of the instance's.
             text: as in `rank`.
 
@@ -369,14 +387,16 @@ class KaLMReranker:
             TypeError, ValueError: a passage is wrong; the message names its position.
             CheckpointError: the model cannot be found or used.
         """
-        total = len(documents) if isinstance(documents, Sequence) else None
+        # Nobody knows how many windows there will be.
+        total = len(documents) if isinstance(documents, Sequence) and not self.settings.splits else None
         given = iter_documents(documents, text)
         new = known = truncated = repaired = 0
-        with self._progress(total, "encoding", show_progress) as progress:
-            while window := list(islice(given, _WINDOW)):
-                changed = sum(passage.repaired for passage in window)
+        show = self._show_progress if show_progress is None else show_progress
+        with Progress(total, "encoding", show=show) as progress:
+            while some := list(islice(given, _AT_ONCE)):
+                changed = sum(passage.repaired for passage in some)
                 self.repairs.add(changed)
-                report = self.scorer.encode([passage.text for passage in window], progress)
+                report = self.scorer.encode([passage.text for passage in some], progress)
                 self.cache.flush()
                 new, known, truncated = new + report.new, known + report.known, truncated + report.truncated
                 repaired += changed
@@ -386,7 +406,9 @@ class KaLMReranker:
     def forget(self, documents: Iterable[D], *, text: TextOf[D] | None = None) -> ForgetReport:
         """Delete what the cache keeps of passages, so that nothing of them is left in it, nor in this instance.
 
-        The model is not loaded for it. See `PassageCache.forget` for what is searched, and what cannot be reached.
+        The model is not loaded for it. See `PassageCache.forget` for what is searched, and what cannot be reached. The
+        windows of long passages are forgotten too, under these settings and those that the cache has recorded; only for
+        that the tokenizer is loaded.
 
         Args:
             documents: as in `rank`. Any iterable.
@@ -395,13 +417,13 @@ class KaLMReranker:
         Raises:
             TypeError: a passage is wrong; the message names its position. The passages before it may be forgotten.
             StoreError: the cache's store is read-only, failed, or does not delete.
+            CheckpointError: the tokenizer is needed to find windows, and is not here.
         """
-        from kalm_rag.forget import own_spaces
+        from kalm_rag.forget import forget_texts
 
         texts = (passage.text for passage in iter_documents(documents, text))
         named = {name: self._arguments[name] for name in ("revision", "lora")}
-        spaces = own_spaces(self._scorer, self.settings, self.model, **named)
-        return self.cache.forget(texts, spaces)
+        return forget_texts(self.cache, texts, self._scorer, self.settings, self.model, **named)
 
     def unknown(self, documents: Iterable[D], *, text: TextOf[D] | None = None) -> list[str]:
         """Return the distinct texts among these passages that the cache does not hold.
@@ -410,8 +432,9 @@ class KaLMReranker:
             TypeError, ValueError: a passage is wrong; the message names its position.
             CheckpointError: the model cannot be found or used.
         """
-        scorer = self.scorer
-        return scorer.states.unknown(scorer.clean([passage.text for passage in iter_documents(documents, text)]))
+        from kalm_rag.windows.passages import unknown_passages
+
+        return unknown_passages(self.scorer, [passage.text for passage in iter_documents(documents, text)])
 
     def estimate(self, documents: Iterable[D], *, text: TextOf[D] | None = None) -> Estimate:
         """Return how many tokens and bytes these passages take, without encoding them.
@@ -420,10 +443,9 @@ class KaLMReranker:
             TypeError, ValueError: a passage is wrong; the message names its position.
             CheckpointError: the model cannot be found or used.
         """
-        scorer = self.scorer
-        texts = scorer.clean([passage.text for passage in iter_documents(documents, text)])
-        tokens = tuple(len(passage.ids) for passage in scorer.prompts.passages(texts))
-        return Estimate(tokens, sum(map(scorer.states.bytes_of, tokens)), sum(map(scorer.passage_kv.bytes_of, tokens)))
+        from kalm_rag.windows.passages import estimate_passages
+
+        return estimate_passages(self.scorer, [passage.text for passage in iter_documents(documents, text)])
 
     async def arank(
         self,
@@ -495,17 +517,9 @@ class KaLMReranker:
             return []
         self.repairs.add(changed)
         warn_untrained(ratio)
-        scorer = self.scorer
-        unique = list(dict.fromkeys(pairs))
-        found: dict[tuple[str, str], Score] = {}
-        with self._progress(len(unique), "reranking", show_progress) as progress:
-            for start in range(0, len(unique), _WINDOW):
-                window = unique[start : start + _WINDOW]
-                scores = scorer.score(window, instruction, ratio, progress, wanted)
-                found.update(zip(window, scores, strict=True))
-        cut = {score.passage for score in found.values() if score.passage_truncated}
-        self.truncations.add(len(cut) + len({query for (query, _), score in found.items() if score.prompt.truncated}))
-        return [found[pair] for pair in pairs]
+        from kalm_rag.windows.passages import count_truncated, score_passages
 
-    def _progress(self, total: int | None, label: str, show: bool | None) -> Progress:
-        return Progress(total, label, show=self._show_progress if show is None else show)
+        show = self._show_progress if show_progress is None else show_progress
+        scores = score_passages(self.scorer, pairs, instruction, ratio, show, wanted)
+        self.truncations.add(count_truncated(pairs, scores))
+        return scores

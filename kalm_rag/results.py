@@ -45,12 +45,15 @@ class RankedPassage(Shown, Generic[D_co]):
         score: `P(yes)`, between 0 and 1.
         margin: `z_yes - z_no`, the raw score; it keeps telling passages apart where `score` saturates.
         document: the very object that was given.
-        passage_truncated: the passage was longer than `max_length` tokens and its tail was not read.
+        passage_truncated: the passage was longer than `max_length` tokens, or than `max_windows` windows, and its tail
+            was not read.
         query_truncated: the query was longer than `query_max_length` tokens and its tail was not read.
         passage_repaired: the passage holds half a surrogate pair, which was read as U+FFFD; `document` is unchanged.
         query_repaired: the same, of the query.
         exact: False if `score` and `margin` are those of a first pass (`refine=True`, with a threshold and without
             `top_k`).
+        span: with `long_passages="windows"`, the best window of a passage that was split: the place of its first
+            character in the text that was given, and the place after its last. Score and margin are that window's.
     """
 
     index: int
@@ -62,6 +65,7 @@ class RankedPassage(Shown, Generic[D_co]):
     passage_repaired: bool = False
     query_repaired: bool = False
     exact: bool = True
+    span: tuple[int, int] | None = None
 
 
 class Ranking(list[RankedPassage[D]]):
@@ -95,6 +99,7 @@ class Ranking(list[RankedPassage[D]]):
     def _repr_html_(self) -> str:
         flags = [name for name in _FLAGS if any(getattr(hit, name) for hit in self)]
         flags += [] if all(hit.exact for hit in self) else ["exact"]
+        has_spans = any(hit.span for hit in self)
         rows = [
             (
                 str(place),
@@ -103,12 +108,14 @@ class Ranking(list[RankedPassage[D]]):
                 f"{hit.margin:.2f}",
                 str(hit.index),
                 *("yes" if getattr(hit, flag) else "" for flag in flags),
+                *(["" if hit.span is None else "{}:{}".format(*hit.span)] if has_spans else []),
             )
             for place, hit in enumerate(self[:_HTML_ROWS], start=1)
         ]
         if len(self) > _HTML_ROWS:
             rows.append(("…", f"and {len(self) - _HTML_ROWS} more"))
         heading = ["rank", "document", "score", "margin", "index", *(flag.replace("_", " ") for flag in flags)]
+        heading += ["span"] if has_spans else []
         return html_table(heading, rows, f"{type(self).__name__} of {_passages(len(self))}")
 
 
@@ -121,12 +128,13 @@ def _passages(count: int) -> str:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class EncodeReport(Shown):
-    """Counts the passages of an `encode` call.
+    """Counts the passages of an `encode` call. With `long_passages="windows"`, windows count as passages.
 
     Attributes:
         new: passages that were encoded now.
         known: passages that were found encoded already, or that occurred earlier in the same call.
-        truncated: among both, those longer than `max_length` tokens.
+        truncated: among both, those longer than `max_length` tokens; with windows, the passages of more than
+            `max_windows`.
         repaired: among both, those with half a surrogate pair, which was read as U+FFFD.
     """
 
@@ -137,7 +145,7 @@ class EncodeReport(Shown):
 
     @property
     def total(self) -> int:
-        """Passages that were given."""
+        """Passages that were given, or their windows."""
         return self.new + self.known
 
 
@@ -148,7 +156,7 @@ class Estimate(Shown):
     Its `repr` shows how many passages there are and the sum of their tokens.
 
     Attributes:
-        tokens: of each passage, as many as the encoder reads.
+        tokens: of each passage, as many as the encoder reads; those of all windows, if it is split.
         states_bytes: bytes of all encoder states in the cache.
         prefilled_bytes: bytes of all passages if they are kept prefilled as well.
     """

@@ -30,11 +30,16 @@ from kalm_rag.utils.margins import probability
 from kalm_rag.utils.progress import Progress
 from kalm_rag.utils.refining import Wanted, refine
 from kalm_rag.utils.turns import Turns
+from kalm_rag.windows.source import WindowSource
+from kalm_rag.windows.splitter import Span
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
+
+_AT_ONCE = 2048
+"""Passages that are encoded together: bounds memory on long inputs, and is enough to batch by length."""
 
 
 @dataclass(slots=True)
@@ -45,8 +50,9 @@ class Score:
         prompt: the query as the decoder reads it.
         passage: the passage, cleaned.
         margin: `z_yes - z_no`.
-        passage_truncated: whether the passage was longer than `max_length` tokens.
+        passage_truncated: whether a part of the passage was not read.
         exact: False for a margin of a first pass.
+        span: the window that the score is of, in the passage as it was given; None if the passage was not split.
     """
 
     prompt: Prompt
@@ -54,6 +60,7 @@ class Score:
     margin: float = math.nan
     passage_truncated: bool = False
     exact: bool = True
+    span: Span | None = None
 
     @property
     def probability(self) -> float:
@@ -77,6 +84,7 @@ class Scorer:
         loaded: the model.
         settings: how passages and queries become scores.
         prompts: text to token ids.
+        windows: what is read of long passages.
         keys: the cache's keys for this model and these settings.
         turns: who may use the model next. It guards the model and all that a forward pass uses.
         states: encoder states of passages.
@@ -95,6 +103,7 @@ class Scorer:
             storage=cache.storage,
         )
         self.prompts = Prompts(loaded.tokenizer, settings, loaded.model.config.decoder.max_position_embeddings)
+        self.windows = WindowSource(loaded.tokenizer, settings)
         self.turns = Turns()
         self.states = StatesSource(loaded, settings, cache, self.keys, self.prompts, self.turns)
         self.passage_kv = PassageKVSource(loaded, settings, cache, self.keys, self.prompts, self.states, self.turns)
@@ -152,12 +161,20 @@ class Scorer:
         return [space for space in found if space is not None]
 
     def encode(self, texts: Sequence[str], progress: Progress | None = None) -> EncodeReport:
-        """Encode the passages that the cache does not hold, and prefill them if its store keeps that too."""
+        """Encode the passages that the cache does not hold, and prefill them if its store keeps that too.
+
+        The windows of a long passage are passages of their own here.
+        """
         self.check_process()
-        passages = self.clean(texts)
-        report = self.states.encode(passages, progress)
-        self.passage_kv.encode(passages)
-        return report
+        passages = self.windows.expand(texts)
+        new = 0
+        truncated = self.windows.incomplete(texts)
+        for start in range(0, len(passages), _AT_ONCE):
+            some = passages[start : start + _AT_ONCE]
+            report = self.states.encode(some, progress)
+            self.passage_kv.encode(some)
+            new, truncated = new + report.new, truncated + report.truncated
+        return EncodeReport(new, len(passages) - new, truncated)
 
     def score(
         self,

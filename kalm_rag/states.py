@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from kalm_rag.cache import PassageCache
 from kalm_rag.cache.frame import Frame, FrameError, payload_bytes
 from kalm_rag.cache.keys import KeySpace
-from kalm_rag.cache.spaces import Space
+from kalm_rag.cache.spaces import Space, WindowRule
 from kalm_rag.model.encoder import Encoder
 from kalm_rag.model.identity import ModelIdentity
 from kalm_rag.model.loading import LoadedModel
@@ -121,7 +121,8 @@ class StatesSource(CachedSource[int, PassageTokens, PassageStates]):
         self.encoder = Encoder(loaded, settings)
         self._cache = cache
         self._key_space = keys
-        self._space = Space(keys, loaded.tokenizer.control)
+        rule = WindowRule(*settings.window, settings.max_windows) if settings.splits else None
+        self._space = Space(keys, loaded.tokenizer.control, windows=rule)
         self._prompts = prompts
         self._lock = forks.Lock()  # of the next line
         self._warned_ratios: set[int] = set()

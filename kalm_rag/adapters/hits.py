@@ -13,6 +13,7 @@ HIT_KEYS = (
     "query_truncated",
     "passage_repaired",
     "query_repaired",
+    "passage_span",
 )
 """Keys of `hit_metadata`; the score has a place of its own in each framework."""
 
@@ -20,8 +21,9 @@ HIT_KEYS = (
 def hit_metadata(hit: RankedPassage[Any]) -> dict[str, Any]:
     """Return what a document's metadata says besides the score, by the keys of `HIT_KEYS`.
 
-    `relevance_margin` is `RankedPassage.margin` and `relevance_exact` its `exact`; the other keys are fields of
-    `RankedPassage` by their own names.
+    `relevance_margin` is `RankedPassage.margin`, `relevance_exact` its `exact`, and `passage_span` its `span`, if there
+    is one as a list, which JSON and YAML give back as it was. The other keys are fields of `RankedPassage` by their own
+    names.
     """
     return {
         "relevance_margin": hit.margin,
@@ -30,4 +32,5 @@ def hit_metadata(hit: RankedPassage[Any]) -> dict[str, Any]:
         "query_truncated": hit.query_truncated,
         "passage_repaired": hit.passage_repaired,
         "query_repaired": hit.query_repaired,
+        "passage_span": None if hit.span is None else list(hit.span),
     }

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeAlias, get_args
 
 from kalm_rag.cache.passage_cache import DEFAULT_MEMORY, Storage
 from kalm_rag.settings import (
+    DEFAULT_MAX_WINDOWS,
     DEFAULT_PREFILL_MEMORY,
     DEFAULT_SCORE_MEMORY,
     DEFAULT_SYSTEM_PROMPT,
     ControlTokens,
+    LongPassages,
     PrefillMemory,
     PrefillStorage,
     Settings,
@@ -42,6 +45,11 @@ class Options:
         prefill_storage: `native`, or `int8` or `compact` for fewer bytes and slightly different scores.
         score_memory: bytes of remembered scores of pairs; 0 remembers none.
         refine: rank passages that are not prefilled in two passes; see `KaLMReranker`.
+        long_passages: `truncate` passages of more than `max_length` tokens, or read them as `windows`; see
+            `KaLMReranker`.
+        window_tokens: tokens of a window at most. Default: `max_length`.
+        window_overlap: tokens that a window repeats of the one before, at most. Default: an eighth of a window.
+        max_windows: windows of a passage that are read.
         show_progress: True, False, or None for bars on long work when standard error is a terminal.
         token: hub token, if the model needs one. It is never written to JSON or YAML; a pickle holds it.
         local_files_only: never ask the hub, use what was downloaded.
@@ -67,6 +75,10 @@ class Options:
     prefill_storage: PrefillStorage = "native"
     score_memory: int = DEFAULT_SCORE_MEMORY
     refine: bool = False
+    long_passages: LongPassages = "truncate"
+    window_tokens: int | None = None
+    window_overlap: int | None = None
+    max_windows: int = DEFAULT_MAX_WINDOWS
     show_progress: bool | None = None
     token: str | bool | None = field(default=None, repr=False)
     local_files_only: bool = False
@@ -79,7 +91,8 @@ class Options:
 
     def __post_init__(self) -> None:
         of_scorer = {name: getattr(self, name) for name in _names() & {field.name for field in fields(Settings)}}
-        settings = Settings(**of_scorer)
+        # `max_length` is an argument of its own, so windows are compared with it when the reranker is made.
+        settings = Settings(**of_scorer, max_length=sys.maxsize)
         checked: dict[str, Any] = {name: getattr(settings, name) for name in of_scorer}
         checked["cache_memory"] = check_bytes("cache_memory", self.cache_memory)
         if self.cache_limit is not None:

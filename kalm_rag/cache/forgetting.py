@@ -68,6 +68,8 @@ class ForgetReport(Shown):
             searched.
         older: entries left in a folder that are older than its first record, as earlier versions kept them. They were
             searched in the recorded and named key spaces only.
+        windowed: ways in which long passages were split into windows that were not forgotten with them: to find
+            windows takes the tokenizer, so forget through a reranker of the model, or name it.
     """
 
     texts: int
@@ -77,6 +79,7 @@ class ForgetReport(Shown):
     unrecorded: int = 0
     unreadable: int = 0
     older: int = 0
+    windowed: int = 0
 
     @property
     def total(self) -> int:
@@ -215,7 +218,9 @@ class Forgetter:
                 "%s keeps no records of key spaces: texts are searched only in those that this process has used",
                 type(store).__name__,
             )
-        searched = distinct(recorded.values(), self.book.used().values(), spaces)
+        named = list(spaces)
+        searched = distinct(recorded.values(), self.book.used().values(), named)
+        windowed = _ways_to_split(searched) - _ways_to_split(named)  # who names them gives the windows as texts
         memory, kept = Counter[Kind](), Counter[Kind]()
         scores = 0
         if self.book.overflowed:  # not every key of what is in memory is known
@@ -243,8 +248,13 @@ class Forgetter:
             self.unrecorded(store),
             unreadable,
             older_than_records(store),
+            len(windowed),
         )
 
     def _levels(self) -> list[BudgetSieve[str, Any]]:
         with self._lock:
             return list(self._prefilled)
+
+
+def _ways_to_split(spaces: Iterable[Space]) -> set[tuple[object, ...]]:
+    return {(space.keys.fields["tokenizer"], *space.windows) for space in spaces if space.windows is not None}

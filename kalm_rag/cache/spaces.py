@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from kalm_rag.cache.keys import FORMAT, KeySpace
 from kalm_rag.utils import forks
@@ -53,6 +53,20 @@ class Behind:
     kind: str
 
 
+class WindowRule(NamedTuple):
+    """How long passages were split before they became entries.
+
+    Attributes:
+        tokens: of a window at most.
+        overlap: tokens that a window repeats of the one before, at most.
+        most: windows of a passage.
+    """
+
+    tokens: int
+    overlap: int
+    most: int
+
+
 @dataclass(frozen=True, slots=True)
 class Space:
     """One key space.
@@ -61,12 +75,15 @@ class Space:
         keys: the keys of its model and settings.
         control: what cleaning breaks in a text.
         behind: for prefilled passages; None for encoder states.
+        windows: how long passages were split, if they were. The keys do not depend on it: a window has the key of its
+            text. It says that the text of a whole passage does not find all its entries.
         id: digest of all of it, 64 hexadecimal digits.
     """
 
     keys: KeySpace
     control: ControlTokens
     behind: Behind | None = None
+    windows: WindowRule | None = None
     id: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -126,13 +143,15 @@ class Space:
 
     def _json(self) -> bytes:
         behind = self.behind
-        content = {
+        content: dict[str, Any] = {
             "format": FORMAT,
             "model": self.keys.model.hex(),
             "fields": self.keys.fields,
             "control": self.control.tokens,
             "prefilled": None if behind is None else [behind.ratio, behind.prefix, behind.kind],
         }
+        if self.windows is not None:  # else the record is as it was before there were windows
+            content["windows"] = list(self.windows)
         return json.dumps(content, sort_keys=True, separators=(",", ":")).encode("ascii")
 
 
@@ -150,6 +169,8 @@ def _space_of(content: Any) -> Space:
         words.append(kind)
         numbers += [ratio, *prefix]
         behind = Behind(ratio, tuple(prefix), kind)
+    windows = None if content.get("windows") is None else WindowRule(*content["windows"])
+    numbers += windows or ()
     if (
         not all(isinstance(digest, str) and (_DIGEST.fullmatch(digest) or digest == "") for digest in digests)
         or not all(isinstance(word, str) for word in words)
@@ -158,7 +179,7 @@ def _space_of(content: Any) -> Space:
         msg = "a record whose fields have other types than a key space has"
         raise SpaceError(msg)
     control = _control_tokens(tuple(content["control"]))
-    return Space(KeySpace(model=bytes.fromhex(content["model"]), **fields), control, behind)
+    return Space(KeySpace(model=bytes.fromhex(content["model"]), **fields), control, behind, windows)
 
 
 @lru_cache(maxsize=16)

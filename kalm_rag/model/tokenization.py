@@ -100,6 +100,12 @@ class Tokenizer:
         """Whether more than half of these ids are the one that stands for anything unknown."""
         return self._unknown_id is not None and 2 * ids.count(self._unknown_id) > len(ids)
 
+    def offsets(self, text: str) -> list[int]:
+        """Return where each token of a text begins, in characters."""
+        with self._lock:
+            batch = encode(self._fast, [text], offsets=True)
+        return [start for start, _ in batch["offset_mapping"][0]]
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, control tokens included and nothing cleaned up, as the reference does it."""
         with self._lock:
@@ -119,3 +125,7 @@ class Tokenizer:
         and text without control tokens is returned as it is, so that its score equals the reference's.
         """
         return self.control.broken(text) if self._escape else text
+
+    def original_span(self, text: str, span: tuple[int, int]) -> tuple[int, int]:
+        """Return where in a text a part of `clean(text)` is: its first character, and the one after its last."""
+        return self.control.original_span(text, span) if self._escape else span

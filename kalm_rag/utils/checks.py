@@ -30,13 +30,7 @@ LARGEST_RATIO = 1 << 20
 
 def check_positive(name: str, value: object) -> int:
     """Return `value` as an `int` if it is an integer of at least 1, else raise with the name and the value."""
-    if not _is_integer(value):
-        msg = f"{name} must be an integer, got {value!r} ({type(value).__name__})"
-        raise TypeError(msg)
-    if value < 1:
-        msg = f"{name} must be at least 1, got {value}"
-        raise ValueError(msg)
-    return int(value)
+    return _check_least(name, value, 1)
 
 
 def check_ratio(name: str, value: object) -> int:
@@ -77,6 +71,11 @@ def check_bytes(name: str, value: object) -> int:
     return int(value)
 
 
+def check_count(name: str, value: object) -> int:
+    """Return `value` as an `int` if it is an integer of at least 0, else raise with the name and the value."""
+    return _check_least(name, value, 0)
+
+
 def check_budget(name: str, value: object) -> int | Literal["auto"]:
     """Return `value` if it is a number of bytes or "auto", else raise with the name and the value."""
     if isinstance(value, str) and value == "auto":
@@ -86,6 +85,16 @@ def check_budget(name: str, value: object) -> int | Literal["auto"]:
             f'{name} must be a number of bytes, 0 to keep nothing in memory, or "auto" for a share of the free memory, '
             f"got {value!r:.80}"
         )
+        raise ValueError(msg)
+    return int(value)
+
+
+def _check_least(name: str, value: object, least: int) -> int:
+    if not _is_integer(value):
+        msg = f"{name} must be an integer, got {value!r} ({type(value).__name__})"
+        raise TypeError(msg)
+    if value < least:
+        msg = f"{name} must be at least {least}, got {value}"
         raise ValueError(msg)
     return int(value)
 

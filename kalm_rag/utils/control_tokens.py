@@ -27,3 +27,14 @@ class ControlTokens:
     def broken(self, text: str) -> str:
         """Return the text with one space after the first character of every control token."""
         return self._pattern.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+
+    def original_span(self, text: str, span: tuple[int, int]) -> tuple[int, int]:
+        """Return where in a text a part of `broken(text)` is: its first character, and the one after its last."""
+        start, end = span
+        for match in self._pattern.finditer(text):
+            added = match.start() + 1  # in the text up to here without the spaces that were added before
+            if added >= end:
+                break
+            start -= added < start
+            end -= 1
+        return start, end

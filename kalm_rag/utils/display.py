@@ -76,6 +76,8 @@ def short_repr(value: object, width: int = _WIDTH) -> str:
             keys = ["text"] if "text" in value else list(islice(value, 1))
             first = [f"{short_repr(key, width // 2)}: {short_repr(value[key], width * 2 // 3)}" for key in keys]
             return f"{{{_first_of(first, len(value))}}}"
+        if isinstance(value, tuple) and len(value) == 2 and all(type(item) is int for item in value):
+            return repr(value)  # a place in a text
         if isinstance(value, (list, tuple)) and type(value) in (list, tuple):  # not a named tuple, which has a `repr`
             inside = _first_of([short_repr(item, width // 2) for item in value[:1]], len(value))
             return f"[{inside}]" if isinstance(value, list) else f"({inside}{',' * (len(value) == 1)})"

@@ -44,6 +44,15 @@ class Wanted(NamedTuple):
         """Return the same beside candidates whose exact margins are known."""
         return self._replace(known=(*self.known, *known))
 
+    def of_windows(self, counts: Sequence[int]) -> Wanted:
+        """Return what is wanted of windows, of which each candidate has so many, and counts as its best one.
+
+        The best window of the last candidate that is returned has at most all windows of the better ones before it.
+        """
+        if self.top_k is None:
+            return self
+        return self._replace(top_k=1 + sum(sorted(counts, reverse=True)[: self.top_k - 1]))
+
     def saves(self, count: int) -> bool:
         """Whether a first pass over so many candidates is likely to save time."""
         if self.top_k is None:

@@ -53,8 +53,8 @@ class KalmRerank(KalmBase, BaseNodePostprocessor):
 
     Copies of the nodes come back best first in new `NodeWithScore`s whose score is `P(yes)`; the given ones are not
     touched. Their metadata gains `relevance_margin`, and the truth values `relevance_exact`, `passage_truncated`,
-    `query_truncated`, `passage_repaired` and `query_repaired` (see `kalm_rag.RankedPassage`), all excluded from the
-    text of a node.
+    `query_truncated`, `passage_repaired` and `query_repaired`, and `passage_span` (see `kalm_rag.RankedPassage`), all
+    excluded from the text of a node.
     `KalmQueryBundle` is a query with an instruction, `top_n` or `score_threshold` of its own.
     """
 

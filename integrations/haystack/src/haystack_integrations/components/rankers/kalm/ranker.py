@@ -30,8 +30,8 @@ class KalmRanker(KalmBase):
         ```
 
     Documents come back best first as copies whose score is `P(yes)`. Their `meta` gains `relevance_margin`, and the
-    truth values `relevance_exact`, `passage_truncated`, `query_truncated`, `passage_repaired` and `query_repaired` (see
-    `kalm_rag.RankedPassage`). Of documents with one id the best is kept.
+    truth values `relevance_exact`, `passage_truncated`, `query_truncated`, `passage_repaired` and `query_repaired`, and
+    `passage_span` (see `kalm_rag.RankedPassage`). Of documents with one id the best is kept.
     """
 
     def __init__(

@@ -1,0 +1,1 @@
+"""Long passages as windows: where they are split, and what calls on passages make of the windows."""
