@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import random
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from kalm_rag.cli.estimates import estimate, groups, show_estimate
 from kalm_rag.cli.options import (
     CacheOption,
     DeviceOption,
@@ -20,11 +18,15 @@ from kalm_rag.cli.options import (
     IdFieldOption,
     JsonOption,
     LimitOption,
+    LongPassagesOption,
     LoraOption,
     MaxLengthOption,
+    MaxWindowsOption,
     ModelOption,
     RevisionOption,
     TextFieldOption,
+    WindowOverlapOption,
+    WindowTokensOption,
     choices,
     limit_bytes,
     note_mini,
@@ -32,16 +34,13 @@ from kalm_rag.cli.options import (
     show,
     whole_number,
 )
-from kalm_rag.utils.display import duration_text, size_text, visible_line
+from kalm_rag.utils.display import size_text, visible_line
 
 if TYPE_CHECKING:
     from kalm_rag.cache.passage_cache import Keep, Storage
     from kalm_rag.reranker import KaLMReranker
+    from kalm_rag.settings import LongPassages
     from kalm_rag.utils.progress import Progress
-
-_FIRST_WINDOW, _WINDOW = 32, 512
-_SAMPLE = 256
-_TIMED = 12
 
 
 def encode(
@@ -80,6 +79,10 @@ def encode(
     ] = "states",
     limit_gb: LimitOption = None,
     max_length: MaxLengthOption = 1024,
+    long_passages: LongPassagesOption = "truncate",
+    window_tokens: WindowTokensOption = None,
+    window_overlap: WindowOverlapOption = None,
+    max_windows: MaxWindowsOption = 64,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Estimate bytes and time, and encode nothing.")] = False,
     revision: RevisionOption = None,
     lora: LoraOption = None,
@@ -114,6 +117,8 @@ def encode(
     reranker = KaLMReranker(
         model, revision=revision, lora=lora, device=device, dtype=dtype,
         ratio=ratio, max_length=max_length, cache=passages,
+        long_passages=cast("LongPassages", long_passages), window_tokens=window_tokens, window_overlap=window_overlap,
+        max_windows=max_windows,
     )  # fmt: skip
 
     def texts(*, count: bool = False) -> Iterator[str]:
@@ -125,7 +130,7 @@ def encode(
     if corpus != "-":
         next(texts(), None)  # report a missing or unreadable file before loading a model
     if dry_run:
-        _show_estimate(_estimate(reranker, texts(), everything=True), passages.keep, as_json)
+        show_estimate(estimate(reranker, texts(), everything=True), passages.keep, as_json)
         return
     if passages.store is None:
         msg = "no folder to keep encoded passages in; name one with --cache"
@@ -133,15 +138,15 @@ def encode(
     check_writable(passages.store)
     total = None
     if corpus != "-":
-        estimate = _estimate(reranker, texts(), everything=False)
-        total = estimate.passages
-        check_room(passages.store, *estimate.room(prefilled=passages.keeps_prefilled))
+        expected = estimate(reranker, texts(), everything=False)
+        total = expected.passages
+        check_room(passages.store, *expected.room(prefilled=passages.keeps_prefilled))
     reranker.load()
     run = _Run(reranker, total)
-    with passages, Progress(total, "encoding") as progress:
+    with passages, Progress(None if reranker.settings.splits else total, "encoding") as progress:
         try:
-            for window in _windows(texts(count=True)):
-                run.encode(window, progress)
+            for group in groups(texts(count=True)):
+                run.encode(group, progress)
                 if run.failure:
                     break
             run.count_again(None if corpus == "-" else texts())
@@ -157,7 +162,7 @@ def encode(
     if as_json:
         print_json(facts)
     else:
-        run.show(max_length)
+        run.show()
     if run.failure:
         typer.echo(f"error: {visible_line(run.failure)}", err=True)
     if run.failure or run.held < run.seen:
@@ -178,24 +183,24 @@ class _Run:
         self._first: list[str] = []
         self._most = ""  # "at most ", where the cache gave up what cannot be counted
 
-    def encode(self, window: list[str], progress: Progress) -> None:
+    def encode(self, group: list[str], progress: Progress) -> None:
         """Encode some passages and check that the cache holds them; otherwise the run has failed."""
         scorer, cache = self._reranker.scorer, self._reranker.cache
-        report = scorer.encode(window, progress)
+        report = scorer.encode(group, progress)
         cache.flush()
         self._new, self._known = self._new + report.new, self._known + report.known
         self._truncated += report.truncated
-        missing = self._reranker.unknown(window)
+        missing = self._reranker.unknown(group)
         if missing:  # try again: a lock or a full disk may be temporary
             scorer.encode(missing)
             cache.flush()
             missing = self._reranker.unknown(missing)
         lacking = set(missing)
-        held = sum(text not in lacking for text in self._reranker.scorer.clean(window))
-        self.seen, self.held = self.seen + len(window), self.held + held
+        held = sum(text not in lacking for text in self._reranker.scorer.clean(group))
+        self.seen, self.held = self.seen + len(group), self.held + held
         stats = cache.stats()
         if report.new and not self._first:
-            self._first = window
+            self._first = group
         # A full cache evicts its oldest passages, which may be another corpus's. If this run's own first passages are
         # gone, the rest will follow.
         if stats.store.size.evicted > self._evicted and self._reranker.unknown(self._first):
@@ -218,9 +223,9 @@ class _Run:
             return
         self.held = 0
         complete = not self.failure
-        for window in _windows(texts):
-            lacking = set(self._reranker.unknown(window))
-            self.held += sum(text not in lacking for text in self._reranker.scorer.clean(window))
+        for group in groups(texts):
+            lacking = set(self._reranker.unknown(group))
+            self.held += sum(text not in lacking for text in self._reranker.scorer.clean(group))
         if complete and self.held < self.seen:
             self.failure = (
                 f"{self._limit_text()} and gave up {self.seen - self.held} passages of this corpus that it held "
@@ -253,105 +258,21 @@ class _Run:
             "cache_bytes": stats.store.size.bytes,
         }
 
-    def show(self, max_length: int) -> None:
+    def show(self) -> None:
         """Print the result; the last line says how much is held."""
         facts = self.facts()
         rate = f" ({facts['new_per_second']} passages/s)" if self._new else ""
-        show(f"{self._new} encoded{rate}, {self._known} served from the cache, in {facts['seconds']:.1f} s")
+        what = "windows encoded" if self._reranker.settings.splits else "encoded"
+        show(f"{self._new} {what}{rate}, {self._known} served from the cache, in {facts['seconds']:.1f} s")
         if self._truncated:
-            show(f"{self._truncated} are longer than {max_length} tokens; their tails were not read (--max-length)")
+            settings = self._reranker.settings
+            most, flag = f"{settings.max_length} tokens", "--max-length"
+            if settings.splits:
+                most, flag = f"{settings.max_windows} windows", "--max-windows"
+            show(f"{self._truncated} are longer than {most}; their tails were not read ({flag})")
         if facts["repaired"]:
             show(f"{facts['repaired']} hold half a surrogate pair, which was read as U+FFFD")
         if facts["cache_entries"] is not None:
             size = size_text(facts["cache_bytes"] or 0)
             show(f"The cache holds {facts['cache_entries']} passages, {size}.")
         show(self.held_now())
-
-
-def _windows(texts: Iterator[str]) -> Iterator[list[str]]:
-    """Yield growing groups: small ones show soon whether the cache works, large ones batch better."""
-    size = _FIRST_WINDOW
-    while window := list(islice(texts, size)):
-        yield window
-        size = min(_WINDOW, 2 * size)
-
-
-@dataclass(frozen=True, slots=True)
-class _Estimate:
-    """The cost of encoding a corpus, estimated from a sample.
-
-    Attributes:
-        passages: in the corpus.
-        known: of them, those that the cache holds; only of the sample unless everything was looked up.
-        sampled: size of the sample.
-        timed: passages of it that were timed.
-        tokens: mean of a passage.
-        each: bytes of an encoded passage.
-        prefilled: bytes of a prefilled passage.
-        seconds: to encode what is new; 0 if nothing was timed.
-    """
-
-    passages: int
-    known: int
-    sampled: int
-    timed: int
-    tokens: float
-    each: float
-    prefilled: float
-    seconds: float
-
-    def room(self, *, prefilled: bool) -> tuple[int, int]:
-        """Bytes of all passages, and of those that are new."""
-        each = self.each + (self.prefilled if prefilled else 0)
-        return round(each * self.passages), round(each * (self.passages - self.known))
-
-
-def _estimate(reranker: KaLMReranker, texts: Iterator[str], *, everything: bool) -> _Estimate:
-    """Count everything and tokenise a sample; with `everything`, also look up everything, and time a few."""
-    chooser = random.Random(0)  # noqa: S311 - a reproducible sample
-    total = known = drawn = 0
-    sample: list[str] = []
-    for window in _windows(texts):
-        total += len(window)
-        candidates = reranker.unknown(window) if everything else window
-        known += len(window) - len(candidates)
-        for text in candidates:
-            drawn += 1
-            if len(sample) < _SAMPLE:
-                sample.append(text)
-            elif (place := chooser.randrange(drawn)) < _SAMPLE:
-                sample[place] = text
-    count = max(1, len(sample))
-    if not everything:
-        known = round(total * (1 - len(reranker.unknown(sample)) / count))
-    sizes = reranker.estimate(sample)
-    mean = sum(sizes.tokens) / count
-    timed = sample[:_TIMED] if everything else []
-    seconds = reranker.scorer.states.time_encoding(timed) if timed else 0.0
-    rate = seconds / max(1, sum(sizes.tokens[: len(timed)]))
-    each, prefilled = sizes.states_bytes / count, sizes.prefilled_bytes / count
-    return _Estimate(total, known, len(sample), len(timed), mean, each, prefilled, rate * mean * (total - known))
-
-
-def _show_estimate(found: _Estimate, keep: str, as_json: bool) -> None:
-    new = found.passages - found.known
-    facts = {
-        "passages": found.passages,
-        "known": found.known,
-        "to_encode": new,
-        "mean_tokens": round(found.tokens, 1),
-        "bytes_per_passage": round(found.each),
-        "bytes": round(found.each * new),
-        "prefilled_bytes": round(found.prefilled * new),
-        "seconds": round(found.seconds, 1),
-    }
-    if as_json:
-        print_json(facts)
-        return
-    show(f"{found.passages} passages, {found.known} known already, {new} to encode.")
-    show(
-        f"About {found.tokens:.0f} tokens and {size_text(found.each)} each: {size_text(found.each * new)} and "
-        f"{duration_text(found.seconds)}."
-    )
-    show(f"With --keep {keep.replace('states', 'prefilled')}: {size_text(found.prefilled * new)} more, and more time.")
-    show(f"Sizes from {found.sampled} of them, time from {found.timed}.")

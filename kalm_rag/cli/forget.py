@@ -26,6 +26,7 @@ from kalm_rag.utils.display import visible_line
 if TYPE_CHECKING:
     from kalm_rag.cache import ForgetReport
     from kalm_rag.cache.spaces import Space
+    from kalm_rag.forget import WindowFinder
 
 
 def clear(
@@ -133,17 +134,18 @@ def forget(
     from kalm_rag.cache.forgetting import check_can_delete
     from kalm_rag.cache.heads import unsearchable
     from kalm_rag.cache.spaces import recorded_spaces
+    from kalm_rag.forget import forget_with_windows
     from kalm_rag.retrieval.corpus import read_passages
 
     store = open_folder(cache)
     check_can_delete(store)
     recorded = list(recorded_spaces(store)[0].values())
-    named = _spaces_of_models(models or [], revision, recorded, max_lengths or [])
+    named, windows = _spaces_of_models(models or [], revision, recorded, max_lengths or [])
     if texts != "-":  # nothing is deleted if the file cannot be read to its end
         for _ in read_passages(texts, file_format, text_field, id_field):
             pass
     given = (record.text for record in read_passages(texts, file_format, text_field, id_field))
-    report = PassageCache(store, memory=0).forget(given, named)
+    report = forget_with_windows(PassageCache(store, memory=0), given, named, windows)
     hidden = _by_model(unsearchable(store, [*recorded, *named]))
     store.close()
     if as_json:
@@ -153,7 +155,7 @@ def forget(
         print_json({"folder": str(store.folder), **facts, "unsearchable": hidden})
     else:
         _show_forgotten(report, hidden)
-    if hidden or report.unreadable or report.older:
+    if hidden or report.unreadable or report.older or report.windowed:
         sys.exit(1)
 
 
@@ -173,6 +175,11 @@ def _show_forgotten(report: ForgetReport, hidden: dict[str, int]) -> None:
             f"{report.unreadable} records of key spaces cannot be read, and their entries were not searched: name the "
             "models in use with --model"
         )
+    if report.windowed:
+        show(
+            f"Windows of long passages are kept too, in {_count(report.windowed, 'way')} to split them, and were not "
+            "searched: to find them, name the model with --model"
+        )
     if hidden:
         show(
             f"{sum(hidden.values())} entries are in key spaces that are not recorded, so they cannot be searched by "
@@ -190,16 +197,20 @@ def _show_forgotten(report: ForgetReport, hidden: dict[str, int]) -> None:
 
 def _spaces_of_models(
     models: list[str], revision: str | None, recorded: list[Space], max_lengths: list[int]
-) -> list[Space]:
-    """Return the key spaces of models, for the `max_length` and the ratios that are named or recorded too."""
+) -> tuple[list[Space], list[WindowFinder]]:
+    """Return the key spaces of models, for the `max_length` and the ratios that are named or recorded too.
+
+    Of each model whose windows are recorded, also what finds these.
+    """
     if not models:
         check_revision(revision)
         if max_lengths:
             msg = "--max-length goes with --model: recorded key spaces have a max_length of their own; leave it out"
             raise ValueError(msg)
-        return []
-    from kalm_rag.forget import RATIOS, spaces_of
+        return [], []
+    from kalm_rag.forget import RATIOS, WindowFinder, spaces_of, split_alike
     from kalm_rag.model.checkpoint import find_checkpoint
+    from kalm_rag.settings import Settings
     from kalm_rag.utils.checks import check_positive
 
     _check_one(models, revision)
@@ -207,7 +218,14 @@ def _spaces_of_models(
     lengths += [int(space.keys.fields["max_length"]) for space in recorded]
     ratios = dict.fromkeys((*RATIOS, *(space.behind.ratio for space in recorded if space.behind is not None)))
     checkpoints = [find_checkpoint(model, revision=revision) for model in models]
-    return [space for one in checkpoints for space in spaces_of(one, max_lengths=lengths, ratios=list(ratios))]
+    named: list[Space] = []
+    windows: list[WindowFinder] = []
+    for checkpoint in checkpoints:
+        spaces = spaces_of(checkpoint, max_lengths=lengths, ratios=list(ratios))
+        named += spaces
+        if split := split_alike(recorded, spaces):
+            windows.append(WindowFinder(checkpoint, Settings(), split))
+    return named, windows
 
 
 def _check_one(models: list[str], revision: str | None) -> None:

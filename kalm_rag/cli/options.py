@@ -182,6 +182,41 @@ MaxLengthOption = Annotated[
     int,
     typer.Option("--max-length", help="Read at most this many tokens of a passage.", metavar="N", parser=whole_number),
 ]
+LongPassagesOption = Annotated[
+    str,
+    typer.Option(
+        "--long-passages",
+        help="Truncate long passages (truncate), or read them in windows, of which the best one counts (windows).",
+        metavar="WAY",
+        autocompletion=choices("truncate", "windows"),
+    ),
+]
+WindowTokensOption = Annotated[
+    int | None,
+    typer.Option(
+        "--window-tokens",
+        help="Let a window have at most this many tokens.",
+        metavar="N",
+        parser=whole_number,
+        show_default="as many as are read of a passage",
+    ),
+]
+WindowOverlapOption = Annotated[
+    int | None,
+    typer.Option(
+        "--window-overlap",
+        help="Let a window repeat at most this many tokens of the one before.",
+        metavar="N",
+        parser=whole_number,
+        show_default="an eighth of a window",
+    ),
+]
+MaxWindowsOption = Annotated[
+    int,
+    typer.Option(
+        "--max-windows", help="Read at most this many windows of a passage.", metavar="N", parser=whole_number
+    ),
+]
 LimitOption = Annotated[
     float | None,
     typer.Option(

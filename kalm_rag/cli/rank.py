@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -14,10 +14,14 @@ from kalm_rag.cli.options import (
     IdFieldOption,
     InstructionOption,
     JsonOption,
+    LongPassagesOption,
     LoraOption,
+    MaxWindowsOption,
     ModelOption,
     RevisionOption,
     TextFieldOption,
+    WindowOverlapOption,
+    WindowTokensOption,
     console,
     note_mini,
     number,
@@ -25,6 +29,9 @@ from kalm_rag.cli.options import (
     print_json,
     whole_number,
 )
+
+if TYPE_CHECKING:
+    from kalm_rag.settings import LongPassages
 
 
 def rank(
@@ -68,6 +75,10 @@ def rank(
         bool,
         typer.Option("--refine", help="Rank in two passes, which is faster where only encoder states are cached."),
     ] = False,
+    long_passages: LongPassagesOption = "truncate",
+    window_tokens: WindowTokensOption = None,
+    window_overlap: WindowOverlapOption = None,
+    max_windows: MaxWindowsOption = 64,
     cache: CacheOption = "default",
     revision: RevisionOption = None,
     lora: LoraOption = None,
@@ -95,6 +106,10 @@ def rank(
         ratio=ratio,
         cache=cache,
         refine=refine,
+        long_passages=cast("LongPassages", long_passages),
+        window_tokens=window_tokens,
+        window_overlap=window_overlap,
+        max_windows=max_windows,
     ) as reranker:
         ranking = reranker.rank(query, [record.text for record in records], top_k, instruction, threshold=threshold)
     if as_json:
@@ -111,6 +126,7 @@ def rank(
                     "passage_repaired": hit.passage_repaired,
                     "query_repaired": hit.query_repaired,
                     "exact": hit.exact,
+                    "span": hit.span,
                 }
                 for hit in ranking
             ]
@@ -120,7 +136,8 @@ def rank(
     for place, hit in enumerate(ranking, start=1):
         record = records[hit.index]
         label = record.id if record.id is not None else str(hit.index)
-        rows.append([str(place), f"{hit.score:.4f}", label, "yes" if hit.passage_truncated else "", record.text])
+        text = record.text if hit.span is None else record.text[slice(*hit.span)]
+        rows.append([str(place), f"{hit.score:.4f}", label, "yes" if hit.passage_truncated else "", text])
     out = console()
     out.print(passage_table(["rank", "score", "<id", "<cut", "<passage"], rows))
     repaired = sum(hit.passage_repaired for hit in ranking)
