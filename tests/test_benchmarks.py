@@ -40,7 +40,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     "script",
     [
         *("warm.py", "memory.py", "compact.py", "encoder.py", "cache.py", "peers.py", "precision.py", "adapters.py"),
-        *("eviction.py", "repeats.py", "refine.py", "windows.py"),
+        *("eviction.py", "repeats.py", "refine.py", "windows.py", "highlight.py"),
     ],
 )
 def test_script(script: str, tmp_path: Path, run: Callable[..., dict[str, Any]]) -> None:
@@ -58,6 +58,9 @@ def test_script(script: str, tmp_path: Path, run: Callable[..., dict[str, Any]])
         for policy in ("SLRU", "S3-FIFO", "SIEVE"):
             ratios = [item["no_scan"] for item in found if item["policy"] == policy]
             assert ratios == sorted(ratios), "more memory, more hits"
+    if script == "highlight.py":
+        found = json.loads(written.read_text())["results"]
+        assert [(item["choice"], item["queries"]) for item in found] == [("BM25", 4), ("model", 4), ("both", 4)]
     if script == "windows.py":
         found = json.loads(written.read_text())["results"]
         assert [item["system"] for item in found] == ["BM25", "truncate 48", "windows 48"]

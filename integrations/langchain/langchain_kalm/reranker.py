@@ -30,8 +30,8 @@ class KalmReranker(KalmBase, BaseDocumentCompressor):
 
     Documents come back as copies, best first; ids and metadata are kept. `metadata` gains `relevance_score`, which is
     `P(yes)`, `relevance_margin`, and the truth values `relevance_exact`, `passage_truncated`, `query_truncated`,
-    `passage_repaired` and `query_repaired`, and `passage_span` (see `kalm_rag.RankedPassage`). An empty list returns an empty list without
-    loading the model.
+    `passage_repaired` and `query_repaired`, and `passage_span` (see `kalm_rag.RankedPassage`). An empty list returns an
+    empty list without loading the model.
     """
 
     top_n: int | None = Field(default=3, ge=1)
