@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from kalm_rag.retrieval.corpus import passage_text
+from kalm_rag.retrieval.segment import Segmenter
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,10 +148,12 @@ def _encode(tokenizer: Any, texts: list[str], longest: int) -> list[np.ndarray[A
 def _neighbours(texts: Texts) -> np.ndarray[Any, Any]:
     import bm25s
 
+    segmenter = Segmenter(passages=texts.passages)
     index = bm25s.BM25()
-    index.index(bm25s.tokenize(texts.passages, stopwords="en", show_progress=False), show_progress=False)
-    tokens = bm25s.tokenize(texts.queries, stopwords="en", show_progress=False)
-    found, _ = index.retrieve(tokens, k=min(NEIGHBOURS, len(texts.passages)), show_progress=False)
+    index.index(segmenter.numbered(texts.passages), show_progress=False)
+    found, _ = index.retrieve(
+        segmenter.numbered(texts.queries), k=min(NEIGHBOURS, len(texts.passages)), show_progress=False
+    )
     return np.asarray(found, dtype=np.int32)
 
 

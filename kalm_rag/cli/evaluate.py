@@ -10,9 +10,11 @@ import typer
 
 from kalm_rag.cli.options import (
     DeviceOption,
+    FoldAccentsOption,
     FormatOption,
     IdFieldOption,
     JsonOption,
+    LanguageOption,
     MaxLengthOption,
     QrelsOption,
     QueriesOption,
@@ -59,6 +61,8 @@ def evaluate(
         int,
         typer.Option("--depth", help="Rerank this many candidates of each query.", metavar="N", parser=whole_number),
     ] = 50,
+    language: LanguageOption = "auto",
+    fold_accents: FoldAccentsOption = False,
     limit_queries: Annotated[
         int | None,
         typer.Option(
@@ -163,7 +167,7 @@ def evaluate(
     chosen = Metrics([name.strip() for name in metrics.split(",") if name.strip()])
     ratios = whole_numbers("--ratio", ratio)
     corpus, title = _corpus(source, queries, qrels, split, (file_format, text_field, id_field))
-    candidates = _candidates(corpus, run, depth, limit_queries)
+    candidates = _candidates(corpus, run, depth, limit_queries, language=language, fold_accents=fold_accents)
     models = model or [MINI]
     for name in models:
         note_mini(name)
@@ -221,11 +225,13 @@ def _corpus(
     return read_beir(source, queries, qrels, split, *how), Path(source).resolve().name
 
 
-def _candidates(corpus: Corpus, run: Path | None, depth: int, most: int | None) -> Candidates:
+def _candidates(
+    corpus: Corpus, run: Path | None, depth: int, most: int | None, *, language: str, fold_accents: bool
+) -> Candidates:
     from kalm_rag.evaluation import bm25_candidates, run_candidates
 
     if run is None:
-        return bm25_candidates(corpus, depth, most)
+        return bm25_candidates(corpus, depth, most, language=language, fold_accents=fold_accents)
     return run_candidates(corpus, run, depth, most)
 
 

@@ -178,6 +178,17 @@ QrelsOption = Annotated[
 SplitOption = Annotated[
     str, typer.Option("--split", help="Use this part of a BEIR folder's judgements.", metavar="NAME")
 ]
+LanguageOption = Annotated[
+    str,
+    typer.Option(
+        "--language",
+        help="Let BM25 leave out the stop words of this language: auto (English ones if the passages are English), "
+        "none, de, en, es, fr, it, nl, no, pt, ru, sv or zh.",
+        metavar="LANGUAGE",
+        autocompletion=choices("auto", "none", "de", "en", "es", "fr", "it", "nl", "no", "pt", "ru", "sv", "zh"),
+    ),
+]
+FoldAccentsOption = Annotated[bool, typer.Option("--fold-accents", help="Let BM25 read letters without their accents.")]
 MaxLengthOption = Annotated[
     int,
     typer.Option("--max-length", help="Read at most this many tokens of a passage.", metavar="N", parser=whole_number),

@@ -10,8 +10,10 @@ import typer
 from kalm_rag.cli.options import (
     CacheOption,
     DeviceOption,
+    FoldAccentsOption,
     InstructionOption,
     JsonOption,
+    LanguageOption,
     MaxLengthOption,
     ModelOption,
     QrelsOption,
@@ -89,6 +91,8 @@ def tune(
     by_passages: Annotated[
         bool, typer.Option("--by-passages", help="Keep queries that share relevant passages in the same part.")
     ] = False,
+    language: LanguageOption = "auto",
+    fold_accents: FoldAccentsOption = False,
     instruction: InstructionOption = None,
     max_length: MaxLengthOption = 1024,
     cache: CacheOption = "default",
@@ -148,6 +152,8 @@ def tune(
                     seed=seed,
                 ),
                 by_passages=by_passages,
+                language=language,
+                fold_accents=fold_accents,
                 announce=lambda text: typer.echo(visible(text), err=True),
             )
         except KeyboardInterrupt:

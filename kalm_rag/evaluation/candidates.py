@@ -10,6 +10,7 @@ from kalm_rag.errors import MissingExtraError
 from kalm_rag.evaluation.trec import quoted, read_run
 from kalm_rag.retrieval.bm25 import BM25
 from kalm_rag.retrieval.corpus import Corpus
+from kalm_rag.retrieval.segment import AUTO
 from kalm_rag.utils.display import Shown
 from kalm_rag.utils.progress import Progress
 
@@ -72,7 +73,13 @@ def judged_queries(corpus: Corpus, most: int | None = None) -> tuple[dict[str, d
 
 
 def bm25_candidates(
-    corpus: Corpus, depth: int, most_queries: int | None = None, show_progress: bool | None = None
+    corpus: Corpus,
+    depth: int,
+    most_queries: int | None = None,
+    show_progress: bool | None = None,
+    *,
+    language: str = AUTO,
+    fold_accents: bool = False,
 ) -> Candidates:
     """The `depth` best passages of BM25 for each judged query.
 
@@ -81,14 +88,17 @@ def bm25_candidates(
         depth: passages per query.
         most_queries: evaluate the first so many judged queries only.
         show_progress: as in `KaLMReranker`.
+        language: whose stop words are left out: a code such as `de`, `none`, or `auto`: English ones if the passages
+            are English, else none.
+        fold_accents: read letters without their accents.
 
     Raises:
         MissingExtraError: `bm25s` is not installed.
-        ValueError: there is nothing to evaluate.
+        ValueError: there is nothing to evaluate, or the language is unknown.
     """
     qrels, warnings = judged_queries(corpus, most_queries)
     try:
-        index = BM25(corpus.passages)
+        index = BM25(corpus.passages, language=language, fold_accents=fold_accents)
     except MissingExtraError as error:
         raise MissingExtraError(error.module, "eval") from None
     rankings = {}
@@ -142,9 +152,9 @@ def _checked(
     without = sum(not ranking for ranking in rankings.values())
     if without == len(rankings):
         msg = (
-            f"{name} finds no candidate for any of the {without} queries, so there is nothing to rerank. BM25 splits "
-            "text at spaces and needs words that queries and passages share; for text without spaces, such as Chinese, "
-            "give the run of another first stage (--run)"
+            f"{name} finds no candidate for any of the {without} queries, so there is nothing to rerank. BM25 "
+            "needs words that queries and passages share: check that they are in one language, or give the run of "
+            "another first stage (--run)"
         )
         raise ValueError(msg)
     missed = sum(

@@ -20,6 +20,7 @@ from kalm_rag.model.checkpoint import find_checkpoint
 from kalm_rag.model.identity import identify
 from kalm_rag.reranker import KaLMReranker
 from kalm_rag.retrieval.corpus import Corpus
+from kalm_rag.retrieval.segment import AUTO, check_language
 from kalm_rag.settings import DEFAULT_INSTRUCTION, Settings, base_ratio
 from kalm_rag.tuning.adapter import insert_adapter, replace_file, save_adapter
 from kalm_rag.tuning.folder import CACHE, LOCK, REPORT, check_owner, claim, remove_adapter
@@ -54,6 +55,8 @@ class _Job:
     settings: Settings
     cache: str | Path
     recipe: Recipe
+    language: str
+    fold_accents: bool
     show_progress: bool | None
     say: Callable[[str], None]
 
@@ -79,6 +82,8 @@ def tune(
     recipe: Recipe | None = None,
     by_passages: bool = False,
     held_out: Collection[str] = (),
+    language: str = AUTO,
+    fold_accents: bool = False,
     show_progress: bool | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
@@ -108,6 +113,8 @@ def tune(
             another one.
         held_out: ids of the queries that measure the result. Default: a share of all, see `Recipe`. With `by_passages`,
             queries that share relevant passages with them are left out of training.
+        language: whose stop words BM25 leaves out when it finds negatives, see `bm25_candidates`.
+        fold_accents: whether BM25 reads letters without their accents.
         show_progress: as in `KaLMReranker`.
         token: as in `KaLMReranker`.
         local_files_only: as in `KaLMReranker`.
@@ -141,6 +148,8 @@ def tune(
         settings,
         cache,
         recipe or Recipe(),
+        check_language(language),
+        fold_accents,
         show_progress,
         announce or logger.info,
     )
@@ -154,7 +163,13 @@ def tune(
 
 def _tune(job: _Job, corpus: Corpus, name: str, *, by_passages: bool, held_out: Collection[str]) -> Tuned:
     recipe = job.recipe
-    candidates = bm25_candidates(corpus, recipe.depth, show_progress=job.show_progress)
+    candidates = bm25_candidates(
+        corpus,
+        recipe.depth,
+        show_progress=job.show_progress,
+        language=job.language,
+        fold_accents=job.fold_accents,
+    )
     usable = [query for query in held_out if query in candidates.qrels]
     if held_out and not usable:
         msg = f"none of the {len(held_out)} queries of held_out has a relevant passage; hold out others"
