@@ -40,7 +40,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     "script",
     [
         *("warm.py", "memory.py", "compact.py", "encoder.py", "cache.py", "peers.py", "precision.py", "adapters.py"),
-        *("eviction.py", "repeats.py", "refine.py", "windows.py", "highlight.py", "bm25.py"),
+        *("eviction.py", "repeats.py", "refine.py", "windows.py", "highlight.py", "bm25.py", "traffic.py"),
     ],
 )
 def test_script(script: str, tmp_path: Path, run: Callable[..., dict[str, Any]]) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from kalm_rag._version import __version__
-from kalm_rag.cli import cache, demo, doctor, encode, evaluate, forget, info, rank, tune
+from kalm_rag.cli import cache, demo, doctor, encode, evaluate, forget, info, rank, tune, warm
 from kalm_rag.cli.options import make_log_visible, replace_what_a_stream_cannot_hold, with_flags
 from kalm_rag.errors import KaLMError
 from kalm_rag.utils.display import visible_line
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 app.command("rank")(rank.rank)
 app.command("encode")(encode.encode)
+app.command("warm")(warm.warm)
 for command in (forget.forget, forget.clear, forget.prune):
     cache.app.command(command.__name__)(command)
 app.add_typer(cache.app)

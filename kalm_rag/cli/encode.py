@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from kalm_rag.cli.estimates import estimate, groups, show_estimate
 from kalm_rag.cli.options import (
+    BaseRatioOption,
     CacheOption,
     DeviceOption,
+    DryRunOption,
     DtypeOption,
     FormatOption,
     IdFieldOption,
     JsonOption,
+    KeepOption,
     LimitOption,
     LongPassagesOption,
     LoraOption,
@@ -24,15 +27,14 @@ from kalm_rag.cli.options import (
     MaxWindowsOption,
     ModelOption,
     RevisionOption,
+    StorageOption,
     TextFieldOption,
     WindowOverlapOption,
     WindowTokensOption,
-    choices,
     limit_bytes,
     note_mini,
     print_json,
     show,
-    whole_number,
 )
 from kalm_rag.utils.display import size_text, visible_line
 
@@ -49,41 +51,16 @@ def encode(
     ],
     model: ModelOption = "nano",
     cache: CacheOption = "default",
-    base_ratio: Annotated[
-        int,
-        typer.Option(
-            "--base-ratio",
-            help="Keep passages compressed this many times; multiples of it are derived from them.",
-            metavar="N",
-            parser=whole_number,
-        ),
-    ] = 4,
-    storage: Annotated[
-        str,
-        typer.Option(
-            "--storage",
-            help="Keep numbers as they are (native), or in a fraction of the bytes (int8).",
-            metavar="STORAGE",
-            autocompletion=choices("native", "int8"),
-        ),
-    ] = "native",
-    keep: Annotated[
-        str,
-        typer.Option(
-            "--keep",
-            help="Keep states, or prefilled passages too, for fast cold starts on a CPU: prefilled at 25 times the "
-            "bytes, or compact at three times with scores that change a little.",
-            metavar="KIND",
-            autocompletion=choices("states", "prefilled", "compact"),
-        ),
-    ] = "states",
+    base_ratio: BaseRatioOption = 4,
+    storage: StorageOption = "native",
+    keep: KeepOption = "states",
     limit_gb: LimitOption = None,
     max_length: MaxLengthOption = 1024,
     long_passages: LongPassagesOption = "truncate",
     window_tokens: WindowTokensOption = None,
     window_overlap: WindowOverlapOption = None,
     max_windows: MaxWindowsOption = 64,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Estimate bytes and time, and encode nothing.")] = False,
+    dry_run: DryRunOption = False,
     revision: RevisionOption = None,
     lora: LoraOption = None,
     device: DeviceOption = None,
@@ -102,7 +79,6 @@ def encode(
     from kalm_rag.documents import repair_text
     from kalm_rag.reranker import KaLMReranker
     from kalm_rag.retrieval.corpus import read_passages
-    from kalm_rag.utils.progress import Progress
 
     passages = PassageCache(
         cache,
@@ -141,35 +117,12 @@ def encode(
         expected = estimate(reranker, texts(), everything=False)
         total = expected.passages
         check_room(passages.store, *expected.room(prefilled=passages.keeps_prefilled))
-    reranker.load()
-    run = _Run(reranker, total)
-    with passages, Progress(None if reranker.settings.splits else total, "encoding") as progress:
-        try:
-            for group in groups(texts(count=True)):
-                run.encode(group, progress)
-                if run.failure:
-                    break
-            run.count_again(None if corpus == "-" else texts())
-        except KeyboardInterrupt:
-            passages.flush()
-            stats = passages.stats()
-            kept = stats.encoded - stats.store.counters.write_failed
-            typer.echo(
-                f"interrupted: {kept} passages encoded by this run are kept; rerun the same command to resume", err=True
-            )
-            sys.exit(130)
-        facts = run.facts()
-    if as_json:
-        print_json(facts)
-    else:
-        run.show()
-    if run.failure:
-        typer.echo(f"error: {visible_line(run.failure)}", err=True)
-    if run.failure or run.held < run.seen:
-        sys.exit(1)
+    run = EncodeRun(reranker, total)
+    run.encode_all(texts(count=True), None if corpus == "-" else texts)
+    run.report(as_json)
 
 
-class _Run:
+class EncodeRun:
     """Counts what one run encoded, and what the cache holds."""
 
     def __init__(self, reranker: KaLMReranker, total: int | None) -> None:
@@ -181,7 +134,54 @@ class _Run:
         self._start = time.perf_counter()
         self._evicted = reranker.cache.stats().store.size.evicted
         self._first: list[str] = []
+        self._facts: dict[str, Any] = {}
         self._most = ""  # "at most ", where the cache gave up what cannot be counted
+
+    def encode_all(self, texts: Iterator[str], again: Callable[[], Iterator[str]] | None) -> None:
+        """Load the model, encode, count what is held, and close the cache; an interrupt ends the program.
+
+        Args:
+            texts: the passages.
+            again: gives them once more, to count what is held; None if they can be read only once.
+        """
+        from kalm_rag.utils.progress import Progress
+
+        self._reranker.load()
+        self._start = time.perf_counter()
+        total = None if self._reranker.settings.splits else self._total
+        with self._reranker.cache as passages, Progress(total, "encoding") as progress:
+            try:
+                for group in groups(texts):
+                    self.encode(group, progress)
+                    if self.failure:
+                        break
+                self.count_again(None if again is None else again())
+            except KeyboardInterrupt:
+                passages.flush()
+                stats = passages.stats()
+                kept = stats.encoded - stats.store.counters.write_failed
+                typer.echo(
+                    f"interrupted: {kept} passages encoded by this run are kept; rerun the same command to resume",
+                    err=True,
+                )
+                sys.exit(130)
+        self._facts = self._count()
+
+    def report(self, as_json: bool, more: Mapping[str, Any] | None = None) -> None:
+        """Print the result and end the program with status 1 if not everything is held.
+
+        Args:
+            as_json: print JSON instead of text.
+            more: further facts for the JSON.
+        """
+        if as_json:
+            print_json({**(more or {}), **self._facts})
+        else:
+            self.show()
+        if self.failure:
+            typer.echo(f"error: {visible_line(self.failure)}", err=True)
+        if self.failure or self.held < self.seen:
+            sys.exit(1)
 
     def encode(self, group: list[str], progress: Progress) -> None:
         """Encode some passages and check that the cache holds them; otherwise the run has failed."""
@@ -239,7 +239,7 @@ class _Run:
         """The last line: how much of the corpus the cache holds."""
         return f"{self._most}{self.held} of {self.seen if self._total is None else self._total} passages held"
 
-    def facts(self) -> dict[str, Any]:
+    def _count(self) -> dict[str, Any]:
         """Return the result as JSON."""
         seconds = time.perf_counter() - self._start
         stats = self._reranker.cache.stats()
@@ -260,7 +260,7 @@ class _Run:
 
     def show(self) -> None:
         """Print the result; the last line says how much is held."""
-        facts = self.facts()
+        facts = self._facts
         rate = f" ({facts['new_per_second']} passages/s)" if self._new else ""
         what = "windows encoded" if self._reranker.settings.splits else "encoded"
         show(f"{self._new} {what}{rate}, {self._known} served from the cache, in {facts['seconds']:.1f} s")

@@ -238,9 +238,39 @@ LimitOption = Annotated[
         show_default="as it was, or 10",
     ),
 ]
+BaseRatioOption = Annotated[
+    int,
+    typer.Option(
+        "--base-ratio",
+        help="Keep passages compressed this many times; multiples of it are derived from them.",
+        metavar="N",
+        parser=whole_number,
+    ),
+]
+StorageOption = Annotated[
+    str,
+    typer.Option(
+        "--storage",
+        help="Keep numbers as they are (native), or in a fraction of the bytes (int8).",
+        metavar="STORAGE",
+        autocompletion=choices("native", "int8"),
+    ),
+]
+KeepOption = Annotated[
+    str,
+    typer.Option(
+        "--keep",
+        help="Keep states, or prefilled passages too, for fast cold starts on a CPU: prefilled at 25 times the "
+        "bytes, or compact at three times with scores that change a little.",
+        metavar="KIND",
+        autocompletion=choices("states", "prefilled", "compact"),
+    ),
+]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Estimate bytes and time, and encode nothing.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _MOST_GB = 1_000_000_000
 """An exabyte: more than any disk has, and a number of bytes that SQLite holds."""
 _JSON = {code: f"\\u{code:04x}" for code in HIDDEN if code >= 0x7F}
@@ -293,6 +323,16 @@ def limit_bytes(limit_gb: float | None) -> int | None:
         msg = f"--limit-gb must be a number of GB above 0 and at most {_MOST_GB:,}, got {limit_gb:g}"
         raise ValueError(msg)
     return int(limit_gb * 1e9)
+
+
+def read_bytes(text: str | int) -> int:
+    """Read an option's number of bytes, such as `20GB`, or say what was given instead."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?B)?\s*", str(text), re.IGNORECASE)
+    count = float(found[1]) * _UNITS[(found[2] or "B").upper()] if found else 0.0
+    if not 1 <= count <= _MOST_GB * 1e9:
+        msg = f"it must be a number of bytes above 0, such as 500MB or 20GB, got {visible_line(str(text))!r}"
+        raise typer.BadParameter(msg)
+    return int(count)
 
 
 def check_revision(revision: str | None) -> None:

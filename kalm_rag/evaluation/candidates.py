@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kalm_rag.errors import MissingExtraError
-from kalm_rag.evaluation.trec import quoted, read_run
+from kalm_rag.evaluation.trec import read_run
 from kalm_rag.retrieval.bm25 import BM25
-from kalm_rag.retrieval.corpus import Corpus
+from kalm_rag.retrieval.corpus import Corpus, quoted
 from kalm_rag.retrieval.segment import AUTO
 from kalm_rag.utils.display import Shown
 from kalm_rag.utils.progress import Progress

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from kalm_rag.retrieval.corpus import text_lines
+from kalm_rag.retrieval.corpus import quoted, text_lines
 
 _STEP = 1e-6
 """Least relative distance of neighbouring scores; single precision resolves 1.2e-7."""
@@ -59,11 +59,6 @@ def _number(text: str) -> float | None:
     except ValueError:
         return None
     return value if math.isfinite(value) else None
-
-
-def quoted(identifier: str) -> str:
-    """Quote an id for a run file: spaces become `%20`, because tools split lines at spaces."""
-    return identifier.replace("%", "%25").replace(" ", "%20") if " " in identifier else identifier
 
 
 def write_run(path: str | Path, rankings: Mapping[str, Ranking], tag: str) -> None:

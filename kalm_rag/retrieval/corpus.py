@@ -406,5 +406,10 @@ def passage_text(title: object, text: str) -> str:
     return f"{title} {text}".strip() if isinstance(title, str) and title else text
 
 
+def quoted(identifier: str) -> str:
+    """Quote an id for a run file: spaces become `%20`, because tools split lines at spaces."""
+    return identifier.replace("%", "%25").replace(" ", "%20") if " " in identifier else identifier
+
+
 def _first(value: Mapping[str, Any], keys: Iterable[str]) -> Any:
     return next((value[key] for key in keys if key in value), None)
