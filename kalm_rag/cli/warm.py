@@ -208,10 +208,7 @@ def _show(plan: WarmPlan, asked: int, new: int) -> None:
     from rich.table import Table
 
     half = (asked + 1) // 2
-    show(
-        f"Learned from the first {half} queries of the log, and replayed on the other {asked - half}: the share of "
-        "requests for a passage that find it."
-    )
+    show(f"Hit ratio, learned from {half} queries of the log and replayed on the other {asked - half}:")
     table = Table(box=None, pad_edge=False)
     for name in ("bytes", "passages", "expected", "replayed"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -595,7 +595,7 @@ def collection(tmp_path: Path) -> Callable[[dict[str, str]], Path]:
 
 
 def test_a_first_stage_that_finds_nothing_is_told_before_any_work(collection: Any, tmp_path: Path) -> None:
-    folder = collection({"q": "\u65e5\u672c\u306e\u9996\u90fd\u306f\u3069\u3053"})
+    folder = collection({"q": "\uc11c\uc6b8\uc740 \uc5b4\ub514"})
     done = kalm("eval", folder, "--out", tmp_path / "out", "--ratio", "4")
     assert done.returncode == 2
     assert b"BM25 finds no candidate for any of the 1 queries, so there is nothing to rerank" in done.stderr
@@ -603,7 +603,7 @@ def test_a_first_stage_that_finds_nothing_is_told_before_any_work(collection: An
 
 
 def test_queries_without_candidates_are_told_and_count_as_nothing_found(collection: Any, tmp_path: Path) -> None:
-    folder = collection({"q": "\u65e5\u672c\u306e\u9996\u90fd\u306f\u3069\u3053", "r": "cat"})
+    folder = collection({"q": "\uc11c\uc6b8\uc740 \uc5b4\ub514", "r": "cat"})
     done = kalm("eval", folder, "--out", tmp_path / "out", "--ratio", "4", "--json")
     assert done.returncode == 0, done.stderr
     assert b"1 of 2 queries have no candidates of BM25; they count as 0" in done.stderr

@@ -64,11 +64,11 @@ def test_what_is_asked_for_most_is_kept_within_the_budget(
     assert {row["bytes"] for row in found["table"]} >= {found["chosen_bytes"]}
     with KaLMReranker(checkpoint, cache=tmp_path / "cache") as reranker:
         lacking = set(reranker.unknown([text_of(number) for number in range(20)]))
-        # Requests: p 2 has seven, p 1 five, p 0 and p 3 four and three, p 4 three, p 5 one.
+        # Requests: p 2 has seven, p 1 five, p 0 and p 3 four each, p 4 three, p 5 one.
         assert [number for number in range(20) if text_of(number) not in lacking] == [0, 1, 2]
     code, out, _ = kalm(*options, "--budget", half)
     assert code == 0
-    assert "Learned from the first 4 queries of the log, and replayed on the other 4" in out
+    assert "Hit ratio, learned from 4 queries of the log and replayed on the other 4:" in out
     assert "3 known already, 0 to encode." in out
     assert "0 encoded, 3 served from the cache" in out
     assert max(map(len, out.splitlines())) <= 80
