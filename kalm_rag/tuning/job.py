@@ -132,6 +132,7 @@ def tune(
     folder = user_path(out, "out")
     if dtype is not None:
         check_choice("dtype", dtype, DTYPES)
+    check_language(language)
     task = DEFAULT_INSTRUCTION if instruction is None else check_text("instruction", instruction)
     settings = Settings(max_length=check_positive("max_length", max_length), instruction=task, prefill_memory=0)
     corpus = source if isinstance(source, Corpus) else read_judgements(source, queries, qrels, split)
@@ -148,7 +149,7 @@ def tune(
         settings,
         cache,
         recipe or Recipe(),
-        check_language(language),
+        language,
         fold_accents,
         show_progress,
         announce or logger.info,

@@ -49,11 +49,13 @@ def test_options_reach_the_recipe_and_the_table_is_shown(
     monkeypatch.setattr(tuning_module, "tune", tune)
     options = ["--ratio", "8,32", "--list-size", 12, "--epochs", 5, "--rate", 0.01, "--rank", 4, "--seed", 3]
     more = ["--by-passages", "--instruction", "Find code.", "--split", "dev", "-m", "mini", "--out", "here"]
+    more += ["--language", "de", "--fold-accents"]
     code, out, err = run(["tune", "judged.jsonl", *options, *more], monkeypatch, capsys)
     assert code == 0
     assert given["recipe"] == Recipe(ratios=(8, 32), list_size=12, epochs=5, rate=0.01, rank=4, alpha=8, seed=3)
     assert (given["source"], given["out"], given["model"], given["split"]) == ("judged.jsonl", "here", "mini", "dev")
     assert (given["by_passages"], given["instruction"]) == (True, "Find code.")
+    assert (given["language"], given["fold_accents"]) == ("de", True)
     rows = [line.split() for line in out.splitlines()]
     assert [row for row in rows if row[-1:] == ["gain"]]
     assert [row for row in rows if row[-3:] == ["within", "the", "noise"]]
@@ -99,6 +101,7 @@ def test_exit_status_and_message_where_nothing_was_gained_or_it_was_interrupted(
         (["tune", "x", "--rate", "2"], "--rate must be a number above 0 and below 1, got 2.0"),
         (["tune", "x", "--list-size", "1"], "--list-size must be at least 2"),
         (["tune", "x", "--dtype", "int8"], "--dtype must be one of ('float32', 'bfloat16'), got 'int8'"),
+        (["tune", "x", "--language", "klingon"], "--language must be one of auto, none, de"),
         (["tune", "nowhere"], "nowhere"),
         (
             ["rank", "q", "-", "-m", "mini", "--lora", "nowhere"],

@@ -65,6 +65,21 @@ def test_bm25_names_only_what_shares_a_word() -> None:
         bm25_candidates(Corpus({"a": "the of"}, {"q": "x"}, {"q": {"a": 1}}), 5)
 
 
+def test_bm25_takes_language_and_accents() -> None:
+    corpus = Corpus({"a": "Der Kaffee ist aus", "b": "un café noir"}, {"q": "cafe der"}, {"q": {"b": 1}})
+    found = {
+        options: [
+            name for name, _ in bm25_candidates(corpus, 5, language=options[0], fold_accents=options[1]).rankings["q"]
+        ]
+        for options in (("auto", False), ("auto", True), ("de", True))
+    }
+    assert found[("auto", False)] == ["a"]
+    assert sorted(found[("auto", True)]) == ["a", "b"]
+    assert found[("de", True)] == ["b"]
+    with pytest.raises(ValueError, match="language must be one of auto, none, de, .*got 'klingon'"):
+        bm25_candidates(corpus, 5, language="klingon")
+
+
 @pytest.mark.parametrize("name", ["", "nDCG@x", "quality", "nDCG("])
 def test_unknown_metric(name: str) -> None:
     with pytest.raises(ValueError, match="unknown metric .*use for example nDCG@10"):

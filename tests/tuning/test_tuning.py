@@ -501,6 +501,7 @@ def test_what_must_be_installed_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pa
     [
         ({"dtype": "int8"}, r"dtype must be one of \('float32', 'bfloat16'\), got 'int8'"),
         ({"dtype": "float16"}, r"dtype must be one of \('float32', 'bfloat16'\), got 'float16'"),
+        ({"language": "klingon"}, r"language must be one of auto, none, de, .*, got 'klingon'"),
         ({"max_length": 0}, "max_length must be at least 1, got 0"),
         ({"instruction": 7}, "instruction must be a string, got int"),
         ({"held_out": "q1"}, "held_out must be a collection of query ids, got the single text 'q1'"),
