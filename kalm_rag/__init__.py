@@ -23,8 +23,18 @@ if TYPE_CHECKING:
     from kalm_rag.cache import PassageCache
     from kalm_rag.reranker import KaLMReranker
     from kalm_rag.results import EncodeReport, RankedPassage, Ranking
+    from kalm_rag.thresholds import ThresholdProfile
 
-__all__ = ["EncodeReport", "KaLMReranker", "Options", "PassageCache", "RankedPassage", "Ranking", "__version__"]
+__all__ = [
+    "EncodeReport",
+    "KaLMReranker",
+    "Options",
+    "PassageCache",
+    "RankedPassage",
+    "Ranking",
+    "ThresholdProfile",
+    "__version__",
+]
 
 _HOMES = {
     "EncodeReport": "kalm_rag.results",
@@ -33,6 +43,7 @@ _HOMES = {
     "PassageCache": "kalm_rag.cache",
     "RankedPassage": "kalm_rag.results",
     "Ranking": "kalm_rag.results",
+    "ThresholdProfile": "kalm_rag.thresholds",
 }
 
 

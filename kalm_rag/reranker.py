@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from kalm_rag.cache import ForgetReport, PassageCache, Store
 from kalm_rag.documents import REPAIRED, TRUNCATED, TextCounter, TextOf, iter_documents, iter_pairs, repair_text
 from kalm_rag.model.checkpoint import Checkpoint, find_checkpoint
-from kalm_rag.results import D, EncodeReport, Estimate, PrefillStats, RankedPassage, Ranking
+from kalm_rag.results import D, EncodeReport, Estimate, PrefillStats, Ranking, ranked_passage
 from kalm_rag.settings import (
     DEFAULT_INSTRUCTION,
     DEFAULT_MAX_WINDOWS,
@@ -29,9 +29,10 @@ from kalm_rag.settings import (
     Settings,
     base_ratio,
 )
+from kalm_rag.thresholds import Scope, ThresholdLike, ThresholdProfile, read_limit
 from kalm_rag.utils import forks
 from kalm_rag.utils.async_calls import AsyncCalls
-from kalm_rag.utils.checks import check_dtype, check_positive, check_ratio, check_share, check_string, warn_untrained
+from kalm_rag.utils.checks import check_dtype, check_positive, check_ratio, check_string, warn_untrained
 from kalm_rag.utils.paths import DEFAULT, user_path
 from kalm_rag.utils.progress import Progress
 from kalm_rag.utils.refining import Wanted
@@ -287,10 +288,11 @@ class KaLMReranker:
         top_k: int | None = None,
         instruction: str | None = None,
         ratio: int | None = None,
-        threshold: float | None = None,
+        threshold: ThresholdLike | None = None,
         show_progress: bool | None = None,
         *,
         text: TextOf[D] | None = None,
+        calibrated: bool = False,
     ) -> Ranking[D]:
         """Order passages by how well they answer a query.
 
@@ -301,9 +303,12 @@ class KaLMReranker:
             top_k: how many to return, default all.
             instruction: for this call, instead of the instance's.
             ratio: for this call, instead of the instance's.
-            threshold: passages with a lower score (`P(yes)`) are left out.
+            threshold: passages with a lower score (`P(yes)`) are left out; or a `ThresholdProfile`, or the path of
+                one, which must have been made for this model, ratio and instruction.
             show_progress: for this call, instead of the instance's.
             text: where the text of a document is, if it is elsewhere: a key of a mapping, an attribute, or a function.
+            calibrated: scores are the shares of relevant passages that the profile in `threshold` was fitted to,
+                instead of `P(yes)`. Which passages are returned, and their order, stay the same.
 
         Returns:
             Passages by falling margin; equal ones keep their order. An empty list returns an empty one
@@ -318,26 +323,16 @@ class KaLMReranker:
         """
         query, query_repaired = repair_text(check_string("query", query))
         top_k = None if top_k is None else check_positive("top_k", top_k)
-        threshold = None if threshold is None else check_share("threshold", threshold)
+        limit = read_limit(threshold, calibrated)
+        wanted = limit.wanted(top_k)
         given = list(iter_documents(documents, text))
         self.repairs.add(query_repaired + sum(passage.repaired for passage in given))
         pairs = [(query, passage.text) for passage in given]
-        scored = self._score(pairs, instruction, ratio, show_progress, Wanted(top_k, threshold))
+        scored = self._score(pairs, instruction, ratio, show_progress, wanted, limit.profile)
         ranking = Ranking(
-            RankedPassage(
-                index,
-                score.probability,
-                score.margin,
-                given[index].document,
-                score.passage_truncated,
-                score.prompt.truncated,
-                given[index].repaired,
-                query_repaired,
-                score.exact,
-                given[index].original_span(score.span),
-            )
+            ranked_passage(index, limit.shown(score.margin), score, given[index], query_repaired)
             for index, score in sorted(enumerate(scored), key=lambda item: -item[1].margin)
-            if threshold is None or score.probability >= threshold
+            if wanted.admits(score.margin)
         )
         return ranking[:top_k]
 
@@ -454,17 +449,18 @@ class KaLMReranker:
         top_k: int | None = None,
         instruction: str | None = None,
         ratio: int | None = None,
-        threshold: float | None = None,
+        threshold: ThresholdLike | None = None,
         show_progress: bool | None = None,
         *,
         text: TextOf[D] | None = None,
+        calibrated: bool = False,
     ) -> Ranking[D]:
         """`rank` for asynchronous programs: the event loop stays free while the model runs.
 
         Calls wait in threads of this instance's own, so that they do not fill the pool that other work shares, and take
         turns batch by batch. A call that is cancelled ends at its next batch. Nothing is bound to an event loop.
         """
-        rank = partial(self.rank, text=text)
+        rank = partial(self.rank, text=text, calibrated=calibrated)
         return await self._calls.run(
             "rank", rank, query, documents, top_k, instruction, ratio, threshold, show_progress
         )
@@ -509,6 +505,7 @@ class KaLMReranker:
         ratio: int | None,
         show_progress: bool | None,
         wanted: Wanted | None = None,
+        profile: ThresholdProfile | None = None,
     ) -> list[Score]:
         task = self.settings.instruction if instruction is None else check_string("instruction", instruction)
         instruction, changed = repair_text(task)
@@ -519,7 +516,11 @@ class KaLMReranker:
         warn_untrained(ratio)
         from kalm_rag.windows.passages import count_truncated, score_passages
 
+        scorer = self.scorer
+        if profile is not None:
+            profile.check(Scope(scorer.identity.mark, ratio, instruction, self.settings.system_prompt))
+
         show = self._show_progress if show_progress is None else show_progress
-        scores = score_passages(self.scorer, pairs, instruction, ratio, show, wanted)
+        scores = score_passages(scorer, pairs, instruction, ratio, show, wanted)
         self.truncations.add(count_truncated(pairs, scores))
         return scores

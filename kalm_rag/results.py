@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from typing_extensions import TypeVar  # every type checker brings it; `typing` has no default before 3.13
 
     from kalm_rag.cache.store import StoreStats
+    from kalm_rag.documents import Passage
+    from kalm_rag.scorer import Score
 
 Document = str | Mapping[str, Any]
 """A passage: its text, or a mapping with the text under `"text"` (other keys are carried along untouched)."""
@@ -42,7 +44,7 @@ class RankedPassage(Shown, Generic[D_co]):
 
     Attributes:
         index: position of the passage in the list that was given.
-        score: `P(yes)`, between 0 and 1.
+        score: `P(yes)`, between 0 and 1; with `calibrated=True`, what the threshold profile makes of the margin.
         margin: `z_yes - z_no`, the raw score; it keeps telling passages apart where `score` saturates.
         document: the very object that was given.
         passage_truncated: the passage was longer than `max_length` tokens, or than `max_windows` windows, and its tail
@@ -66,6 +68,32 @@ class RankedPassage(Shown, Generic[D_co]):
     query_repaired: bool = False
     exact: bool = True
     span: tuple[int, int] | None = None
+
+
+def ranked_passage(
+    index: int, shown: float, score: Score, passage: Passage, query_repaired: bool
+) -> RankedPassage[Any]:
+    """Return what a ranking says of a passage.
+
+    Args:
+        index: its position in the list that was given.
+        shown: the score that it shows.
+        score: what the scorer found.
+        passage: the passage.
+        query_repaired: as in `RankedPassage`.
+    """
+    return RankedPassage(
+        index,
+        shown,
+        score.margin,
+        passage.document,
+        score.passage_truncated,
+        score.prompt.truncated,
+        passage.repaired,
+        query_repaired,
+        score.exact,
+        passage.original_span(score.span),
+    )
 
 
 class Ranking(list[RankedPassage[D]]):

@@ -83,6 +83,7 @@ class Scorer:
     Attributes:
         loaded: the model.
         settings: how passages and queries become scores.
+        identity: digests of the model's content.
         prompts: text to token ids.
         windows: what is read of long passages.
         keys: the cache's keys for this model and these settings.
@@ -96,8 +97,9 @@ class Scorer:
         _check_lengths(loaded, settings)
         self.loaded = loaded
         self.settings = settings
+        self.identity = identify(checkpoint)
         self.keys = key_space(
-            identify(checkpoint),
+            self.identity,
             max_length=settings.max_length,
             dtype=loaded.encoder_precision,
             storage=cache.storage,

@@ -45,6 +45,7 @@ def test_the_rooms_know_only_what_they_stand_on() -> None:
         "model": {"model", "utils"},
         "cache": {"cache", "utils"},
         "retrieval": {"retrieval", "utils"},
+        "thresholds": {"thresholds", "utils"},
     }
     base = {"kalm_rag.errors", "kalm_rag.settings", "kalm_rag.documents"}
     for name in MODULES:

@@ -61,6 +61,7 @@ PROJECTS = [
                 "demo_data/qrels.tsv",
                 "demo_data/queries.jsonl",
                 "evaluation/report.html.j2",
+                "evaluation/thresholds.html.j2",
                 "mini/README.md",
                 "mini/config.json",
                 "mini/model.safetensors",

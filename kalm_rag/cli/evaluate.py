@@ -28,6 +28,7 @@ from kalm_rag.cli.options import (
     whole_number,
     whole_numbers,
 )
+from kalm_rag.cli.thresholds import show_thresholds
 from kalm_rag.model.checkpoint import MINI
 from kalm_rag.utils.display import visible, visible_line
 
@@ -123,6 +124,18 @@ def evaluate(
             metavar="NAME,NAME",
         ),
     ] = "nDCG@10,MRR@10,R@10,MAP",
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Choose a score threshold too, and write its profile.")
+    ] = False,
+    aim: Annotated[
+        str | None,
+        typer.Option(
+            "--aim",
+            help="Choose the threshold for this: recall=SHARE, precision=SHARE or f1.",
+            metavar="AIM",
+            show_default="f1",
+        ),
+    ] = None,
     max_length: MaxLengthOption = 1024,
     out: Annotated[
         str,
@@ -150,12 +163,23 @@ def evaluate(
     Every ratio, precision and instruction is measured on what a first stage found: BM25, or a TREC run.
     Each passage is encoded once per model and precision. Finished queries are kept in the folder: the same command
     resumes where an interrupted one stopped.
+
+    With --calibrate, a threshold is chosen on one half of the queries and checked on the other. Its profile is written
+    as threshold-profile.json, which `kalm-rag rank --threshold` takes.
     """
     from kalm_rag.evaluation import Experiment, Metrics, System
     from kalm_rag.evaluation import evaluate as run_experiment
     from kalm_rag.evaluation.outputs import claim
     from kalm_rag.evaluation.report import check_extras, write_numbers, write_page
     from kalm_rag.evaluation.summary import summarise
+    from kalm_rag.evaluation.threshold_report import (
+        PROFILE,
+        calibrate_system,
+        check_calibration,
+        threshold_section,
+        write_thresholds,
+    )
+    from kalm_rag.thresholds import Aim
     from kalm_rag.utils.checks import check_positive
     from kalm_rag.utils.paths import user_path
 
@@ -163,11 +187,17 @@ def evaluate(
     if limit_queries is not None:
         check_positive("limit_queries", limit_queries)
     check_extras()
+    if aim is not None and not calibrate:
+        msg = f"--aim {aim} says what --calibrate chooses a threshold for; give --calibrate too"
+        raise ValueError(msg)
+    wanted = Aim.parse("f1" if aim is None else aim)
     report = user_path(out, "--out")
     chosen = Metrics([name.strip() for name in metrics.split(",") if name.strip()])
     ratios = whole_numbers("--ratio", ratio)
     corpus, title = _corpus(source, queries, qrels, split, (file_format, text_field, id_field))
-    candidates = _candidates(corpus, run, depth, limit_queries, language=language, fold_accents=fold_accents)
+    candidates = _candidates(
+        corpus, run, depth, limit_queries, language=language, fold_accents=fold_accents, unanswered=calibrate
+    )
     models = model or [MINI]
     for name in models:
         note_mini(name)
@@ -193,6 +223,8 @@ def evaluate(
         device=device,
         max_length=max_length,
     )
+    if calibrate:
+        check_calibration(experiment)
     claim(report, [source, queries, qrels, run])
     try:
         summary = summarise(experiment, *run_experiment(experiment))
@@ -201,14 +233,22 @@ def evaluate(
         typer.echo(f"interrupted: {kept}; rerun the same command to resume", err=True)
         sys.exit(130)
     numbers = write_numbers(summary, report)
+    found = None
+    if calibrate:
+        found = calibrate_system(experiment, summary.results[0], summary.encodings[0].digest, wanted)
+        numbers += write_thresholds(found, report)
     if as_json:
-        print_json(summary.as_json())
+        print_json(summary.as_json() | ({} if found is None else {"thresholds": found.as_json()}))
     else:
         _show(summary, title, candidates.warnings)
-    written = write_page(summary, report, title)
+    written = write_page(summary, report, title, "" if found is None else threshold_section(found))
     if not as_json:
         typer.echo(f"Report: {visible_line(str(written[0]))}")
         typer.echo(f"with {len(written) + len(numbers) - 1} files of runs, plots and numbers beside it.")
+    if found is not None and found.profile is None:
+        raise ValueError(found.failure)
+    if found is not None and not as_json:
+        show_thresholds(found, report / PROFILE)
 
 
 def _corpus(
@@ -226,13 +266,22 @@ def _corpus(
 
 
 def _candidates(
-    corpus: Corpus, run: Path | None, depth: int, most: int | None, *, language: str, fold_accents: bool
+    corpus: Corpus,
+    run: Path | None,
+    depth: int,
+    most: int | None,
+    *,
+    language: str,
+    fold_accents: bool,
+    unanswered: bool,
 ) -> Candidates:
     from kalm_rag.evaluation import bm25_candidates, run_candidates
 
     if run is None:
-        return bm25_candidates(corpus, depth, most, language=language, fold_accents=fold_accents)
-    return run_candidates(corpus, run, depth, most)
+        return bm25_candidates(
+            corpus, depth, most, language=language, fold_accents=fold_accents, unanswered=unanswered
+        )
+    return run_candidates(corpus, run, depth, most, unanswered=unanswered)
 
 
 def _show(summary: Summary, title: str, shown: tuple[str, ...]) -> None:

@@ -289,8 +289,8 @@ def with_flags(message: str, flags: Mapping[str, str]) -> str:
     if named and (flag := flags.get(named[1], flags.get(f"{named[1]}s"))):
         message = f"{flag}: {message}"
     return re.sub(
-        r"(?<!, )\b(\w+)=(?:'([^']*)'|(\d+))",
-        lambda match: f"{flags[match[1]]} {match[2] or match[3]}" if match[1] in flags else match[0],
+        r"(?<!, )\b(\w+)=(?:'([^']*)'|(\d+)|True\b)",
+        lambda match: f"{flags[match[1]]} {match[2] or match[3] or ''}".rstrip() if match[1] in flags else match[0],
         message,
     )
 

@@ -24,7 +24,6 @@ from kalm_rag.cli.options import (
     WindowTokensOption,
     console,
     note_mini,
-    number,
     passage_table,
     print_json,
     whole_number,
@@ -63,14 +62,18 @@ def rank(
         ),
     ] = 4,
     threshold: Annotated[
-        float | None,
+        str | None,
         typer.Option(
             "--threshold",
-            help="Leave out passages whose score is lower than this, a number between 0 and 1.",
-            metavar="SCORE",
-            parser=number,
+            help="Leave out passages whose score is lower than this number between 0 and 1, or than the threshold in "
+            "this profile, which `kalm-rag eval --calibrate` wrote.",
+            metavar="SCORE|FILE",
         ),
     ] = None,
+    calibrated: Annotated[
+        bool,
+        typer.Option("--calibrated", help="Show the scores that the profile in --threshold was fitted to."),
+    ] = False,
     refine: Annotated[
         bool,
         typer.Option("--refine", help="Rank in two passes, which is faster where only encoder states are cached."),
@@ -94,6 +97,7 @@ def rank(
     from kalm_rag.retrieval.corpus import read_passages
 
     note_mini(model)
+    limit = _threshold(threshold)
     if refine and top_k is None and threshold is None:
         typer.echo("note: --refine changes nothing without --top-k or --threshold", err=True)
     records = list(read_passages(passages, file_format, text_field, id_field))
@@ -111,7 +115,14 @@ def rank(
         window_overlap=window_overlap,
         max_windows=max_windows,
     ) as reranker:
-        ranking = reranker.rank(query, [record.text for record in records], top_k, instruction, threshold=threshold)
+        ranking = reranker.rank(
+            query,
+            [record.text for record in records],
+            top_k,
+            instruction,
+            threshold=limit,
+            calibrated=calibrated,
+        )
     if as_json:
         print_json(
             [
@@ -148,3 +159,13 @@ def rank(
         out.print(f"{near} scores far above the threshold are approximate. With --top-k, all that are shown are exact.")
     if ranking and ranking[0].query_truncated:
         out.print(f"The query is longer than {reranker.settings.query_max_length} tokens; its tail was not read.")
+
+
+def _threshold(given: str | None) -> float | str | None:
+    """Return what `--threshold` names: a number, or else the path of a profile."""
+    if given is None:
+        return None
+    try:
+        return float(given)
+    except ValueError:
+        return given

@@ -6,6 +6,7 @@ Needs the extra `eval`. Nothing here is imported by the scorer.
 from kalm_rag.evaluation.candidates import Candidates, bm25_candidates, run_candidates
 from kalm_rag.evaluation.experiment import Experiment, System, SystemResult, evaluate
 from kalm_rag.evaluation.metrics import Metrics
+from kalm_rag.evaluation.thresholds import ThresholdStudy, calibrate, scope_of, study_thresholds
 from kalm_rag.evaluation.trec import read_run, write_run
 
 __all__ = [
@@ -14,9 +15,13 @@ __all__ = [
     "Metrics",
     "System",
     "SystemResult",
+    "ThresholdStudy",
     "bm25_candidates",
+    "calibrate",
     "evaluate",
     "read_run",
     "run_candidates",
+    "scope_of",
+    "study_thresholds",
     "write_run",
 ]

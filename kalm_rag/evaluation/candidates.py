@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kalm_rag.errors import MissingExtraError
@@ -24,12 +24,25 @@ class Candidates(Shown):
         rankings: query id to `(passage id, score)`, best first, at most `depth` of them.
         qrels: the judgements of those queries that count.
         warnings: sentences about what was left out, each with its count.
+        unanswered: candidates of queries whose judgements name no relevant passage, which no metric counts: what a
+            threshold should leave nothing of. Empty unless asked for.
     """
 
     name: str
     rankings: dict[str, list[tuple[str, float]]]
     qrels: dict[str, dict[str, int]]
     warnings: tuple[str, ...]
+    unanswered: dict[str, list[tuple[str, float]]] = field(default_factory=dict)
+
+    def every_ranking(self) -> dict[str, list[tuple[str, float]]]:
+        """Return the candidates of all queries, those without an answer last."""
+        return {**self.rankings, **self.unanswered}
+
+
+def unanswered_queries(corpus: Corpus, most: int | None = None) -> list[str]:
+    """Queries with judgements of which none is above 0, at most `most` of them."""
+    judged = ((query, values) for query, values in corpus.qrels.items() if query in corpus.queries)
+    return [query for query, values in judged if not any(value > 0 for value in values.values())][:most]
 
 
 def judged_queries(corpus: Corpus, most: int | None = None) -> tuple[dict[str, dict[str, int]], list[str]]:
@@ -80,6 +93,7 @@ def bm25_candidates(
     *,
     language: str = AUTO,
     fold_accents: bool = False,
+    unanswered: bool = False,
 ) -> Candidates:
     """The `depth` best passages of BM25 for each judged query.
 
@@ -91,6 +105,7 @@ def bm25_candidates(
         language: whose stop words are left out: a code such as `de`, `none`, or `auto`: English ones if the passages
             are English, else none.
         fold_accents: read letters without their accents.
+        unanswered: also find candidates of queries without a relevant passage, at most `most_queries` of them.
 
     Raises:
         MissingExtraError: `bm25s` is not installed.
@@ -101,16 +116,21 @@ def bm25_candidates(
         index = BM25(corpus.passages, language=language, fold_accents=fold_accents)
     except MissingExtraError as error:
         raise MissingExtraError(error.module, "eval") from None
+    others = unanswered_queries(corpus, most_queries) if unanswered else []
     rankings = {}
-    with Progress(len(qrels), "BM25", unit="query", show=show_progress) as progress:
-        for query in qrels:
+    with Progress(len(qrels) + len(others), "BM25", unit="query", show=show_progress) as progress:
+        for query in (*qrels, *others):
             rankings[query] = index.search(corpus.queries[query], depth)
             progress.advance(1)
-    return _checked("BM25", rankings, qrels, warnings)
+    return _checked("BM25", rankings, qrels, warnings, others)
 
 
-def run_candidates(corpus: Corpus, path: str | Path, depth: int, most_queries: int | None = None) -> Candidates:
+def run_candidates(
+    corpus: Corpus, path: str | Path, depth: int, most_queries: int | None = None, *, unanswered: bool = False
+) -> Candidates:
     """The `depth` best candidates of a TREC run file for each judged query.
+
+    `unanswered` is as in `bm25_candidates`.
 
     Raises:
         ValueError: the file cannot be read, or belongs to another collection.
@@ -128,11 +148,12 @@ def run_candidates(corpus: Corpus, path: str | Path, depth: int, most_queries: i
         )
         raise ValueError(msg)
     unknown = {passage for query in qrels for passage, _ in run.get(query, ()) if passage not in corpus.passages}
+    others = unanswered_queries(corpus, most_queries) if unanswered else []
     rankings = {
         query: [(passage, score) for passage, score in run.get(query, ()) if passage in corpus.passages][:depth]
-        for query in qrels
+        for query in (*qrels, *others)
     }
-    if not any(rankings.values()):
+    if not any(rankings[query] for query in qrels):
         msg = f"none of the passages that {path} names is in the corpus: it is a run of another corpus"
         raise ValueError(msg)
     foreign = len(run.keys() - corpus.queries.keys())
@@ -140,7 +161,7 @@ def run_candidates(corpus: Corpus, path: str | Path, depth: int, most_queries: i
         warnings.append(f"{foreign} queries of the run are not among the queries and are left out")
     if unknown:
         warnings.append(f"{len(unknown)} passages of the run are not in the corpus and are left out")
-    return _checked(Path(path).stem, rankings, qrels, warnings)
+    return _checked(Path(path).stem, rankings, qrels, warnings, others)
 
 
 def _checked(
@@ -148,7 +169,9 @@ def _checked(
     rankings: dict[str, list[tuple[str, float]]],
     qrels: dict[str, dict[str, int]],
     warnings: Sequence[str],
+    others: Sequence[str],
 ) -> Candidates:
+    unanswered = {query: rankings.pop(query) for query in others}
     without = sum(not ranking for ranking in rankings.values())
     if without == len(rankings):
         msg = (
@@ -167,4 +190,4 @@ def _checked(
         notes.append(
             f"{missed - without} queries have no relevant passage among their candidates; no reranker can help them"
         )
-    return Candidates(name, rankings, qrels, tuple(notes))
+    return Candidates(name, rankings, qrels, tuple(notes), unanswered)

@@ -76,6 +76,7 @@ class SystemResult(Shown):
         truncated_queries: queries longer than the model reads.
         passage_bytes: mean bytes of one encoded passage at this ratio.
         kept: queries that an earlier start had finished, maybe on another day or machine; their times are of then.
+        unanswered: as `rankings`, of the candidates' `unanswered`, which nothing else here counts.
     """
 
     system: System
@@ -88,6 +89,7 @@ class SystemResult(Shown):
     truncated_queries: int
     passage_bytes: float
     kept: int = 0
+    unanswered: dict[str, list[tuple[str, float]]] = field(default_factory=dict)
 
 
 @dataclass(slots=True, repr=False)
@@ -280,8 +282,7 @@ def _reranker(experiment: Experiment, system: System, cache: PassageCache) -> Ka
 
 def _mark(model: str, lora: str | None, *, local_files_only: bool) -> str:
     """Return a digest of a model's content, its adapter included."""
-    identity = identify(find_checkpoint(model, local_files_only=local_files_only, lora=lora))
-    return identity.short + identity.decoder[:12]
+    return identify(find_checkpoint(model, local_files_only=local_files_only, lora=lora)).mark
 
 
 def _journal(experiment: Experiment, system: System, mark: str) -> Journal:
@@ -306,7 +307,7 @@ def _journal(experiment: Experiment, system: System, mark: str) -> Journal:
 def candidates_digest(experiment: Experiment) -> str:
     """SHA-256 of queries and candidates, ids and texts."""
     corpus, content = experiment.corpus, hashlib.sha256()
-    for query, ranking in experiment.candidates.rankings.items():
+    for query, ranking in experiment.candidates.every_ranking().items():
         texts = [corpus.passages[name] for name, _ in ranking]
         content.update(json.dumps([query, corpus.queries[query], [name for name, _ in ranking], texts]).encode())
     return content.hexdigest()
@@ -349,7 +350,8 @@ def _encode(reranker: KaLMReranker, texts: Sequence[str], system: System) -> Enc
 
 
 def _needed(experiment: Experiment) -> list[str]:
-    return list(dict.fromkeys(name for ranking in experiment.candidates.rankings.values() for name, _ in ranking))
+    every = experiment.candidates.every_ranking()
+    return list(dict.fromkeys(name for ranking in every.values() for name, _ in ranking))
 
 
 def _run(
@@ -363,11 +365,11 @@ def _run(
     candidates, corpus = experiment.candidates, experiment.corpus
     before = reranker.cache.stats().encoded
     label = f"{system.name} r{system.ratio}"
-    kept = 0
-    with journal, Progress(len(candidates.rankings), label, unit="query", show=experiment.show_progress) as progress:
-        for query, ranking in candidates.rankings.items():
+    kept, every = 0, candidates.every_ranking()
+    with journal, Progress(len(every), label, unit="query", show=experiment.show_progress) as progress:
+        for query, ranking in every.items():
             if query in journal:
-                kept += 1
+                kept += query in candidates.rankings
             else:
                 began = time.perf_counter()
                 hits = reranker.rank(
@@ -382,6 +384,7 @@ def _run(
                 journal.add(Record(query, ordered, seconds, any(hit.query_truncated for hit in hits)))
             progress.advance(1)
         records = journal.records(candidates.rankings)
+        others = journal.records(candidates.unanswered)
     rankings = {record.query: record.ranking for record in records}
     per_query = experiment.metrics.per_query(rankings, candidates.qrels)
     first = experiment.metrics.names[0]
@@ -396,6 +399,7 @@ def _run(
         sum(record.truncated for record in records),
         _mean_bytes(reranker, tokens, system.ratio),
         kept,
+        {record.query: record.ranking for record in others},
     )
 
 

@@ -55,7 +55,7 @@ class MTEBReranker:
         return ModelMeta.create_empty(
             {
                 "name": name if name.count("/") == 1 and not Path(name).exists() else f"kalm-rag/{Path(name).name}",
-                "revision": identity.short + identity.decoder[:12],
+                "revision": identity.mark,
                 "max_tokens": settings.max_length,
                 "use_instructions": True,
                 "model_type": ["cross-encoder"],

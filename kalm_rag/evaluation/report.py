@@ -55,13 +55,14 @@ def write_numbers(summary: Summary, out: Path) -> list[Path]:
     return replace_files(out, "numbers", files)
 
 
-def write_page(summary: Summary, out: Path, title: str) -> list[Path]:
+def write_page(summary: Summary, out: Path, title: str, section: str = "") -> list[Path]:
     """Write the plots and `report.html`, and delete its own plots that are no longer drawn.
 
     Args:
         summary: the result.
         out: the folder; made if need be.
         title: heading of the page, for example the collection's name.
+        section: HTML that joins the page, such as `threshold_section` makes; it must be safe.
 
     Returns:
         What was written, the page first.
@@ -71,7 +72,7 @@ def write_page(summary: Summary, out: Path, title: str) -> list[Path]:
     """
     check_extras()
     plots = {theme.name: draw_all(summary, theme) for theme in THEMES}
-    page = _page(summary, plots, title)
+    page = _page(summary, plots, title, section)
     files = {"report.html": page.encode("utf-8", "replace")}
     for theme, images in plots.items():
         files |= {f"plots/{name}-{theme}.png": image for name, image in images.items()}
@@ -79,7 +80,7 @@ def write_page(summary: Summary, out: Path, title: str) -> list[Path]:
     return replace_files(out, "page", files)
 
 
-def _page(summary: Summary, plots: dict[str, dict[str, bytes]], title: str) -> str:
+def _page(summary: Summary, plots: dict[str, dict[str, bytes]], title: str, section: str) -> str:
     import jinja2
 
     heading, rows = summary.columns()
@@ -101,6 +102,7 @@ def _page(summary: Summary, plots: dict[str, dict[str, bytes]], title: str) -> s
         warnings=summary.warnings,
         pictures=pictures,
         provenance=summary.provenance(),
+        section=section,
         version=__version__,
     )
 

@@ -51,6 +51,11 @@ class ModelIdentity:
         return self.digest.hex()[:12]
 
     @property
+    def mark(self) -> str:
+        """24 digits that stand for the whole model, decoder and adapter included, in reports and profiles."""
+        return self.short + self.decoder[:12]
+
+    @property
     def digest(self) -> bytes:
         """32 bytes that every cache entry of this model carries."""
         return tagged_digest(self.encoder, self.tokenizer, self.template).digest()

@@ -34,11 +34,13 @@ class Wanted(NamedTuple):
         top_k: the best so many; None is all.
         threshold: lowest `P(yes)`; None is any.
         known: exact margins of further candidates of the call.
+        margin: lowest margin; None is any.
     """
 
     top_k: int | None = None
     threshold: float | None = None
     known: tuple[float, ...] = ()
+    margin: float | None = None
 
     def beside(self, known: Iterable[float]) -> Wanted:
         """Return the same beside candidates whose exact margins are known."""
@@ -56,11 +58,13 @@ class Wanted(NamedTuple):
     def saves(self, count: int) -> bool:
         """Whether a first pass over so many candidates is likely to save time."""
         if self.top_k is None:
-            return self.threshold is not None and self.threshold > 0
+            return self.margin is not None or (self.threshold is not None and self.threshold > 0)
         return count > _LEAST_SHARE * self.top_k
 
     def admits(self, margin: float) -> bool:
-        """Whether a margin reaches the threshold."""
+        """Whether a margin reaches the threshold, as `P(yes)` or as a margin."""
+        if self.margin is not None and margin < self.margin:
+            return False
         return self.threshold is None or probability(margin) >= self.threshold
 
 

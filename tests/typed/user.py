@@ -20,7 +20,7 @@ from llama_index.postprocessor.kalm_rerank import KalmPassageEncoder as LlamaInd
 from llama_index.postprocessor.kalm_rerank import KalmQueryBundle, KalmRerank
 from typing_extensions import assert_type
 
-from kalm_rag import EncodeReport, KaLMReranker, Options, PassageCache, RankedPassage, Ranking
+from kalm_rag import EncodeReport, KaLMReranker, Options, PassageCache, RankedPassage, Ranking, ThresholdProfile
 from kalm_rag.cache import DiskStore, MemoryStore, Store
 from kalm_rag.errors import CheckpointError, ScoringError
 
@@ -43,6 +43,10 @@ def core(folder: Path) -> None:
         assert_type(strings[0].document.upper(), str)
         assert_type(strings[:1], Ranking[str])
         mappings = reranker.rank("query", [{"text": "one", "source": "faq"}], threshold=0.5)
+        profile = ThresholdProfile.load(folder / "threshold-profile.json")
+        assert_type(reranker.rank("query", ["one"], threshold=profile, calibrated=True), Ranking[str])
+        assert_type(reranker.rank("query", ["one"], threshold=folder / "profile.json")[0].score, float)
+        print(profile.score + profile.margin, profile.checked.recall, profile.save(folder / "copy.json"))
         assert_type(mappings[0].document["source"], str)
         rows = reranker.rank("query", [Row("one")], text=lambda row: row.body)
         assert_type(rows[0].document.body, str)
