@@ -26,8 +26,9 @@ from llama_index.core.schema import MetadataMode, NodeWithScore, TextNode
 from llama_index.postprocessor.kalm_rerank import KalmPassageEncoder as LlamaIndexEncoder
 from llama_index.postprocessor.kalm_rerank import KalmQueryBundle, KalmRerank
 from lorakit import write_lora
+from thresholdkit import make_profile
 
-from kalm_rag import KaLMReranker, Options, PassageCache
+from kalm_rag import KaLMReranker, Options, PassageCache, ThresholdProfile
 from kalm_rag.adapters import HIT_KEYS
 
 CHANGED: dict[str, Any] = {
@@ -402,6 +403,97 @@ def test_the_compact_form_is_read_from_the_folder(adapter: Adapter, given: dict[
     stats = reader.prefill_stats()
     assert stats is not None
     assert stats.counters.stored == len(TEXTS)
+
+
+class TestThresholds:
+    @pytest.fixture
+    def file(self, adapter: Adapter, given: dict[str, Any], tmp_path: Path) -> Path:
+        """A profile that lets 2 of the adapter's texts through."""
+        return profile_of(adapter, given).save(tmp_path / "p.json")
+
+    def test_a_number_a_profile_and_its_path(self, adapter: Adapter, given: dict[str, Any], file: Path) -> None:
+        documents, profile = adapter.documents(TEXTS), ThresholdProfile.load(file)
+        plain = adapter.rank(adapter.make(**given), documents)
+        margins = [adapter.metadata(document)["relevance_margin"] for document in plain[:2]]
+        for threshold in (profile, file, str(file), profile.score):
+            found = adapter.rank(adapter.make(**given, score_threshold=threshold), documents)
+            assert [adapter.metadata(document)["relevance_margin"] for document in found] == pytest.approx(
+                margins, abs=1e-5
+            )
+        made = adapter.make(**given, score_threshold=file, calibrated=True)
+        found = adapter.rank(made, documents)
+        assert [score_of(document) for document in found] == pytest.approx(
+            [profile.calibrated(margin) for margin in margins], abs=1e-5
+        )
+        assert [score_of(document) for document in plain[:2]] != pytest.approx(
+            [score_of(one) for one in found], abs=1e-5
+        )
+        for same in (adapter.saved(made), pickle.loads(pickle.dumps(made))):
+            assert same == made
+            assert len(adapter.rank(same, documents)) == 2
+
+    def test_what_is_no_threshold_of_this_model(
+        self, adapter: Adapter, given: dict[str, Any], file: Path, tmp_path: Path
+    ) -> None:
+        documents = adapter.documents(TEXTS)
+        with pytest.raises(Exception, match="was made for ratio 4, not 8"):
+            adapter.rank(adapter.make(**given, ratio=8, score_threshold=file), documents)
+        with pytest.raises(Exception, match="was made for the instruction 'Given a query.*, not 'Find code"):
+            adapter.rank(adapter.make(**given, instruction="Find code.", score_threshold=file), documents)
+        with pytest.raises(Exception, match="was made for the model with digest 0123456789ab"):
+            adapter.rank(adapter.make(**given, score_threshold=make_profile()), documents)
+        with pytest.raises(Exception, match="calibrated=True needs a threshold profile"):
+            adapter.rank(adapter.make(**given, score_threshold=0.5, calibrated=True), documents)
+        with pytest.raises(Exception, match=r"score_threshold must be .*got '.*none\.json', and there is no such file"):
+            adapter.make(**given, score_threshold=tmp_path / "none.json")
+        with pytest.raises(Exception, match="calibrated must be True or False, got 1"):
+            adapter.make(**given, calibrated=1)
+        with pytest.raises(Exception, match="it is an argument of its own, outside of options"):
+            adapter.make(**given, options={"calibrated": True})
+        file.write_text(file.read_text().replace("0.95", "0.96"))
+        with pytest.raises(Exception, match=r"p\.json' is not a valid threshold profile .its content was changed"):
+            adapter.make(**given, score_threshold=file)
+
+    def test_a_profile_without_a_path_is_not_saved(self, adapter: Adapter, given: dict[str, Any]) -> None:
+        made = adapter.make(**given, score_threshold=make_profile())
+        with pytest.raises(Exception, match=r"only a number or the path of a profile can be serialised .*save\(path\)"):
+            adapter.saved(made)
+
+    def test_for_one_call(self, given: dict[str, Any], tmp_path: Path) -> None:
+        profiles = {name: profile_of(adapter, given) for name, adapter in ADAPTERS.items()}
+        files = {name: profile.save(tmp_path / name) for name, profile in profiles.items()}
+        documents = {name: adapter.documents(TEXTS) for name, adapter in ADAPTERS.items()}
+        chain = KalmReranker(**given, top_n=None).as_runnable()
+        call = {"query": QUERY, "documents": documents["langchain"], "calibrated": True}
+        bundle = KalmQueryBundle(QUERY, score_threshold=files["llama-index"], calibrated=True)
+        ranker = on_haystack(KalmRanker)(**given)
+        found = {
+            "langchain": chain.invoke({**call, "score_threshold": files["langchain"]}),
+            "llama-index": KalmRerank(**given, top_n=None).postprocess_nodes(documents["llama-index"], bundle),
+            "haystack": ranker.run(QUERY, documents["haystack"], score_threshold=files["haystack"], calibrated=True)[
+                "documents"
+            ],
+        }
+        for name, ranked in found.items():
+            margins = [ADAPTERS[name].metadata(document)["relevance_margin"] for document in ranked]
+            assert [score_of(document) for document in ranked] == pytest.approx(
+                [profiles[name].calibrated(margin) for margin in margins], abs=1e-5
+            )
+            assert len(ranked) == 2
+
+
+def profile_of(adapter: Adapter, given: dict[str, Any]) -> ThresholdProfile:
+    """A profile that lets 2 of the adapter's texts through."""
+    made, documents = adapter.make(**given), adapter.documents(TEXTS)
+    margins = [adapter.metadata(document)["relevance_margin"] for document in adapter.rank(made, documents)]
+    return make_profile(made.reranker.scorer.identity.mark, (margins[1] + margins[2]) / 2)
+
+
+def score_of(document: Any) -> float:
+    """The score where the framework has it."""
+    found = document.metadata["relevance_score"] if isinstance(document, LangChainDocument) else document.score
+    assert isinstance(found, float)
+    return found
 
 
 def test_settings_of_one_query_in_llama_index(given: dict[str, Any]) -> None:

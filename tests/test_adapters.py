@@ -149,6 +149,7 @@ def test_adapter_arguments_are_checked_by_name() -> None:
         "top_n": [True, 2.0, "2", 0],
         "top_k": [True, 2.0, "2", 0],
         "score_threshold": [True, "0.5", 50, -0.1, float("nan"), float("inf")],
+        "calibrated": [None, 1, "yes"],
         "keep_retrieval_score": [None, 1, "yes"],
         "embedding_separator": [None, 7],
     }

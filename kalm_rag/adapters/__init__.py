@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from kalm_rag.adapters.arguments import CacheLike, check_arguments, check_cache, serialisable_cache
+from kalm_rag.adapters.arguments import (
+    CacheLike,
+    check_arguments,
+    check_cache,
+    serialisable_cache,
+    serialisable_threshold,
+)
 from kalm_rag.adapters.hits import HIT_KEYS, hit_metadata
 from kalm_rag.adapters.options import Options, OptionsLike
 from kalm_rag.adapters.shared import SharedHandle, shared_reranker
@@ -17,5 +23,6 @@ __all__ = [
     "check_cache",
     "hit_metadata",
     "serialisable_cache",
+    "serialisable_threshold",
     "shared_reranker",
 ]

@@ -10,7 +10,8 @@ from kalm_rag.adapters.options import Options, OptionsLike
 from kalm_rag.cache import PassageCache, Store
 from kalm_rag.cache.passage_cache import Keep
 from kalm_rag.model.checkpoint import clean_token
-from kalm_rag.utils.checks import check_choice, check_dtype, check_flag, check_positive, check_share, check_text
+from kalm_rag.thresholds import ThresholdLike, ThresholdProfile, check_threshold
+from kalm_rag.utils.checks import check_choice, check_dtype, check_flag, check_positive, check_text
 
 CacheLike: TypeAlias = str | Path | PassageCache | Store | None
 """What an adapter takes as its cache: a folder, a ready-made cache or store, or None for memory only."""
@@ -74,9 +75,10 @@ def _check_folder(name: str, value: object) -> object:
     return value
 
 
-def _check_share(name: str, value: Any) -> float:
-    check_share(name, value)
-    return float(value)
+def _check_threshold(name: str, value: Any) -> ThresholdLike:
+    """A path stays a path: each call reads the file, and what is saved with a component is its name."""
+    found = check_threshold(name, value)
+    return str(value) if isinstance(value, (str, Path)) else found
 
 
 def _check_dtype(name: str, value: object) -> object:
@@ -100,7 +102,8 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "instruction": _or_none(check_text),
     "top_n": _or_none(check_positive),
     "top_k": _or_none(check_positive),
-    "score_threshold": _or_none(_check_share),
+    "score_threshold": _or_none(_check_threshold),
+    "calibrated": check_flag,
     "keep_retrieval_score": check_flag,
     "options": lambda _, value: Options.of(value),
     "embedding_separator": check_text,
@@ -122,6 +125,21 @@ def serialisable_cache(cache: CacheLike) -> str | None:
         f"cache={cache!r:.80}; give a folder, and keep= for what it keeps"
     )
     raise ValueError(msg)
+
+
+def serialisable_threshold(threshold: ThresholdLike | None) -> float | str | None:
+    """Return the threshold as a serialised component stores it: a number, the path of a profile, or None.
+
+    Raises:
+        ValueError: it is a profile without a path.
+    """
+    if isinstance(threshold, ThresholdProfile):
+        msg = (
+            "only a number or the path of a profile can be serialised with a component, got "
+            f"score_threshold={threshold!r:.80}; save(path) the profile and give score_threshold= the path"
+        )
+        raise ValueError(msg)
+    return str(threshold) if isinstance(threshold, Path) else threshold
 
 
 def _is_ready_made(cache: CacheLike) -> bool:

@@ -190,7 +190,7 @@ _ARGUMENTS = frozenset(
         "top_n",
         "top_k",
     }
-    | {"score_threshold"}
+    | {"score_threshold", "calibrated"}
 )
 
 

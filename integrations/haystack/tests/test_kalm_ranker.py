@@ -146,6 +146,7 @@ def test_to_dict_default() -> None:
             "embedding_separator": "\n",
             "top_k": 10,
             "score_threshold": None,
+            "calibrated": False,
             "instruction": None,
             "options": None,
         },

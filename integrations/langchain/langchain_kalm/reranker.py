@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from langchain_core.callbacks import Callbacks
 from langchain_core.documents import BaseDocumentCompressor, Document
 from langchain_core.runnables import RunnableLambda
-from pydantic import Field
+from pydantic import Field, SerializationInfo, SkipValidation, WithJsonSchema, field_serializer
 
 from kalm_rag import RankedPassage
-from kalm_rag.adapters import check_arguments, hit_metadata
+from kalm_rag.adapters import check_arguments, hit_metadata, serialisable_threshold
+from kalm_rag.thresholds import ThresholdLike
 from langchain_kalm.base import KalmBase, document_list, passage_texts
 
 
@@ -36,10 +37,18 @@ class KalmReranker(KalmBase, BaseDocumentCompressor):
 
     top_n: int | None = Field(default=3, ge=1)
     """How many documents to return; None for all."""
-    score_threshold: float | None = Field(default=None, ge=0, le=1)
-    """Documents with a lower score are left out."""
+    score_threshold: Annotated[
+        ThresholdLike | None, SkipValidation, WithJsonSchema({"type": ["number", "string", "null"]})
+    ] = None
+    """Documents with a lower score are left out: a number, or a `kalm_rag.ThresholdProfile` or the path of one."""
+    calibrated: bool = False
+    """Scores are the shares of relevant documents that the profile was fitted to, instead of `P(yes)`."""
     instruction: str | None = None
     """What "relevant" means, in a sentence; by default the model's own."""
+
+    @field_serializer("score_threshold")
+    def _serialise_threshold(self, threshold: ThresholdLike | None, info: SerializationInfo) -> Any:
+        return threshold if info.mode == "python" else serialisable_threshold(threshold)
 
     def compress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
@@ -66,8 +75,8 @@ class KalmReranker(KalmBase, BaseDocumentCompressor):
     def as_runnable(self) -> RunnableLambda[dict[str, Any], list[Document]]:
         """A runnable for LCEL.
 
-        It takes `{"query": ..., "documents": [...]}`, and maybe `"instruction"`, `"top_n"`, `"score_threshold"` and
-        `"ratio"` in place of the instance's.
+        It takes `{"query": ..., "documents": [...]}`, and maybe `"instruction"`, `"top_n"`, `"score_threshold"`,
+        `"calibrated"` and `"ratio"` in place of the instance's.
         """
         return self._step()
 
@@ -91,16 +100,17 @@ class KalmReranker(KalmBase, BaseDocumentCompressor):
                 'give {"query": ..., "documents": [...]}'
             )
             raise TypeError(msg)
-        unknown = call.keys() - {"query", "documents", "instruction", "top_n", "score_threshold", "ratio"}
+        names = ("instruction", "top_n", "score_threshold", "calibrated", "ratio")
+        unknown = call.keys() - {"query", "documents", *names}
         if unknown or not {"query", "documents"} <= call.keys():
-            maybe = "instruction, top_n, score_threshold, ratio"
+            maybe = ", ".join(names)
             msg = f"expected a query and documents (and maybe {maybe}), got {sorted(map(str, call))}"
             raise ValueError(msg)
-        names = ("top_n", "score_threshold", "instruction", "ratio")
         chosen = check_arguments({name: call.get(name, getattr(self, name)) for name in names})
         options = {
             "top_k": chosen["top_n"],
             "threshold": chosen["score_threshold"],
+            "calibrated": chosen["calibrated"],
             "instruction": chosen["instruction"],
             "ratio": chosen["ratio"],
         }

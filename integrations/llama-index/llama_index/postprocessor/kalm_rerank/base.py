@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from llama_index.core.bridge.pydantic import Field, model_validator
+from llama_index.core.bridge.pydantic import Field, WithJsonSchema, field_serializer, model_validator
 from llama_index.core.callbacks import CBEventType, EventPayload
 from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr-defined]
 from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle
 from llama_index.postprocessor.kalm_rerank.model import KalmBase, node_list, passage_texts
+from pydantic import SerializationInfo, SkipValidation
 
 from kalm_rag import EncodeReport, RankedPassage
-from kalm_rag.adapters import check_arguments, hit_metadata
+from kalm_rag.adapters import check_arguments, hit_metadata, serialisable_threshold
+from kalm_rag.thresholds import ThresholdLike
 
 dispatcher = get_dispatcher(__name__)
 
@@ -34,11 +36,13 @@ class KalmQueryBundle(QueryBundle):
         instruction: what "relevant" means for this query; None is the instance's.
         top_n: how many nodes to return for this query; None is the instance's.
         score_threshold: nodes with a lower score are left out; None is the instance's.
+        calibrated: whether scores are mapped through the threshold profile's fit; None is the instance's.
     """
 
     instruction: str | None = None
     top_n: int | None = None
-    score_threshold: float | None = None
+    score_threshold: ThresholdLike | None = None
+    calibrated: bool | None = None
 
 
 class KalmRerank(KalmBase, BaseNodePostprocessor):
@@ -55,12 +59,20 @@ class KalmRerank(KalmBase, BaseNodePostprocessor):
     touched. Their metadata gains `relevance_margin`, and the truth values `relevance_exact`, `passage_truncated`,
     `query_truncated`, `passage_repaired` and `query_repaired`, and `passage_span` (see `kalm_rag.RankedPassage`), all
     excluded from the text of a node.
-    `KalmQueryBundle` is a query with an instruction, `top_n` or `score_threshold` of its own.
+    `KalmQueryBundle` is a query with an instruction, `top_n`, `score_threshold` or `calibrated` of its own.
     """
 
     top_n: int | None = Field(default=5, ge=1, description="How many nodes to return; None for all.")
-    score_threshold: float | None = Field(
-        default=None, ge=0, le=1, description="Nodes with a lower score are left out."
+    score_threshold: Annotated[
+        ThresholdLike | None, SkipValidation, WithJsonSchema({"type": ["number", "string", "null"]})
+    ] = Field(
+        default=None,
+        description="Nodes with a lower score are left out: a number, or a kalm_rag.ThresholdProfile or the path of "
+        "one.",
+    )
+    calibrated: bool = Field(
+        default=False,
+        description="Scores are the shares of relevant nodes that the profile was fitted to, instead of P(yes).",
     )
     instruction: str | None = Field(default=None, description="What 'relevant' means, in a sentence.")
     keep_retrieval_score: bool = Field(
@@ -76,6 +88,19 @@ class KalmRerank(KalmBase, BaseNodePostprocessor):
             )
             raise ValueError(msg)
         return self
+
+    @field_serializer("score_threshold")
+    def _serialise_threshold(self, threshold: ThresholdLike | None, info: SerializationInfo) -> Any:
+        return threshold if info.mode == "python" else serialisable_threshold(threshold)
+
+    def to_json(self, **kwargs: Any) -> str:
+        """The arguments as JSON.
+
+        Raises:
+            ValueError: as for all classes here; or the threshold is a profile without a path.
+        """
+        serialisable_threshold(self.score_threshold)
+        return super().to_json(**kwargs)
 
     @classmethod
     def class_name(cls) -> str:
@@ -126,12 +151,13 @@ class KalmRerank(KalmBase, BaseNodePostprocessor):
                     "use NodeWithScore(node=...)"
                 )
                 raise TypeError(msg)
-        names = ("top_n", "score_threshold", "instruction")
+        names = ("top_n", "score_threshold", "calibrated", "instruction")
         own = {name: getattr(query_bundle, name, None) for name in names}
         chosen = check_arguments({name: getattr(self, name) if own[name] is None else own[name] for name in names})
         options = {
             "top_k": chosen["top_n"],
             "threshold": chosen["score_threshold"],
+            "calibrated": chosen["calibrated"],
             "instruction": chosen["instruction"],
         }
         return query, passage_texts(nodes, self.metadata_mode), options

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from haystack import Document, component, default_from_dict, default_to_dict
+from haystack.core.errors import SerializationError
 from haystack.utils import ComponentDevice, Secret
 from haystack_integrations.components.rankers.kalm.model import KalmBase
 
 from kalm_rag import RankedPassage
-from kalm_rag.adapters import CacheLike, OptionsLike, check_arguments, hit_metadata
+from kalm_rag.adapters import CacheLike, OptionsLike, check_arguments, hit_metadata, serialisable_threshold
 from kalm_rag.cache.passage_cache import Keep
+from kalm_rag.thresholds import ThresholdLike
 
 
 @component
@@ -47,7 +49,8 @@ class KalmRanker(KalmBase):
         token: Secret | None = Secret.from_env_var(["HF_API_TOKEN", "HF_TOKEN"], strict=False),
         max_length: int = 1024,
         top_k: int = 10,
-        score_threshold: float | None = None,
+        score_threshold: ThresholdLike | None = None,
+        calibrated: bool = False,
         instruction: str | None = None,
         ratio: int | None = None,
         meta_fields_to_embed: list[str] | None = None,
@@ -69,7 +72,10 @@ class KalmRanker(KalmBase):
             token: hub token, if the model needs one.
             max_length: tokens of a document that are read.
             top_k: how many documents to return.
-            score_threshold: documents with a lower score are left out.
+            score_threshold: documents with a lower score are left out: a number, or a `kalm_rag.ThresholdProfile` or
+                the path of one.
+            calibrated: scores are the shares of relevant documents that the profile was fitted to, instead of
+                `P(yes)`.
             instruction: what "relevant" means, in a sentence; by default the model's own.
             ratio: encoder states averaged into one; by default 4.
             meta_fields_to_embed: metadata put in front of the content.
@@ -101,9 +107,17 @@ class KalmRanker(KalmBase):
         if top_k is None:
             msg = "top_k must be an integer, got None; give the number of documents to return"
             raise TypeError(msg)
-        checked = check_arguments({"top_k": top_k, "score_threshold": score_threshold, "instruction": instruction})
+        checked = check_arguments(
+            {
+                "top_k": top_k,
+                "score_threshold": score_threshold,
+                "calibrated": calibrated,
+                "instruction": instruction,
+            }
+        )
         self.top_k: int = checked["top_k"]
-        self.score_threshold: float | None = checked["score_threshold"]
+        self.score_threshold: ThresholdLike | None = checked["score_threshold"]
+        self.calibrated: bool = checked["calibrated"]
         self.instruction = instruction
 
     def warm_up(self) -> None:
@@ -116,9 +130,10 @@ class KalmRanker(KalmBase):
         query: str,
         documents: list[Document],
         top_k: int | None = None,
-        score_threshold: float | None = None,
+        score_threshold: ThresholdLike | None = None,
         instruction: str | None = None,
         ratio: int | None = None,
+        calibrated: bool | None = None,
     ) -> dict[str, list[Document]]:
         """Rank documents.
 
@@ -129,6 +144,7 @@ class KalmRanker(KalmBase):
             score_threshold: documents with a lower score are left out.
             instruction: what "relevant" means.
             ratio: encoder states averaged into one.
+            calibrated: whether scores are mapped through the threshold profile's fit.
 
         Returns:
             `documents`: copies, best first.
@@ -138,11 +154,12 @@ class KalmRanker(KalmBase):
             TypeError: the query is not a string, the documents are not a list of documents, or an argument has the
                 wrong type.
         """
-        texts, options, limits = self._checked(query, documents, top_k, score_threshold, instruction, ratio)
+        call = {"top_k": top_k, "score_threshold": score_threshold, "instruction": instruction, "ratio": ratio}
+        texts, options, most = self._checked(query, documents, {**call, "calibrated": calibrated})
         if not texts:
             return {"documents": []}
         ranking = self.reranker.rank(query, texts, **options)
-        return {"documents": self._chosen(documents, ranking, **limits)}
+        return {"documents": self._chosen(documents, ranking, most)}
 
     @component.output_types(documents=list[Document])
     async def run_async(
@@ -150,28 +167,35 @@ class KalmRanker(KalmBase):
         query: str,
         documents: list[Document],
         top_k: int | None = None,
-        score_threshold: float | None = None,
+        score_threshold: ThresholdLike | None = None,
         instruction: str | None = None,
         ratio: int | None = None,
+        calibrated: bool | None = None,
     ) -> dict[str, list[Document]]:
         """Rank documents without blocking the event loop; arguments and result are those of `run`."""
-        texts, options, limits = self._checked(query, documents, top_k, score_threshold, instruction, ratio)
+        call = {"top_k": top_k, "score_threshold": score_threshold, "instruction": instruction, "ratio": ratio}
+        texts, options, most = self._checked(query, documents, {**call, "calibrated": calibrated})
         if not texts:
             return {"documents": []}
         ranking = await self.reranker.arank(query, texts, **options)
-        return {"documents": self._chosen(documents, ranking, **limits)}
+        return {"documents": self._chosen(documents, ranking, most)}
 
     def to_dict(self) -> dict[str, Any]:
         """Serialise the component.
 
         Raises:
-            SerializationError: its cache is a ready-made one; give it a folder.
+            SerializationError: its cache is a ready-made one, or its threshold a profile; give a folder, or a path.
         """
+        try:
+            threshold = serialisable_threshold(self.score_threshold)
+        except ValueError as error:
+            raise SerializationError(str(error)) from None
         return default_to_dict(
             self,
             **self.model_arguments(),
             top_k=self.top_k,
-            score_threshold=self.score_threshold,
+            score_threshold=threshold,
+            calibrated=self.calibrated,
             instruction=self.instruction,
         )
 
@@ -181,42 +205,34 @@ class KalmRanker(KalmBase):
         found: KalmRanker = default_from_dict(cls, restored(data))
         return found
 
-    def _checked(
-        self,
-        query: Any,
-        documents: Any,
-        top_k: int | None,
-        score_threshold: float | None,
-        instruction: str | None,
-        ratio: int | None,
-    ) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
-        """The texts, what `rank` is told, and what cuts its result."""
+    def _checked(self, query: Any, documents: Any, call: dict[str, Any]) -> tuple[list[str], dict[str, Any], int]:
+        """The texts, what `rank` is told, and how many documents to return; what a call leaves out is ours."""
         if not isinstance(query, str):
             msg = f"query must be a string, got {type(query).__name__}"
             raise TypeError(msg)
         if not query:
             msg = "query must not be empty"
             raise ValueError(msg)
-        options = check_arguments(
-            {"instruction": self.instruction if instruction is None else instruction, "ratio": ratio}
-        )
-        limits = check_arguments(
-            {
-                "top_k": self.top_k if top_k is None else top_k,
-                "score_threshold": self.score_threshold if score_threshold is None else score_threshold,
-            }
-        )
-        return self.texts(documents), options, limits
+        own = {name: getattr(self, name) for name in call if name != "ratio"}
+        chosen = check_arguments(own | {name: value for name, value in call.items() if value is not None})
+        texts = self.texts(documents)
+        options = {
+            # Of documents with one id the best is kept, so that as many may be needed as there are.
+            "top_k": max(1, len(texts)),
+            "instruction": chosen["instruction"],
+            "ratio": chosen.get("ratio"),
+            "threshold": chosen["score_threshold"],
+            "calibrated": chosen["calibrated"],
+        }
+        return texts, options, chosen["top_k"]
 
-    def _chosen(
-        self, documents: list[Document], ranking: list[RankedPassage[str]], top_k: int, score_threshold: float | None
-    ) -> list[Document]:
+    def _chosen(self, documents: list[Document], ranking: list[RankedPassage[str]], most: int) -> list[Document]:
         found: dict[str, Document] = {}
         for hit in ranking:
             document = documents[hit.index]
-            if document.id not in found and (score_threshold is None or hit.score >= score_threshold):
+            if document.id not in found:
                 found[document.id] = replace(document, score=hit.score, meta={**document.meta, **hit_metadata(hit)})
-        return list(found.values())[:top_k]
+        return list(found.values())[:most]
 
 
 def restored(data: dict[str, Any]) -> dict[str, Any]:
