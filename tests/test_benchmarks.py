@@ -104,6 +104,15 @@ def test_ranking_of_collections_further_down(
     assert all(row[-1] == row[-2] == row[-3] for row in table[1:]), "it is the same collection twice"
 
 
+def test_thresholds(run: Callable[..., dict[str, Any]]) -> None:
+    pytest.importorskip("sklearn", reason="the extra eval is not installed")
+    found = run("thresholds.py")["collections"]["demo"]["aims"]
+    assert found.keys() == {"recall=0.95", "precision=0.5", "f1"}
+    profile = found["recall=0.95"]["profile"]
+    assert profile["chosen"]["recall"][0] >= 0.95
+    assert profile["chosen"]["queries"] + profile["checked"]["queries"] == 12
+
+
 def test_startup(run: Callable[..., dict[str, Any]]) -> None:
     assert run("startup.py", "--repeats", "1")["file_bytes"] > 0
 

@@ -36,6 +36,7 @@ SKIPPED = {
     "docs/how-to/doctor.md": {LONG: 1, WEIGHTS: 1},
     "docs/how-to/evaluate.md": {INSTALLS: 2, DOWNLOADS: 1, LONG: 1},
     "docs/how-to/offline.md": {DOWNLOADS: 1},
+    "docs/how-to/thresholds.md": {INSTALLS: 1},
     "docs/how-to/tune.md": {INSTALLS: 1},
     "docs/index.md": {INSTALLS: 5},
     "integrations/haystack/README.md": {INSTALLS: 1},
