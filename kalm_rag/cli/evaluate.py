@@ -195,9 +195,7 @@ def evaluate(
     chosen = Metrics([name.strip() for name in metrics.split(",") if name.strip()])
     ratios = whole_numbers("--ratio", ratio)
     corpus, title = _corpus(source, queries, qrels, split, (file_format, text_field, id_field))
-    candidates = _candidates(
-        corpus, run, depth, limit_queries, language=language, fold_accents=fold_accents, unanswered=calibrate
-    )
+    candidates = _candidates(corpus, run, depth, limit_queries, calibrate, (language, fold_accents))
     models = model or [MINI]
     for name in models:
         note_mini(name)
@@ -266,22 +264,14 @@ def _corpus(
 
 
 def _candidates(
-    corpus: Corpus,
-    run: Path | None,
-    depth: int,
-    most: int | None,
-    *,
-    language: str,
-    fold_accents: bool,
-    unanswered: bool,
+    corpus: Corpus, run: Path | None, depth: int, most: int | None, unanswered: bool, words: tuple[str, bool]
 ) -> Candidates:
     from kalm_rag.evaluation import bm25_candidates, run_candidates
 
-    if run is None:
-        return bm25_candidates(
-            corpus, depth, most, language=language, fold_accents=fold_accents, unanswered=unanswered
-        )
-    return run_candidates(corpus, run, depth, most, unanswered=unanswered)
+    if run is not None:
+        return run_candidates(corpus, run, depth, most, unanswered=unanswered)
+    language, fold_accents = words
+    return bm25_candidates(corpus, depth, most, language=language, fold_accents=fold_accents, unanswered=unanswered)
 
 
 def _show(summary: Summary, title: str, shown: tuple[str, ...]) -> None:
