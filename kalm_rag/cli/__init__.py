@@ -10,7 +10,8 @@ import typer
 
 from kalm_rag._version import __version__
 from kalm_rag.cli import cache, demo, doctor, encode, evaluate, forget, info, rank, tune, warm
-from kalm_rag.cli.options import make_log_visible, replace_what_a_stream_cannot_hold, with_flags
+from kalm_rag.cli.options import with_flags
+from kalm_rag.cli.output import make_log_visible, replace_what_a_stream_cannot_hold
 from kalm_rag.errors import KaLMError
 from kalm_rag.utils.display import visible_line
 

@@ -16,9 +16,8 @@ from kalm_rag.cli.options import (
     check_revision,
     choices,
     limit_bytes,
-    print_json,
-    show,
 )
+from kalm_rag.cli.output import print_json, show
 from kalm_rag.utils.display import size_text
 
 if TYPE_CHECKING:

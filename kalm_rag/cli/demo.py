@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from kalm_rag.cli.options import LoraOption, choices, console, note_mini, passage_table
+from kalm_rag.cli.options import LoraOption, choices
+from kalm_rag.cli.output import console, note_mini, passage_table
 from kalm_rag.model.checkpoint import MINI
 from kalm_rag.utils.display import visible
 

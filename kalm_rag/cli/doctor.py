@@ -20,11 +20,8 @@ from kalm_rag.cli.options import (
     check_lora,
     check_revision,
     choices,
-    console,
-    note_mini,
-    print_json,
-    show,
 )
+from kalm_rag.cli.output import console, note_mini, print_json, show
 from kalm_rag.diagnosis.privacy import scrubber
 from kalm_rag.utils.display import size_text, visible_line
 

@@ -32,10 +32,8 @@ from kalm_rag.cli.options import (
     WindowOverlapOption,
     WindowTokensOption,
     limit_bytes,
-    note_mini,
-    print_json,
-    show,
 )
+from kalm_rag.cli.output import note_mini, print_json, show
 from kalm_rag.utils.display import size_text, visible_line
 
 if TYPE_CHECKING:

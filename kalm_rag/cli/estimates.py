@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from kalm_rag.cli.options import print_json, show
+from kalm_rag.cli.output import print_json, show
 from kalm_rag.utils.display import duration_text, size_text
 
 if TYPE_CHECKING:

@@ -22,12 +22,10 @@ from kalm_rag.cli.options import (
     TextFieldOption,
     choices,
     complete_dtype,
-    console,
-    note_mini,
-    print_json,
     whole_number,
     whole_numbers,
 )
+from kalm_rag.cli.output import console, note_mini, print_json
 from kalm_rag.cli.thresholds import show_thresholds
 from kalm_rag.model.checkpoint import MINI
 from kalm_rag.utils.display import visible, visible_line

@@ -18,9 +18,8 @@ from kalm_rag.cli.options import (
     TextFieldOption,
     check_revision,
     choices,
-    print_json,
-    show,
 )
+from kalm_rag.cli.output import print_json, show
 from kalm_rag.utils.display import visible_line
 
 if TYPE_CHECKING:

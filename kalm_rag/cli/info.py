@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from kalm_rag.cli.options import JsonOption, RevisionOption, check_revision, choices, console, note_mini, print_json
+from kalm_rag.cli.options import JsonOption, RevisionOption, check_revision, choices
+from kalm_rag.cli.output import console, note_mini, print_json
 from kalm_rag.utils.display import visible
 
 _PACKAGES = ("kalm-rag", "torch", "transformers", "tokenizers", "safetensors", "diskcache", "huggingface-hub")

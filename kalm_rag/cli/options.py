@@ -1,23 +1,15 @@
-"""Options that several commands share, and how they show things."""
+"""Options that several commands share, and how their values are read."""
 
 from __future__ import annotations
 
-import io
-import json
-import logging
 import re
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from kalm_rag.utils.display import HIDDEN, visible, visible_line
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
+from kalm_rag.utils.display import visible_line
 
 
 def choices(*names: str) -> Callable[[str], list[str]]:
@@ -273,7 +265,6 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _MOST_GB = 1_000_000_000
 """An exabyte: more than any disk has, and a number of bytes that SQLite holds."""
-_JSON = {code: f"\\u{code:04x}" for code in HIDDEN if code >= 0x7F}
 
 
 def with_flags(message: str, flags: Mapping[str, str]) -> str:
@@ -293,26 +284,6 @@ def with_flags(message: str, flags: Mapping[str, str]) -> str:
         lambda match: f"{flags[match[1]]} {match[2] or match[3] or ''}".rstrip() if match[1] in flags else match[0],
         message,
     )
-
-
-def show(text: str, *, wrap: bool = True) -> None:
-    """Print a sentence that may contain untrusted text, without interpreting markup or control characters."""
-    from rich.text import Text
-
-    console().print(Text(visible(text)), soft_wrap=not wrap)
-
-
-class _VisibleFormatter(logging.Formatter):
-    """Writes out control characters in log lines."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return visible(super().format(record))
-
-
-def make_log_visible() -> None:
-    """Write out control characters in log lines that Python's default handler prints."""
-    if logging.lastResort is not None:
-        logging.lastResort.setFormatter(_VisibleFormatter())
 
 
 def limit_bytes(limit_gb: float | None) -> int | None:
@@ -347,56 +318,3 @@ def check_lora(lora: str | None) -> None:
     if lora is not None:
         msg = f"--lora {lora} belongs to a model: name the one it was trained on with --model"
         raise ValueError(msg)
-
-
-def print_json(value: Any) -> None:
-    """Print one JSON document in ASCII, which every stream and terminal can take."""
-    # ASCII is valid JSON in every encoding.
-    is_utf8 = (sys.stdout.encoding or "").lower().replace("_", "-") in ("utf-8", "utf8")
-    typer.echo(json.dumps(value, ensure_ascii=not is_utf8, indent=2).translate(_JSON))
-
-
-def replace_what_a_stream_cannot_hold() -> None:
-    """Make standard output and error replace characters that their encoding lacks."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
-
-
-def console() -> Console:
-    """Return a console on standard output, as wide as the terminal, or 80 columns."""
-    from rich.console import Console
-
-    return Console(highlight=False, soft_wrap=False)
-
-
-def note_mini(model: str) -> None:
-    """Tell the user when the demonstration checkpoint runs."""
-    from kalm_rag.model.checkpoint import MINI, MINI_NOTE
-
-    if model == MINI:
-        typer.echo(f"note: {MINI_NOTE}", err=True)
-
-
-def passage_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Make a table whose last column is a passage, cut to the rest of the line.
-
-    Args:
-        columns: headings; numbers stand right, so a heading that starts with "<" marks a column that stands left.
-        rows: the cells, shown without markup, and with control characters made visible.
-    """
-    from rich.table import Table
-    from rich.text import Text
-
-    rows = [[*map(visible_line, row[:-1]), visible(row[-1])] for row in rows]
-    table = Table(box=None, pad_edge=False)
-    for name in columns:
-        left = name.startswith("<")
-        table.add_column(name.removeprefix("<"), justify="left" if left else "right", no_wrap=True)
-    fixed = [max(len(row[place]) for row in [*rows, columns]) for place in range(len(columns) - 1)]
-    room = max(10, console().width - sum(fixed) - 2 * len(fixed))
-    for row in rows:
-        text = Text(" ".join(row[-1].split()))
-        text.truncate(room, overflow="ellipsis")
-        table.add_row(*(Text(cell) for cell in row[:-1]), text)
-    return table

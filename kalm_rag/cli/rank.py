@@ -22,12 +22,9 @@ from kalm_rag.cli.options import (
     TextFieldOption,
     WindowOverlapOption,
     WindowTokensOption,
-    console,
-    note_mini,
-    passage_table,
-    print_json,
     whole_number,
 )
+from kalm_rag.cli.output import console, note_mini, passage_table, print_json
 
 if TYPE_CHECKING:
     from kalm_rag.settings import LongPassages

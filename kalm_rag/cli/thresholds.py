@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from kalm_rag.cli.options import console
+from kalm_rag.cli.output import console
 from kalm_rag.utils.display import visible, visible_line
 
 if TYPE_CHECKING:

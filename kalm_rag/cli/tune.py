@@ -21,14 +21,11 @@ from kalm_rag.cli.options import (
     RevisionOption,
     SplitOption,
     choices,
-    console,
-    note_mini,
     number,
-    print_json,
-    show,
     whole_number,
     whole_numbers,
 )
+from kalm_rag.cli.output import console, note_mini, print_json, show
 from kalm_rag.utils.display import duration_text, visible, visible_line
 
 if TYPE_CHECKING:

@@ -29,14 +29,11 @@ from kalm_rag.cli.options import (
     RevisionOption,
     StorageOption,
     TextFieldOption,
-    console,
     limit_bytes,
-    note_mini,
-    print_json,
     read_bytes,
-    show,
     whole_number,
 )
+from kalm_rag.cli.output import console, note_mini, print_json, show
 from kalm_rag.utils.display import size_text, visible, visible_line
 
 if TYPE_CHECKING:
