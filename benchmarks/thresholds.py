@@ -54,6 +54,11 @@ def main() -> None:
         ["threshold of", "aim", "used on", "precision", "recall", "recall of its own"],
         [[*row[:3], *(figure_text(figure) for figure in row[3:])] for row in copied],
     )
+    studies = {name: next(iter(by_aim.values())).study for name, by_aim in found.items()}
+    print_table(
+        ["distance of scores from the share relevant", "P(yes)", "calibrated"],
+        [[name, f"{study.raw.error:.3f}", f"{study.calibrated.error:.3f}"] for name, study in studies.items()],
+    )
     result = {
         "environment": environment(),
         "options": {name: getattr(arguments, name) for name in ("model", "ratio", "queries", "depth", "unanswerable")},
