@@ -17,6 +17,7 @@ from kalm_rag.documents import REPAIRED, TRUNCATED, TextCounter, TextOf, iter_do
 from kalm_rag.model.checkpoint import Checkpoint, find_checkpoint
 from kalm_rag.results import D, EncodeReport, Estimate, PrefillStats, Ranking, ranked_passage
 from kalm_rag.settings import (
+    AT_ONCE,
     DEFAULT_INSTRUCTION,
     DEFAULT_MAX_WINDOWS,
     DEFAULT_PREFILL_MEMORY,
@@ -42,9 +43,6 @@ if TYPE_CHECKING:
 
     from kalm_rag.cache.scores import ScoreStats
     from kalm_rag.scorer import Score, Scorer
-
-_AT_ONCE = 2048
-"""Passages held at once: bounds memory on long inputs, and is enough to batch by length."""
 
 
 class KaLMReranker:
@@ -388,7 +386,7 @@ class KaLMReranker:
         new = known = truncated = repaired = 0
         show = self._show_progress if show_progress is None else show_progress
         with Progress(total, "encoding", show=show) as progress:
-            while some := list(islice(given, _AT_ONCE)):
+            while some := list(islice(given, AT_ONCE)):
                 changed = sum(passage.repaired for passage in some)
                 self.repairs.add(changed)
                 report = self.scorer.encode([passage.text for passage in some], progress)
@@ -519,7 +517,6 @@ class KaLMReranker:
         scorer = self.scorer
         if profile is not None:
             profile.check(Scope(scorer.identity.mark, ratio, instruction, self.settings.system_prompt))
-
         show = self._show_progress if show_progress is None else show_progress
         scores = score_passages(scorer, pairs, instruction, ratio, show, wanted)
         self.truncations.add(count_truncated(pairs, scores))

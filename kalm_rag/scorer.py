@@ -23,7 +23,7 @@ from kalm_rag.model.prefill import PrefilledPair
 from kalm_rag.model.prompts import Prompt, Prompts
 from kalm_rag.passage_kv import BehindPrefix, PassageKVSource
 from kalm_rag.results import EncodeReport
-from kalm_rag.settings import Settings
+from kalm_rag.settings import AT_ONCE, Settings
 from kalm_rag.states import StatesSource, key_space
 from kalm_rag.utils import forks
 from kalm_rag.utils.margins import probability
@@ -37,9 +37,6 @@ if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
-
-_AT_ONCE = 2048
-"""Passages that are encoded together: bounds memory on long inputs, and is enough to batch by length."""
 
 
 @dataclass(slots=True)
@@ -171,8 +168,8 @@ class Scorer:
         passages = self.windows.expand(texts)
         new = 0
         truncated = self.windows.incomplete(texts)
-        for start in range(0, len(passages), _AT_ONCE):
-            some = passages[start : start + _AT_ONCE]
+        for start in range(0, len(passages), AT_ONCE):
+            some = passages[start : start + AT_ONCE]
             report = self.states.encode(some, progress)
             self.passage_kv.encode(some)
             new, truncated = new + report.new, truncated + report.truncated

@@ -40,6 +40,9 @@ DEFAULT_SCORE_MEMORY = 16_000_000
 
 DEFAULT_MAX_WINDOWS = 64
 
+AT_ONCE = 2048
+"""Passages, windows or pairs held at once: bounds memory on long inputs, and is enough to batch by length."""
+
 _OVERLAP_SHARE = 8
 """A window shares at most one of so many tokens with the next one, unless told otherwise."""
 

@@ -192,7 +192,7 @@ def test_layers_exceed_one_period_and_prompts_exceed_the_window(checkpoint: Path
 def test_more_passages_than_one_window(
     same: Compare, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, pairs: list[tuple[str, str]]
 ) -> None:
-    monkeypatch.setattr("kalm_rag.windows.passages._AT_ONCE", 5)
+    monkeypatch.setattr("kalm_rag.windows.passages.AT_ONCE", 5)
     same(Ours(checkpoint).predict(pairs * 2), Reference(checkpoint).scores(pairs) * 2)
 
 

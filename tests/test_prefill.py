@@ -460,6 +460,7 @@ def test_a_damaged_prefilled_entry_is_computed_again(
             kind=engine.passage_kv.decoder.name,
         )
         other = engine.keys.states_keys([passages[1]])[0]
+        writer.cache.flush()  # it was handed in, so the end of the block leaves its writes pending
     store = DiskStore(tmp_path)
     data = store.get_many([key])[key]
     head, payload = data[: module._HEAD.size], bytearray(data[module.HEADER_BYTES :])

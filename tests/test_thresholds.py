@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import errno
 import json
 import pickle
 import sys
@@ -26,6 +27,19 @@ QUERY = "How do I sort a list?"
 
 
 class TestFile:
+    def test_a_full_disk_leaves_the_file_that_was_there(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        file = make_profile().save(tmp_path / "profile.json")
+        before = file.read_bytes()
+
+        def fail(_: int) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr("os.fsync", fail)
+        with pytest.raises(OSError, match="No space left"):
+            make_profile().save(file)
+        assert [path.name for path in tmp_path.iterdir()] == ["profile.json"]
+        assert file.read_bytes() == before
+
     def test_what_is_saved_is_read(self, tmp_path: Path) -> None:
         profile = make_profile(instruction="Find “code”.\n")
         file = profile.save(tmp_path / "profile.json")

@@ -37,6 +37,7 @@ from kalm_rag.cli.output import note_mini, print_json, show
 from kalm_rag.utils.display import size_text, visible_line
 
 if TYPE_CHECKING:
+    from kalm_rag.cache import PassageCache
     from kalm_rag.cache.passage_cache import Keep, Storage
     from kalm_rag.reranker import KaLMReranker
     from kalm_rag.settings import LongPassages
@@ -72,25 +73,16 @@ def encode(
 
     If interrupted, rerun the same command to resume. The exit status is 0 only if the cache holds every passage.
     """
-    from kalm_rag.cache import PassageCache
     from kalm_rag.cache.preflight import check_room, check_writable
     from kalm_rag.documents import repair_text
     from kalm_rag.reranker import KaLMReranker
     from kalm_rag.retrieval.corpus import read_passages
 
-    passages = PassageCache(
-        cache,
-        memory=0,
-        base_ratio=base_ratio,
-        storage=cast("Storage", storage),
-        keep=cast("Keep", keep),
-        limit=limit_bytes(limit_gb),
-    )
+    passages = open_cache(cache, base_ratio, storage, keep, limit_gb)
     note_mini(model)
-    ratio = 4 if 4 % base_ratio == 0 else base_ratio  # what `rank` will ask for
     reranker = KaLMReranker(
         model, revision=revision, lora=lora, device=device, dtype=dtype,
-        ratio=ratio, max_length=max_length, cache=passages,
+        ratio=ratio_of_rank(base_ratio), max_length=max_length, cache=passages,
         long_passages=cast("LongPassages", long_passages), window_tokens=window_tokens, window_overlap=window_overlap,
         max_windows=max_windows,
     )  # fmt: skip
@@ -118,6 +110,25 @@ def encode(
     run = EncodeRun(reranker, total)
     run.encode_all(texts(count=True), None if corpus == "-" else texts)
     run.report(as_json)
+
+
+def open_cache(cache: str, base_ratio: int, storage: str, keep: str, limit_gb: float | None) -> PassageCache:
+    """Open the folder that passages are encoded into; arguments are what the options of the same names were given."""
+    from kalm_rag.cache import PassageCache
+
+    return PassageCache(
+        cache,
+        memory=0,
+        base_ratio=base_ratio,
+        storage=cast("Storage", storage),
+        keep=cast("Keep", keep),
+        limit=limit_bytes(limit_gb),
+    )
+
+
+def ratio_of_rank(base_ratio: int) -> int:
+    """Return the ratio that `rank` will ask for."""
+    return 4 if 4 % base_ratio == 0 else base_ratio
 
 
 class EncodeRun:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kalm_rag.cli.encode import EncodeRun
+from kalm_rag.cli.encode import EncodeRun, open_cache, ratio_of_rank
 from kalm_rag.cli.options import (
     BaseRatioOption,
     CacheOption,
@@ -29,7 +29,6 @@ from kalm_rag.cli.options import (
     RevisionOption,
     StorageOption,
     TextFieldOption,
-    limit_bytes,
     read_bytes,
     whole_number,
 )
@@ -37,7 +36,6 @@ from kalm_rag.cli.output import console, note_mini, print_json, show
 from kalm_rag.utils.display import size_text, visible, visible_line
 
 if TYPE_CHECKING:
-    from kalm_rag.cache.passage_cache import Keep, Storage
     from kalm_rag.reranker import KaLMReranker
     from kalm_rag.retrieval.corpus import Record
     from kalm_rag.retrieval.traffic import QueryLog, Requests, WarmPlan
@@ -106,31 +104,22 @@ def warm(
 
     If interrupted, rerun the same command to resume. The exit status is 0 only if the cache holds every passage chosen.
     """
-    from kalm_rag.cache import PassageCache
     from kalm_rag.cache.preflight import check_room, check_writable
     from kalm_rag.reranker import KaLMReranker
     from kalm_rag.retrieval.corpus import read_passages
     from kalm_rag.retrieval.traffic import plan_warming, read_query_log
     from kalm_rag.utils.checks import check_positive
 
-    passages = PassageCache(
-        cache,
-        memory=0,
-        base_ratio=base_ratio,
-        storage=cast("Storage", storage),
-        keep=cast("Keep", keep),
-        limit=limit_bytes(limit_gb),
-    )
+    passages = open_cache(cache, base_ratio, storage, keep, limit_gb)
     note_mini(model)
     check_positive("depth", depth)
     log = read_query_log(queries)
     if log.broken:
         first = "; the first are" if log.broken > len(log.named) else ":"
         _note(f"{log.broken} lines of {queries} cannot be read and are left out{first} {', '.join(log.named)}")
-    ratio = 4 if 4 % base_ratio == 0 else base_ratio  # what `rank` will ask for
     reranker = KaLMReranker(
         model, revision=revision, lora=lora, device=device, dtype=dtype,
-        ratio=ratio, max_length=max_length, cache=passages,
+        ratio=ratio_of_rank(base_ratio), max_length=max_length, cache=passages,
     )  # fmt: skip
     records = read_passages(corpus, file_format, text_field, id_field)
     requests = _requests(log, run, records, depth, language=language, fold_accents=fold_accents)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from kalm_rag.utils.files import replace_file
 from kalm_rag.utils.paths import make_output_folder
 
 MANIFEST = "kalm-rag-eval.json"
@@ -65,7 +65,7 @@ def replace_files(out: Path, kind: str, files: Mapping[str, bytes]) -> list[Path
     _write(out, {**known, kind: sorted({*before, *files})})
     for name, content in files.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
-        _replace(out / name, content)
+        replace_file(out / name, content)
     for name in set(before) - set(files):
         if _is_inside(out, name):
             (out / name).unlink(missing_ok=True)
@@ -93,10 +93,4 @@ def _read(out: Path) -> dict[str, list[str]]:
 def _write(out: Path, files: Mapping[str, list[str]]) -> None:
     what = "an evaluation of kalm-rag; only the files listed here are written over or deleted"
     content = {"what": what, "files": files}
-    _replace(out / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    replace_file(out / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())

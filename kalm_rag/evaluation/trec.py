@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kalm_rag.retrieval.corpus import quoted, text_lines
+from kalm_rag.utils.files import replace_file
 
 _STEP = 1e-6
 """Least relative distance of neighbouring scores; single precision resolves 1.2e-7."""
@@ -63,10 +63,7 @@ def _number(text: str) -> float | None:
 
 def write_run(path: str | Path, rankings: Mapping[str, Ranking], tag: str) -> None:
     """Write a run file, whole or not at all; see `run_text`."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(run_text(rankings, tag), "utf-8")
-    os.replace(partial, path)
+    replace_file(Path(path), run_text(rankings, tag).encode())
 
 
 def run_text(rankings: Mapping[str, Ranking], tag: str) -> str:

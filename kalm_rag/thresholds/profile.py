@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from bisect import bisect_right
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from kalm_rag.thresholds.fields import json_count, json_list, json_number, json_
 from kalm_rag.thresholds.records import MEASURES, Figure, Figures, Scope
 from kalm_rag.utils.checks import check_positive
 from kalm_rag.utils.display import Shown
+from kalm_rag.utils.files import replace_file
 from kalm_rag.utils.margins import probability
 from kalm_rag.utils.paths import user_path
 
@@ -108,9 +108,7 @@ class ThresholdProfile(Shown):
             OSError: it cannot be written.
         """
         target = user_path(path, "path")
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        partial.write_text(self.to_json(), "utf-8")
-        os.replace(partial, target)
+        replace_file(target, self.to_json().encode())
         return target
 
     @classmethod

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kalm_rag.errors import MissingExtraError
 from kalm_rag.model.lora import BASE, CONFIG, PREFIX, SIZES, TARGETS, WEIGHTS
 from kalm_rag.tuning.recipe import Recipe
+from kalm_rag.utils.files import replace_files
 
 if TYPE_CHECKING:
     import torch
@@ -85,35 +85,3 @@ def save_adapter(
             folder / WEIGHTS: safetensors.torch.save(tensors, metadata),
         }
     )
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    replace_files({path: content})
-
-
-def replace_files(contents: Mapping[Path, bytes]) -> None:
-    """Write files whole or not at all; all are written before the first one is put in its place.
-
-    A kill can still come between two files: what belongs together says so in its content.
-
-    Raises:
-        OSError: one cannot be written.
-    """
-    partials = {path: path.with_name(f".{path.name}.partial") for path in contents}
-    try:
-        for path, content in contents.items():
-            with partials[path].open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        for path, partial in partials.items():
-            os.replace(partial, path)
-    except OSError:
-        for partial in partials.values():
-            partial.unlink(missing_ok=True)
-        raise

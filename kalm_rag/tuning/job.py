@@ -22,7 +22,7 @@ from kalm_rag.reranker import KaLMReranker
 from kalm_rag.retrieval.corpus import Corpus
 from kalm_rag.retrieval.segment import AUTO, check_language
 from kalm_rag.settings import DEFAULT_INSTRUCTION, Settings, base_ratio
-from kalm_rag.tuning.adapter import insert_adapter, replace_file, save_adapter
+from kalm_rag.tuning.adapter import insert_adapter, save_adapter
 from kalm_rag.tuning.folder import CACHE, LOCK, REPORT, check_owner, claim, remove_adapter
 from kalm_rag.tuning.judgements import Example, check_held_out, make_examples, notes_on, read_judgements, split_queries
 from kalm_rag.tuning.recipe import Recipe
@@ -31,6 +31,7 @@ from kalm_rag.tuning.state import FILE
 from kalm_rag.utils.checks import check_choice, check_positive, check_text
 from kalm_rag.utils.digests import tagged_digest
 from kalm_rag.utils.display import duration_text
+from kalm_rag.utils.files import replace_file
 from kalm_rag.utils.paths import DEFAULT, passages_dir, user_path
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kalm_rag.tuning.adapter import replace_file
+from kalm_rag.utils.files import replace_file
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,7 @@ class Progressed:
         losses: `(step, training loss)`.
         validation: `(step, validation loss)`.
         seconds: spent training.
-        ended: why training ended; empty while it goes on.
+        ended: why training ended; empty as long as it runs.
     """
 
     owner: str

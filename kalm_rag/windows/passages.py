@@ -8,12 +8,10 @@ from itertools import islice
 
 from kalm_rag.results import Estimate
 from kalm_rag.scorer import Score, Scorer
+from kalm_rag.settings import AT_ONCE
 from kalm_rag.utils.progress import Progress
 from kalm_rag.utils.refining import Wanted
 from kalm_rag.windows.source import Windows
-
-_AT_ONCE = 2048
-"""Distinct pairs or windows held at once: bounds memory on long inputs, and is enough to batch by length."""
 
 
 def score_passages(
@@ -40,8 +38,8 @@ def score_passages(
         wanted = wanted.of_windows([len(split[text].texts) for _, text in pairs])
     found: dict[tuple[str, str], Score] = {}
     with Progress(len(unique), "reranking", show=show) as progress:
-        for start in range(0, len(unique), _AT_ONCE):
-            some = unique[start : start + _AT_ONCE]
+        for start in range(0, len(unique), AT_ONCE):
+            some = unique[start : start + AT_ONCE]
             found.update(zip(some, scorer.score(some, instruction, ratio, progress, wanted), strict=True))
     return [_best([found[query, part] for part in split[text].texts], split[text]) for query, text in pairs]
 
@@ -68,8 +66,8 @@ def unknown_passages(scorer: Scorer, texts: Sequence[str]) -> list[str]:
     split = scorer.windows.split(passages)
     parts = list(dict.fromkeys(part for text in passages for part in split[text].texts))
     lacking: set[str] = set()
-    for start in range(0, len(parts), _AT_ONCE):
-        lacking.update(scorer.states.unknown(parts[start : start + _AT_ONCE]))
+    for start in range(0, len(parts), AT_ONCE):
+        lacking.update(scorer.states.unknown(parts[start : start + AT_ONCE]))
     return [text for text in passages if not lacking.isdisjoint(split[text].texts)]
 
 

@@ -559,7 +559,7 @@ class TestOutputFolder:
         from kalm_rag.evaluation import outputs
 
         claim(tmp_path)
-        replace, written = outputs._replace, []
+        replace, written = outputs.replace_file, []
 
         def killed(path: Path, content: bytes) -> None:
             if len(written) == 2:
@@ -568,7 +568,7 @@ class TestOutputFolder:
             replace(path, content)
 
         with monkeypatch.context() as patched:
-            patched.setattr(outputs, "_replace", killed)
+            patched.setattr(outputs, "replace_file", killed)
             with pytest.raises(KeyboardInterrupt):
                 replace_files(tmp_path, "page", {"a.png": b"1", "b.png": b"1"})
         replace_files(tmp_path, "page", {"b.png": b"2"})

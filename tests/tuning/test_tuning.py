@@ -376,19 +376,6 @@ def test_a_state_that_cannot_be_kept_does_not_end_training(
     assert "cannot keep the state of the training" in caplog.text
 
 
-def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    adapter_module.replace_file(tmp_path / "file", b"old")
-
-    def fail(_: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", fail)
-    with pytest.raises(OSError, match="No space left"):
-        adapter_module.replace_file(tmp_path / "file", b"new")
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-    assert (tmp_path / "file").read_bytes() == b"old"
-
-
 def test_the_loss_prefers_the_right_order_and_is_the_formula() -> None:
     margins = torch.tensor([2.0, -1.0, 0.5])
     expected = torch.nn.functional.cross_entropy(margins[None], torch.tensor([0]))
