@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from kalm_rag.reranker import KaLMReranker
     from kalm_rag.results import EncodeReport, RankedPassage, Ranking
     from kalm_rag.thresholds import ThresholdProfile
+    from kalm_rag.utils.fusion import FirstStage
 
 __all__ = [
     "EncodeReport",
+    "FirstStage",
     "KaLMReranker",
     "Options",
     "PassageCache",
@@ -38,6 +40,7 @@ __all__ = [
 
 _HOMES = {
     "EncodeReport": "kalm_rag.results",
+    "FirstStage": "kalm_rag.utils.fusion",
     "KaLMReranker": "kalm_rag.reranker",
     "Options": "kalm_rag.adapters",
     "PassageCache": "kalm_rag.cache",

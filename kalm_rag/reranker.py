@@ -34,6 +34,7 @@ from kalm_rag.thresholds import Scope, ThresholdLike, ThresholdProfile, read_lim
 from kalm_rag.utils import forks
 from kalm_rag.utils.async_calls import AsyncCalls
 from kalm_rag.utils.checks import check_dtype, check_positive, check_ratio, check_string, warn_untrained
+from kalm_rag.utils.fusion import FirstStage, best_first
 from kalm_rag.utils.paths import DEFAULT, user_path
 from kalm_rag.utils.progress import Progress
 from kalm_rag.utils.refining import Wanted
@@ -291,6 +292,7 @@ class KaLMReranker:
         *,
         text: TextOf[D] | None = None,
         calibrated: bool = False,
+        first_stage: FirstStage | None = None,
     ) -> Ranking[D]:
         """Order passages by how well they answer a query.
 
@@ -307,6 +309,9 @@ class KaLMReranker:
             text: where the text of a document is, if it is elsewhere: a key of a mapping, an attribute, or a function.
             calibrated: scores are the shares of relevant passages that the profile in `threshold` was fitted to,
                 instead of `P(yes)`. Which passages are returned, and their order, stay the same.
+            first_stage: the first stage's scores of these passages, to be joined with the margins. Passages then come
+                by falling `fused`; `score` and `margin` stay the model's, and `threshold` still refers to `score`. All
+                passages get exact scores, whatever `top_k`, so that `refine` saves nothing.
 
         Returns:
             Passages by falling margin; equal ones keep their order. An empty list returns an empty one
@@ -326,11 +331,15 @@ class KaLMReranker:
         given = list(iter_documents(documents, text))
         self.repairs.add(query_repaired + sum(passage.repaired for passage in given))
         pairs = [(query, passage.text) for passage in given]
-        scored = self._score(pairs, instruction, ratio, show_progress, wanted, limit.profile)
+        if first_stage is not None:
+            first_stage.check(len(given))
+        # All margins are needed, and exact, where they are joined with other scores.
+        needed = wanted if first_stage is None else Wanted()
+        scored = self._score(pairs, instruction, ratio, show_progress, needed, limit.profile)
         ranking = Ranking(
-            ranked_passage(index, limit.shown(score.margin), score, given[index], query_repaired)
-            for index, score in sorted(enumerate(scored), key=lambda item: -item[1].margin)
-            if wanted.admits(score.margin)
+            ranked_passage(index, limit.shown(score.margin), score, given[index], query_repaired, fused)
+            for index, fused in best_first([score.margin for score in scored], first_stage)
+            if wanted.admits((score := scored[index]).margin)
         )
         return ranking[:top_k]
 
@@ -452,13 +461,14 @@ class KaLMReranker:
         *,
         text: TextOf[D] | None = None,
         calibrated: bool = False,
+        first_stage: FirstStage | None = None,
     ) -> Ranking[D]:
         """`rank` for asynchronous programs: the event loop stays free while the model runs.
 
         Calls wait in threads of this instance's own, so that they do not fill the pool that other work shares, and take
         turns batch by batch. A call that is cancelled ends at its next batch. Nothing is bound to an event loop.
         """
-        rank = partial(self.rank, text=text, calibrated=calibrated)
+        rank = partial(self.rank, text=text, calibrated=calibrated, first_stage=first_stage)
         return await self._calls.run(
             "rank", rank, query, documents, top_k, instruction, ratio, threshold, show_progress
         )

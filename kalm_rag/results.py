@@ -56,6 +56,7 @@ class RankedPassage(Shown, Generic[D_co]):
             `top_k`).
         span: with `long_passages="windows"`, the best window of a passage that was split: the place of its first
             character in the text that was given, and the place after its last. Score and margin are that window's.
+        fused: what the passage is ranked by if `rank` was given the first stage's scores, else None.
     """
 
     index: int
@@ -68,10 +69,11 @@ class RankedPassage(Shown, Generic[D_co]):
     query_repaired: bool = False
     exact: bool = True
     span: tuple[int, int] | None = None
+    fused: float | None = None
 
 
 def ranked_passage(
-    index: int, shown: float, score: Score, passage: Passage, query_repaired: bool
+    index: int, shown: float, score: Score, passage: Passage, query_repaired: bool, fused: float | None = None
 ) -> RankedPassage[Any]:
     """Return what a ranking says of a passage.
 
@@ -81,6 +83,7 @@ def ranked_passage(
         score: what the scorer found.
         passage: the passage.
         query_repaired: as in `RankedPassage`.
+        fused: as in `RankedPassage`.
     """
     return RankedPassage(
         index,
@@ -93,6 +96,7 @@ def ranked_passage(
         query_repaired,
         score.exact,
         passage.original_span(score.span),
+        fused,
     )
 
 

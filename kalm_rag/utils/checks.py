@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import numbers
+import sys
 from typing import Literal, TypeGuard
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,17 @@ def check_share(name: str, value: object) -> float:
         raise TypeError(msg)
     if not 0 <= value <= 1:
         msg = f"{name} must be a number between 0 and 1, got {value!r}"
+        raise ValueError(msg)
+    return float(value)
+
+
+def check_finite(name: str, value: object) -> float:
+    """Return `value` as a `float` if it is a finite number, else raise with the name and the value."""
+    if not _is_real(value):
+        msg = f"{name} must be a number, got {value!r:.80}"
+        raise TypeError(msg)
+    if not abs(value) <= sys.float_info.max:  # so that a whole number too large for a float is refused as well
+        msg = f"{name} must be a finite number, got {value!r:.80}"
         raise ValueError(msg)
     return float(value)
 
