@@ -319,9 +319,12 @@ class PassageKVSource(CachedSource[BehindPrefix, PassageStates, Prefilled]):
             for _ in self.in_groups(list(dict.fromkeys(texts)), request):
                 pass
 
-    def bytes_of(self, tokens: int) -> int:
-        """Return the bytes of one passage of so many tokens, for the default instruction and ratio."""
-        groups = -(-tokens // self._settings.ratio)
+    def bytes_of(self, tokens: int, ratio: int | None = None) -> int:
+        """Return the bytes of one passage of so many tokens, for the default instruction and this or the default ratio.
+
+        Of the compact form these are the bytes that it takes beside the encoder states.
+        """
+        groups = -(-tokens // (ratio or self._settings.ratio))
         return HEADER_BYTES + self.decoder.bytes_of(len(self.prefix(self._settings.instruction)), groups)
 
     def keys(self, texts: Sequence[str], request: BehindPrefix) -> list[str]:

@@ -14,8 +14,10 @@ import pytest
 from kalm_rag.cache import CheckReport, MemoryStore, PassageCache, StoreStats
 from kalm_rag.cache.passage_cache import CacheStats, LevelCounters, LevelStats
 from kalm_rag.cache.transfer import TransferReport
-from kalm_rag.evaluation.experiment import System, SystemResult
+from kalm_rag.evaluation.entries import Entry
+from kalm_rag.evaluation.experiment import SystemResult
 from kalm_rag.evaluation.summary import Summary
+from kalm_rag.evaluation.systems import System
 from kalm_rag.results import EncodeReport, Estimate, PrefillCounters, PrefillStats, RankedPassage, Ranking
 from kalm_rag.retrieval.corpus import Corpus
 from kalm_rag.utils.display import Shown, short_repr, size_text
@@ -243,12 +245,20 @@ def test_collections_show_their_first_item_and_how_many_there_are() -> None:
 
 def test_a_summary_of_an_evaluation_shows_its_table() -> None:
     result = SystemResult(System("<b>"), {}, {}, {"MAP": 0.75}, 0.04, [3.0], 0, 0, 4096.0)
+    ends = {"MAP": (0.7, 0.8)}
+    mean = {"MAP": 0.75}
+    entry = Entry("system", "<b>", 4, "b", {}, {}, mean, ends, 0.25, (0.2, 0.3), 0.04, 0.08, 3.0, None, 4096.0)
     facts = ({}, "2026-01-01T00:00:00Z", this_machine(), {})
-    summary = Summary(["MAP"], "BM25", {"MAP": 0.5}, {"MAP": 1.0}, {}, [result], [], (), {"q": []}, {}, {}, {}, *facts)
+    summary = Summary(
+        ["MAP"], "BM25", {"MAP": 0.5}, {"MAP": 1.0}, {}, [result], [], (), {"q": []}, {}, {}, {}, *facts, [entry]
+    )
     assert repr(summary) == "Summary(queries=1, systems=1, MAP: BM25 0.5000, best 0.7500)"
     page = Page(summary._repr_html_())
-    assert page.rows[0] == ["system", "ratio", "MAP", "p", "KB", "ms"]
-    assert page.rows[2] == ["<b>", "4", "0.7500", "0.040", "4.1", "3"]
+    assert page.rows[0] == ["system", "ratio", "MAP", "KB", "ms"]
+    assert page.rows[2] == ["<b>", "4", "0.7500", "4.1", "3"]
+    assert summary.differences()[1] == [
+        ["<b>", "4", "0.700 to 0.800", "+0.2500", "+0.200 to +0.300", "0.040", "0.080"],
+    ]
     assert "b" not in page.tags
 
 

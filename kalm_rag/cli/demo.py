@@ -34,7 +34,7 @@ def demo(
     ] = MINI,
     lora: LoraOption = None,
 ) -> None:
-    """Show what reranking gains on a bundled corpus.
+    """Show what reranking gains on a small corpus.
 
     BM25 retrieves candidates for 44 questions from the Python FAQ, and the model reranks them.
     """

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kalm_rag.cli.eval_tables import show_summary
 from kalm_rag.cli.options import (
     DeviceOption,
     FoldAccentsOption,
@@ -25,14 +28,14 @@ from kalm_rag.cli.options import (
     whole_number,
     whole_numbers,
 )
-from kalm_rag.cli.output import console, note_mini, print_json
+from kalm_rag.cli.output import note_mini, print_json
 from kalm_rag.cli.thresholds import show_thresholds
 from kalm_rag.model.checkpoint import MINI
 from kalm_rag.utils.display import visible, visible_line
 
 if TYPE_CHECKING:
+    from kalm_rag.evaluation import System
     from kalm_rag.evaluation.candidates import Candidates
-    from kalm_rag.evaluation.summary import Summary
     from kalm_rag.retrieval.corpus import Corpus
 
 
@@ -57,9 +60,13 @@ def evaluate(
         ),
     ] = None,
     depth: Annotated[
-        int,
-        typer.Option("--depth", help="Rerank this many candidates of each query.", metavar="N", parser=whole_number),
-    ] = 50,
+        str,
+        typer.Option(
+            "--depth",
+            help="Rerank this many candidates of each query. Of several numbers with commas, each is measured.",
+            metavar="N,N",
+        ),
+    ] = "50",
     language: LanguageOption = "auto",
     fold_accents: FoldAccentsOption = False,
     limit_queries: Annotated[
@@ -105,6 +112,26 @@ def evaluate(
             autocompletion=complete_dtype,
         ),
     ] = None,
+    storage: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--storage",
+            help="Measure passages that are cached in this form: native or int8. May be repeated.",
+            metavar="FORM",
+            show_default="native",
+            autocompletion=choices("native", "int8"),
+        ),
+    ] = None,
+    prefill_storage: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--prefill-storage",
+            help="Measure passages that are prefilled in this form: native, int8 or compact. May be repeated.",
+            metavar="FORM",
+            show_default="native",
+            autocompletion=choices("native", "int8", "compact"),
+        ),
+    ] = None,
     instruction: Annotated[
         list[str] | None,
         typer.Option(
@@ -121,7 +148,17 @@ def evaluate(
             help="Compute these metrics, separated by commas; the first is tested and plotted.",
             metavar="NAME,NAME",
         ),
-    ] = "nDCG@10,MRR@10,R@10,MAP",
+    ] = "nDCG@10,MRR@10,R@10,MAP,R@2000t",
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--compare",
+            help="Add the order of another reranker, its TREC run, and after a comma its milliseconds per query if you "
+            "know them. May be repeated.",
+            metavar="NAME=FILE[,MS]",
+            show_default="none",
+        ),
+    ] = None,
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Choose a score threshold too, and write its profile.")
     ] = False,
@@ -158,15 +195,16 @@ def evaluate(
 ) -> None:
     """Measure what reranking gains on your data.
 
-    Every ratio, precision and instruction is measured on what a first stage found: BM25, or a TREC run.
+    Every ratio, precision, form, depth and instruction is measured on what a first stage found: BM25, or a TREC run.
     Each passage is encoded once per model and precision. Finished queries are kept in the folder: the same command
     resumes where an interrupted one stopped.
 
     With --calibrate, a threshold is chosen on one half of the queries and checked on the other. Its profile is written
     as threshold-profile.json, which `kalm-rag rank --threshold` takes.
     """
-    from kalm_rag.evaluation import Experiment, Metrics, System
+    from kalm_rag.evaluation import Experiment, Metrics
     from kalm_rag.evaluation import evaluate as run_experiment
+    from kalm_rag.evaluation.compared import parse_compared, read_compared
     from kalm_rag.evaluation.outputs import claim
     from kalm_rag.evaluation.report import check_extras, write_numbers, write_page
     from kalm_rag.evaluation.summary import summarise
@@ -181,7 +219,8 @@ def evaluate(
     from kalm_rag.utils.checks import check_positive
     from kalm_rag.utils.paths import user_path
 
-    depth, max_length = check_positive("depth", depth), check_positive("max_length", max_length)
+    depths = [check_positive("depth", number) for number in whole_numbers("--depth", depth)]
+    max_length = check_positive("max_length", max_length)
     if limit_queries is not None:
         check_positive("limit_queries", limit_queries)
     check_extras()
@@ -193,26 +232,28 @@ def evaluate(
     chosen = Metrics([name.strip() for name in metrics.split(",") if name.strip()])
     ratios = whole_numbers("--ratio", ratio)
     corpus, title = _corpus(source, queries, qrels, split, (file_format, text_field, id_field))
-    candidates = _candidates(corpus, run, depth, limit_queries, calibrate, (language, fold_accents))
+    candidates = _candidates(corpus, run, max(depths), limit_queries, calibrate, (language, fold_accents))
+    others = read_compared(compare or [], candidates)
     models = model or [MINI]
     for name in models:
         note_mini(name)
     for warning in candidates.warnings:
         typer.echo(f"note: {visible(warning)}", err=True)
-    adapters: list[str | None] = [None, *(str(user_path(folder, "--lora")) for folder in lora or [])]
-    precisions: list[str | None] = [*dtype] if dtype else [None]
-    tasks: list[str | None] = [*instruction] if instruction else [None]
+    systems = _systems(
+        models,
+        ratios,
+        lora=[None, *(str(user_path(folder, "--lora")) for folder in lora or [])],
+        dtype=dtype or [None],
+        instruction=instruction or [None],
+        storage=storage or ["native"],
+        prefill_storage=prefill_storage or ["native"],
+        # The candidates are as many as the deepest, which comes first: the page shows the queries of the first system.
+        depth=[None, *sorted({number for number in depths if number < max(depths)}, reverse=True)],
+    )
     experiment = Experiment(
         corpus,
         candidates,
-        [
-            System(name, number, precision, task, adapter)
-            for name in models
-            for adapter in adapters
-            for precision in precisions
-            for task in tasks
-            for number in ratios
-        ],
+        systems,
         chosen,
         out=report,
         cache=report / "cache" if cache is None else cache,
@@ -221,9 +262,9 @@ def evaluate(
     )
     if calibrate:
         check_calibration(experiment)
-    claim(report, [source, queries, qrels, run])
+    claim(report, [source, queries, qrels, run, *(parse_compared(given)[1] for given in compare or [])])
     try:
-        summary = summarise(experiment, *run_experiment(experiment))
+        summary = summarise(experiment, *run_experiment(experiment), others)
     except KeyboardInterrupt:
         kept = f"finished queries are kept in {visible_line(str(report))}"
         typer.echo(f"interrupted: {kept}; rerun the same command to resume", err=True)
@@ -236,7 +277,7 @@ def evaluate(
     if as_json:
         print_json(summary.as_json() | ({} if found is None else {"thresholds": found.as_json()}))
     else:
-        _show(summary, title, candidates.warnings)
+        show_summary(summary, title, candidates.warnings)
     written = write_page(summary, report, title, "" if found is None else threshold_section(found))
     if not as_json:
         typer.echo(f"Report: {visible_line(str(written[0]))}")
@@ -245,6 +286,22 @@ def evaluate(
         raise ValueError(found.failure)
     if found is not None and not as_json:
         show_thresholds(found, report / PROFILE)
+
+
+def _systems(models: Sequence[str], ratios: Sequence[int], **settings: Sequence[Any]) -> list[System]:
+    """Return every combination, the ratio changing fastest."""
+    from kalm_rag.evaluation import System
+
+    names = list(settings)
+    found = [
+        System(model, ratio, **dict(zip(names, values, strict=True)))
+        for model in models
+        for values in product(*settings.values())
+        for ratio in ratios
+    ]
+    for system in found:
+        system.check()
+    return found
 
 
 def _corpus(
@@ -270,49 +327,3 @@ def _candidates(
         return run_candidates(corpus, run, depth, most, unanswered=unanswered)
     language, fold_accents = words
     return bm25_candidates(corpus, depth, most, language=language, fold_accents=fold_accents, unanswered=unanswered)
-
-
-def _show(summary: Summary, title: str, shown: tuple[str, ...]) -> None:
-    from rich.measure import Measurement
-    from rich.table import Table
-    from rich.text import Text
-
-    out = console()
-    out.print(Text(f"{visible(title)}: {len(summary.rankings)} queries, candidates of {visible(summary.first_name)}"))
-    heading, rows = summary.columns()
-    rows = [[visible_line(cell) for cell in row] for row in rows]
-    table = Table(box=None, pad_edge=False)
-    for number, name in enumerate(heading):
-        # Numbers are never cut: a table that is too wide for the terminal runs over its edge.
-        widest = max(len(row[number]) for row in [heading, *rows])
-        table.add_column(
-            Text(name),
-            justify="right" if number else "left",
-            no_wrap=number > 0,
-            min_width=widest if number else min(widest, 12),
-            overflow="fold",
-        )
-    for row in rows:
-        table.add_row(*map(Text, row))
-    needed = Measurement.get(out, out.options.update(width=10_000), table).minimum
-    out.width = max(out.width, needed)
-    out.print(table)
-    out.width = console().width
-    out.print(
-        Text(
-            f"p: {summary.metrics[0]} against {visible(summary.first_name)}, paired randomisation test.\n"
-            "KB: one encoded passage. ms: one query, its passages encoded before."
-        )
-    )
-    for encoding in summary.encodings:
-        precision = f" in {encoding.dtype}" if encoding.dtype else ""
-        known = encoding.passages - encoding.new
-        out.print(
-            Text(
-                f"{visible(encoding.name)}{precision}: {encoding.new} passages encoded in {encoding.seconds:.1f} s, "
-                f"{known} known already."
-            )
-        )
-    for warning in summary.warnings:
-        if warning not in shown:
-            out.print(Text(f"note: {visible(warning)}"))

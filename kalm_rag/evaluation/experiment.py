@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -18,7 +18,10 @@ from kalm_rag.evaluation.candidates import Candidates
 from kalm_rag.evaluation.journal import Journal, Record
 from kalm_rag.evaluation.metrics import Metrics, means, p_value
 from kalm_rag.evaluation.outputs import claim
+from kalm_rag.evaluation.ranking import rank_candidates
+from kalm_rag.evaluation.systems import System
 from kalm_rag.evaluation.timing import LengthTiming, time_lengths
+from kalm_rag.evaluation.trec import Ranking
 from kalm_rag.model.checkpoint import find_checkpoint
 from kalm_rag.model.identity import identify
 from kalm_rag.reranker import KaLMReranker
@@ -27,38 +30,8 @@ from kalm_rag.utils.checks import check_positive
 from kalm_rag.utils.display import Shown
 from kalm_rag.utils.progress import Progress
 
-
-@dataclass(frozen=True, slots=True)
-class System:
-    """One way to rerank.
-
-    Attributes:
-        model: as in `KaLMReranker`.
-        dtype: as in `KaLMReranker`; None is its default.
-        instruction: what "relevant" means; None is the default.
-        ratio: encoder states averaged into one.
-        lora: as in `KaLMReranker`.
-    """
-
-    model: str
-    ratio: int = 4
-    dtype: str | None = None
-    instruction: str | None = None
-    lora: str | None = None
-
-    @property
-    def name(self) -> str:
-        """The model's short name: an alias, or the last part of a path or hub id; and that of the adapter's folder."""
-        parts = [self.model] if self.lora is None else [self.model, self.lora]
-        return " + ".join(Path(part).name or part for part in parts)
-
-    @property
-    def slug(self) -> str:
-        """A file name that tells systems of one experiment apart."""
-        readable = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in self.name)[:40]
-        parts = [self.model, self.instruction] + ([] if self.lora is None else [self.lora])
-        rest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]
-        return f"{readable}-{self.dtype or 'default'}-r{self.ratio}-{rest}"
+_AT_ONCE = 512
+"""Passages whose tokens are counted together."""
 
 
 @dataclass(slots=True, repr=False)
@@ -70,11 +43,12 @@ class SystemResult(Shown):
         rankings: query id to `(passage id, margin)`, best first.
         per_query: metric to query id to value.
         means: metric to mean over the queries.
-        p: two-sided p-value of the first metric's difference to the first stage.
+        p: two-sided p-value of the first metric's difference to the first stage, not corrected; see `Entry.p_holm`.
         milliseconds: time of each query's `rank` call, its passages encoded before.
         encoded_again: passages that had to be encoded while ranking, because no cache could hold them.
         truncated_queries: queries longer than the model reads.
         passage_bytes: mean bytes of one encoded passage at this ratio.
+        prefilled_bytes: mean bytes of one passage in memory after a query met it, in the system's form.
         kept: queries that an earlier start had finished, maybe on another day or machine; their times are of then.
         unanswered: as `rankings`, of the candidates' `unanswered`, which nothing else here counts.
     """
@@ -90,6 +64,7 @@ class SystemResult(Shown):
     passage_bytes: float
     kept: int = 0
     unanswered: dict[str, list[tuple[str, float]]] = field(default_factory=dict)
+    prefilled_bytes: float = 0.0
 
 
 @dataclass(slots=True, repr=False)
@@ -109,6 +84,8 @@ class Encoding(Shown):
         device: where.
         digest: of the model's content, decoder and adapter included.
         lora: as in `System`.
+        storage: as in `System`.
+        prefill_storage: as in `System`.
     """
 
     model: str
@@ -123,6 +100,8 @@ class Encoding(Shown):
     device: str = ""
     digest: str = ""
     lora: str | None = None
+    storage: str = "native"
+    prefill_storage: str = "native"
 
     @property
     def name(self) -> str:
@@ -146,6 +125,8 @@ class Experiment:
         lengths: groups of passages to time by length; 0 times none.
         show_progress: as in `KaLMReranker`.
         local_files_only: as in `KaLMReranker`.
+        tokens: passage id to tokens, for metrics of a token budget such as `R@2000t`: counted by the first model's
+            tokenizer for all systems, whole passages without prefix. `evaluate` fills it in if a metric needs it.
     """
 
     corpus: Corpus
@@ -159,6 +140,7 @@ class Experiment:
     lengths: int = 5
     show_progress: bool | None = None
     local_files_only: bool = False
+    tokens: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.systems:
@@ -169,11 +151,32 @@ class Experiment:
             raise ValueError(msg)
         for system in self.systems:
             check_positive("ratio", system.ratio)
+            system.check()
         if len(set(self.systems)) < len(self.systems):
             msg = (
                 "systems must differ, but one is named twice; drop the repeated model, precision, ratio or instruction"
             )
             raise ValueError(msg)
+
+    def per_query(self, rankings: Mapping[str, Ranking]) -> dict[str, dict[str, float]]:
+        """Return each metric of each judged query; see `Metrics.per_query`."""
+        return self.metrics.per_query(rankings, self.candidates.qrels, self.tokens)
+
+
+def count_tokens(experiment: Experiment) -> None:
+    """Count the tokens of all candidates, if a metric has a token budget and they are not counted yet."""
+    if not experiment.metrics.needs_tokens or experiment.tokens:
+        return
+    from kalm_rag.model.loading import load_tokenizer
+
+    first = experiment.systems[0]
+    found = find_checkpoint(first.model, local_files_only=experiment.local_files_only)
+    tokenizer = load_tokenizer(found, escape=True)
+    names = _needed(experiment)
+    for start in range(0, len(names), _AT_ONCE):
+        part = names[start : start + _AT_ONCE]
+        rows = tokenizer.encode([experiment.corpus.passages[name] for name in part])
+        experiment.tokens |= {name: len(ids) for name, ids in zip(part, rows, strict=True)}
 
 
 def evaluate(
@@ -228,7 +231,8 @@ def _evaluate(
 ) -> tuple[list[SystemResult], list[Encoding]]:
     results: dict[System, SystemResult] = {}
     encodings = []
-    base = experiment.metrics.per_query(experiment.candidates.rankings, experiment.candidates.qrels)
+    count_tokens(experiment)
+    base = experiment.per_query(experiment.candidates.rankings)
     ordered = sorted(experiment.systems, key=_share)
     groups = [list(group) for _, group in groupby(ordered, key=_share)]
     # Refuse whatever can be refused before loading or encoding anything.
@@ -245,7 +249,7 @@ def _evaluate(
     for systems in groups:
         first = systems[0]
         with (
-            PassageCache(experiment.cache, base_ratio=ratios[first.model, first.dtype]) as cache,
+            PassageCache(experiment.cache, base_ratio=ratios[first.model, first.dtype], storage=first.storage) as cache,
             _reranker(experiment, first, cache) as reranker,
         ):
             encodings.append(_encode(reranker, texts, first))
@@ -261,9 +265,9 @@ def _evaluate(
     return [results[system] for system in experiment.systems], encodings
 
 
-def _share(system: System) -> tuple[str, str, str]:
+def _share(system: System) -> tuple[str, ...]:
     """What systems must have in common to use one loaded model."""
-    return system.model, system.dtype or "", system.lora or ""
+    return system.model, system.dtype or "", system.lora or "", system.storage, system.prefill_storage
 
 
 def _reranker(experiment: Experiment, system: System, cache: PassageCache) -> KaLMReranker:
@@ -274,6 +278,7 @@ def _reranker(experiment: Experiment, system: System, cache: PassageCache) -> Ka
         device=experiment.device,
         max_length=experiment.max_length,
         cache=cache,
+        prefill_storage=system.prefill_storage,
         score_memory=0,  # times and paths are compared
         show_progress=experiment.show_progress,
         local_files_only=experiment.local_files_only,
@@ -298,6 +303,8 @@ def _journal(experiment: Experiment, system: System, mark: str) -> Journal:
             "instruction": system.instruction,
             "ratio": system.ratio,
             "max_length": experiment.max_length,
+            # None where it is the default, so that journals written before these settings existed still fit.
+            **system.changed(),
         },
     )
     journal.check()
@@ -346,6 +353,8 @@ def _encode(reranker: KaLMReranker, texts: Sequence[str], system: System) -> Enc
         precision=loaded.precision,
         device=str(loaded.device),
         lora=system.lora,
+        storage=system.storage,
+        prefill_storage=system.prefill_storage,
     )
 
 
@@ -372,21 +381,13 @@ def _run(
                 kept += query in candidates.rankings
             else:
                 began = time.perf_counter()
-                hits = reranker.rank(
-                    corpus.queries[query],
-                    [corpus.passages[name] for name, _ in ranking],
-                    instruction=system.instruction,
-                    ratio=system.ratio,
-                    show_progress=False,
-                )
-                seconds = time.perf_counter() - began
-                ordered = [(ranking[hit.index][0], hit.margin) for hit in hits]
-                journal.add(Record(query, ordered, seconds, any(hit.query_truncated for hit in hits)))
+                ordered, truncated = rank_candidates(reranker, system, corpus, query, ranking)
+                journal.add(Record(query, ordered, time.perf_counter() - began, truncated))
             progress.advance(1)
         records = journal.records(candidates.rankings)
         others = journal.records(candidates.unanswered)
     rankings = {record.query: record.ranking for record in records}
-    per_query = experiment.metrics.per_query(rankings, candidates.qrels)
+    per_query = experiment.per_query(rankings)
     first = experiment.metrics.names[0]
     return SystemResult(
         system,
@@ -397,12 +398,20 @@ def _run(
         [1000 * record.seconds for record in records if record.ranking],
         reranker.cache.stats().encoded - before,
         sum(record.truncated for record in records),
-        _mean_bytes(reranker, tokens, system.ratio),
+        _mean(reranker.scorer.states.bytes_of(length, system.ratio) for length in tokens),
         kept,
         {record.query: record.ranking for record in others},
+        _mean(_prefilled_bytes(reranker, length, system) for length in tokens),
     )
 
 
-def _mean_bytes(reranker: KaLMReranker, tokens: Sequence[int], ratio: int) -> float:
-    states = reranker.scorer.states
-    return sum(states.bytes_of(length, ratio) for length in tokens) / max(1, len(tokens))
+def _prefilled_bytes(reranker: KaLMReranker, tokens: int, system: System) -> int:
+    """Return what a query's passage takes in memory. The compact form needs the encoder states as well."""
+    scorer = reranker.scorer
+    states = scorer.states.bytes_of(tokens, system.ratio) if system.prefill_storage == "compact" else 0
+    return states + scorer.passage_kv.bytes_of(tokens, system.ratio)
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / max(1, len(found))

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kalm_rag.evaluation.entries import Entry
 from kalm_rag.evaluation.experiment import Encoding, SystemResult
 from kalm_rag.evaluation.summary import Summary
 
@@ -35,7 +36,7 @@ def draw_all(summary: Summary, theme: Theme) -> dict[str, bytes]:
     """Every plot that the results allow, as PNG.
 
     Returns:
-        Name to image: `ratio`, `bytes`, `latency`, `moved-up`, `moved-down`.
+        Name to image: `ratio`, `bytes`, `pareto`, `latency`, `moved-up`, `moved-down`.
     """
     plots = {}
     series = _series(summary)
@@ -43,6 +44,8 @@ def draw_all(summary: Summary, theme: Theme) -> dict[str, bytes]:
     if any(len(results) > 1 for results in series.values()):
         plots["ratio"] = _ratio(summary, series, metric, theme)
         plots["bytes"] = _bytes(summary, series, metric, theme)
+    if len([entry for entry in summary.entries if entry.milliseconds is not None]) > 1:
+        plots["pareto"] = _pareto(summary, metric, theme)
     if any(encoding.lengths for encoding in summary.encodings):
         plots["latency"] = _latency(summary.encodings, theme)
     for name, query in summary.movements().items():
@@ -70,8 +73,25 @@ def _axes(title: str, theme: Theme, size: tuple[float, float] = (7.0, 3.6)) -> t
 
     figure = Figure(figsize=size, layout="constrained", facecolor=theme.paper)
     axes: Any = figure.subplots()
-    axes.set_facecolor(theme.paper)
     axes.set_title(title, loc="left", fontsize=11, color=theme.ink)
+    _style(axes, theme)
+    return figure, axes
+
+
+def _panels(title: str, theme: Theme, count: int) -> tuple[Any, list[Any]]:
+    """Make axes beside each other that share the vertical one."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.0 * count, 4.2), layout="constrained", facecolor=theme.paper)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=theme.ink)
+    found = list(figure.subplots(1, count, sharey=True))
+    for axes in found:
+        _style(axes, theme)
+    return figure, found
+
+
+def _style(axes: Any, theme: Theme) -> None:
+    axes.set_facecolor(theme.paper)
     axes.tick_params(which="both", colors=theme.ink, labelsize=9)
     axes.xaxis.label.set_color(theme.ink)
     axes.yaxis.label.set_color(theme.ink)
@@ -79,12 +99,15 @@ def _axes(title: str, theme: Theme, size: tuple[float, float] = (7.0, 3.6)) -> t
         spine.set_visible(name in {"left", "bottom"})
         spine.set_color(theme.faint)
     axes.grid(axis="y", color=theme.faint, alpha=0.25, linewidth=0.8)
-    return figure, axes
 
 
 def _png(figure: Any, axes: Any, theme: Theme) -> bytes:
     if axes.get_legend_handles_labels()[0]:
         figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9, labelcolor=theme.ink)
+    return _saved(figure)
+
+
+def _saved(figure: Any) -> bytes:
     target = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # boxes stand for scripts the font lacks
@@ -149,6 +172,80 @@ def _bytes(summary: Summary, series: Mapping[str, list[SystemResult]], metric: s
     axes.margins(y=0.15)
     axes.set_xlabel("KB per passage (mean, logarithmic)")
     return _png(figure, axes, theme)
+
+
+def _pareto(summary: Summary, metric: str, theme: Theme) -> bytes:
+    """Plot quality against milliseconds and bytes, a point an entry, and join what no other entry beats in both."""
+    costs = {
+        "ms per query (median, logarithmic)": [entry.milliseconds for entry in summary.entries],
+        "KB per encoded passage": [_kilobytes(entry.passage_bytes) for entry in summary.entries],
+        "KB per prefilled passage": [_kilobytes(entry.prefilled_bytes) for entry in summary.entries],
+    }
+    figure, panels = _panels(f"{metric} against what it costs; the line joins what nothing beats", theme, len(costs))
+    names = list(dict.fromkeys(entry.name for entry in summary.entries))
+    for axes, (label, values) in zip(panels, costs.items(), strict=True):
+        _first_stage(axes, summary, metric, theme)
+        points = []
+        for entry, cost in zip(summary.entries, values, strict=True):
+            if cost is None:
+                continue
+            points.append((cost, entry.means[metric]))
+            _point(axes, entry, cost, metric, names.index(entry.name), theme)
+        axes.set_xlabel(label)
+        if not points:
+            continue
+        best = frontier(points)
+        axes.step([x for x, _ in best], [y for _, y in best], where="post", color=theme.ink, linewidth=1, zorder=1)
+        axes.set_xscale("log")
+        _plain_log(axes.xaxis)
+    handles = panels[0].get_legend_handles_labels()
+    unique = dict(zip(handles[1], handles[0], strict=True))
+    figure.legend(
+        unique.values(),
+        unique.keys(),
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
+        fontsize=9,
+        labelcolor=theme.ink,
+    )
+    return _saved(figure)
+
+
+def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the points of (cost, quality) that no other point beats in one without losing in the other."""
+    best: list[tuple[float, float]] = []
+    for cost, quality in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not best or quality > best[-1][1]:
+            best.append((cost, quality))
+    return best
+
+
+def _kilobytes(count: float | None) -> float | None:
+    return count / 1000 if count else None
+
+
+def _point(axes: Any, entry: Entry, cost: float, metric: str, number: int, theme: Theme) -> None:
+    value, (low, high) = entry.means[metric], entry.intervals[metric]
+    axes.errorbar(
+        [cost],
+        [value],
+        yerr=[[max(0.0, value - low)], [max(0.0, high - value)]],
+        fmt=_MARKERS[number % len(_MARKERS)],
+        color=theme.series[number % len(theme.series)],
+        elinewidth=0.6,
+        alpha=0.9,
+        label=_plain(entry.name),
+    )
+    if entry.kind == "system":
+        axes.annotate(
+            f"r {entry.ratio}",
+            (cost, value),
+            textcoords="offset points",
+            xytext=(5, 4),
+            fontsize=7,
+            color=theme.ink,
+        )
 
 
 def _latency(encodings: Sequence[Encoding], theme: Theme) -> bytes:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from kalm_rag._version import __version__
 from kalm_rag.errors import MissingExtraError
+from kalm_rag.evaluation.examples import examples, per_query, with_intervals
 from kalm_rag.evaluation.outputs import claim, replace_files
 from kalm_rag.evaluation.plots import THEMES, draw_all
 from kalm_rag.evaluation.summary import Summary
@@ -17,6 +18,7 @@ from kalm_rag.evaluation.trec import run_text
 _CAPTIONS = {
     "ratio": "Quality against compression ratio",
     "bytes": "Quality against size of an encoded passage",
+    "pareto": "Quality against time and bytes",
     "latency": "Time per passage against its length",
     "moved-up": "The query that gained most",
     "moved-down": "The query that lost most",
@@ -49,6 +51,7 @@ def write_numbers(summary: Summary, out: Path) -> list[Path]:
     """
     runs = {"first-stage": summary.rankings}
     runs |= {result.system.slug: result.rankings for result in summary.results}
+    runs |= {entry.slug: entry.rankings for entry in summary.entries if entry.kind != "system"}
     files = {"results.json": (json.dumps(summary.as_json(), indent=1) + "\n").encode()}
     files |= {f"runs/{slug}.trec": run_text(rankings, slug).encode() for slug, rankings in runs.items()}
     claim(out)
@@ -97,7 +100,10 @@ def _page(summary: Summary, plots: dict[str, dict[str, bytes]], title: str, sect
         metric=summary.metrics[0],
         first=summary.first_name,
         heading=heading,
-        rows=rows,
+        rows=with_intervals(summary, rows),
+        differences=summary.differences(),
+        examples=examples(summary),
+        per_query=per_query(summary),
         encodings=summary.encodings,
         warnings=summary.warnings,
         pictures=pictures,

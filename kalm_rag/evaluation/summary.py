@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import statistics
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from kalm_rag._version import __version__
-from kalm_rag.evaluation.experiment import Encoding, Experiment, System, SystemResult, data_digests
+from kalm_rag.evaluation.compared import ComparedRun
+from kalm_rag.evaluation.entries import Entry, Interval, make_entries
+from kalm_rag.evaluation.experiment import Encoding, Experiment, SystemResult, count_tokens, data_digests
 from kalm_rag.evaluation.metrics import best_order, means
+from kalm_rag.evaluation.systems import label_key, labels
 from kalm_rag.utils.display import html_table, visible_line
 from kalm_rag.utils.machine import Machine, this_machine, utc_now, versions
+
+_LISTED = 10
+"""Queries that gained most, and that lost most, in the JSON of each row."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -36,6 +41,9 @@ class Summary:
         date: when, in UTC.
         machine: where.
         versions: of Python and the packages.
+        entries: every row of the table but the first and the last, in order.
+        first_intervals: 95 % intervals of `first`.
+        passages: texts of the candidates.
     """
 
     metrics: list[str]
@@ -54,6 +62,9 @@ class Summary:
     date: str
     machine: Machine
     versions: Mapping[str, str]
+    entries: Sequence[Entry] = ()
+    first_intervals: Mapping[str, Interval] = field(default_factory=dict)
+    passages: Mapping[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         name = self.metrics[0]
@@ -66,49 +77,43 @@ class Summary:
         return html_table(*self.columns(), caption, left=0)
 
     def labels(self) -> dict[tuple[str | None, ...], str]:
-        """Return a short distinct name for each model, adapter, precision and instruction."""
-        systems = [result.system for result in self.results]
-        dtypes = {system.dtype for system in systems}
-        instructions = {system.instruction for system in systems}
-        found = {}
-        for system in systems:
-            parts = [system.name]
-            if len(dtypes) > 1:
-                parts.append(system.dtype or "default")
-            if len(instructions) > 1:
-                parts.append("default instruction" if system.instruction is None else repr(system.instruction[:40]))
-            found[_parts(system)] = " / ".join(parts)
-        several = Counter(found.values())
-        # Two folders of one name, or two long instructions: both are named in full.
-        return {
-            key: label if several[label] == 1 else " / ".join(part for part in key if part is not None)
-            for key, label in found.items()
-        }
+        """Return a short distinct name for each model, adapter, precision, instruction, form and depth."""
+        return labels(result.system for result in self.results)
 
     def label(self, result: SystemResult) -> str:
         """What a result is called, the ratio aside."""
-        return self.labels()[_parts(result.system)]
+        return self.labels()[label_key(result.system)]
 
     def columns(self) -> tuple[list[str], list[list[str]]]:
-        """Heading and rows of the table."""
+        """Heading and rows of the table of quality and cost."""
         rows = [
-            [self.first_name, "", *self._cells(self.first), "", "", ""],
-            *(self._row(result) for result in self.results),
-            ["best possible", "", *self._cells(self.best), "", "", ""],
+            [self.first_name, "", *self._cells(self.first), "", ""],
+            *(self._row(entry) for entry in self.entries),
+            ["best possible", "", *self._cells(self.best), "", ""],
         ]
-        return ["system", "ratio", *self.metrics, "p", "KB", "ms"], rows
+        return ["system", "ratio", *self.metrics, "KB", "ms"], rows
+
+    def differences(self) -> tuple[list[str], list[list[str]]]:
+        """Heading and rows of the table of differences to the first stage in the first metric."""
+        rows = []
+        for entry in self.entries:
+            low, high = entry.gain_interval
+            ratio = "" if entry.ratio is None else str(entry.ratio)
+            mean = interval_text(entry.intervals[self.metrics[0]])
+            change = [f"{entry.gain:+.4f}", f"{low:+.3f} to {high:+.3f}"]
+            rows.append([entry.name, ratio, mean, *change, _p_text(entry.p), _p_text(entry.p_holm)])
+        return ["system", "ratio", "95 % interval", "change", "95 % interval", "p", "Holm"], rows
 
     def _cells(self, values: Mapping[str, float]) -> list[str]:
         return [f"{values[name]:.4f}" for name in self.metrics]
 
-    def _row(self, result: SystemResult) -> list[str]:
+    def _row(self, entry: Entry) -> list[str]:
         return [
-            self.label(result),
-            str(result.system.ratio),
-            *self._cells(result.means),
-            "<0.001" if result.p < 0.001 else f"{result.p:.3f}",
-            f"{result.passage_bytes / 1000:.1f}",
-            f"{statistics.median(result.milliseconds):.0f}" if result.milliseconds else "",
+            entry.name,
+            "" if entry.ratio is None else str(entry.ratio),
+            *self._cells(entry.means),
+            "" if entry.passage_bytes is None else f"{entry.passage_bytes / 1000:.1f}",
+            "" if entry.milliseconds is None else f"{entry.milliseconds:.0f}",
         ]
 
     def movements(self) -> dict[str, str]:
@@ -154,12 +159,14 @@ class Summary:
             **self.conditions,
             "first_stage": {"name": self.first_name, "means": self.first, "per_query": self.first_per_query},
             "best_possible": self.best,
+            "first_stage_intervals": {name: list(ends) for name, ends in self.first_intervals.items()},
             "systems": [
                 {
                     **asdict(result.system),
                     "means": result.means,
                     "p": result.p,
                     "bytes_per_passage": round(result.passage_bytes),
+                    "prefilled_bytes_per_passage": round(result.prefilled_bytes),
                     "encoded_again": result.encoded_again,
                     "kept_queries": result.kept,
                     "milliseconds_median": statistics.median(result.milliseconds) if result.milliseconds else None,
@@ -168,20 +175,43 @@ class Summary:
                 for result in self.results
             ],
             "encoding": [asdict(encoding) for encoding in self.encodings],
+            "rows": [self._entry_json(entry) for entry in self.entries],
             "warnings": list(self.warnings),
         }
 
+    def _entry_json(self, entry: Entry) -> dict[str, Any]:
+        gains = entry.gains(self.first_per_query[self.metrics[0]])
+        found = {
+            "gained_most": [[query, gain] for query, gain in gains[:_LISTED] if gain > 0],
+            "lost_most": [[query, gain] for query, gain in gains[: -_LISTED - 1 : -1] if gain < 0],
+        }
+        # The values of systems stand under "systems".
+        values = {} if entry.kind == "system" else {"per_query": entry.per_query}
+        return entry.as_json() | found | values
 
-def _parts(system: System) -> tuple[str | None, ...]:
-    return system.model, system.lora, system.dtype, system.instruction
+
+def _p_text(p: float) -> str:
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def summarise(experiment: Experiment, results: Sequence[SystemResult], encodings: Sequence[Encoding]) -> Summary:
-    """Put results beside the first stage and the best possible order."""
+def interval_text(ends: Interval | None, digits: int = 3) -> str:
+    """Write an interval; nothing if there is none."""
+    return "" if ends is None else f"{ends[0]:.{digits}f} to {ends[1]:.{digits}f}"
+
+
+def summarise(
+    experiment: Experiment,
+    results: Sequence[SystemResult],
+    encodings: Sequence[Encoding],
+    compared: Sequence[ComparedRun] = (),
+) -> Summary:
+    """Put results beside the first stage, the best possible order, fusions, and the runs of other rerankers."""
     candidates = experiment.candidates
-    first = experiment.metrics.per_query(candidates.rankings, candidates.qrels)
-    best = experiment.metrics.per_query(best_order(candidates.rankings, candidates.qrels), candidates.qrels)
-    warnings = list(candidates.warnings)
+    count_tokens(experiment)
+    first = experiment.per_query(candidates.rankings)
+    best = experiment.per_query(best_order(candidates.rankings, candidates.qrels))
+    entries, first_intervals = make_entries(experiment, results, compared, first)
+    warnings = [*candidates.warnings, *(warning for run in compared for warning in run.warnings)]
     warnings += [
         f"{encoding.truncated} of {encoding.passages} passages are longer than {experiment.max_length} tokens for "
         f"{encoding.name}; their tails were not read"
@@ -224,8 +254,11 @@ def summarise(experiment: Experiment, results: Sequence[SystemResult], encodings
             "max_length": experiment.max_length,
             "metrics": experiment.metrics.names,
         },
-        data_digests(experiment),
+        data_digests(experiment) | {f"run of {run.name}": run.digest for run in compared},
         utc_now(),
         this_machine(),
         versions(),
+        entries,
+        first_intervals,
+        {name: experiment.corpus.passages[name] for ranking in candidates.rankings.values() for name, _ in ranking},
     )

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from kalm_rag.documents import REPAIRED, TextCounter, repair_text
+from kalm_rag.retrieval.judgements import parse_judgements
 from kalm_rag.utils.display import Shown
 
 _TEXT_KEYS = ("text", "contents", "content", "passage")
 _NOT_IN_IDS = re.compile(r"[\t\r\n\v\f\ud800-\udfff]")
-_MOST_RELEVANT = 1000
 FORMATS = ("auto", "jsonl", "json", "csv", "tsv", "parquet", "text")
 """What `read_passages` reads."""
 
@@ -81,14 +81,24 @@ def read_beir(
         ValueError: a line cannot be read, an id is missing or occurs twice, or there is no passage or no query; the
             message names file and line.
     """
-    folder = Path(source)
+    found = read_unjudged(source, queries, file_format, text_field, id_field)
+    return Corpus(found.passages, found.queries, read_qrels(_qrels_file(Path(source), qrels, split)))
+
+
+def read_unjudged(
+    source: str | Path,
+    queries: str | Path | None = None,
+    file_format: str = "auto",
+    text_field: str | None = None,
+    id_field: str | None = None,
+) -> Corpus:
+    """Read a collection without its judgements; arguments and errors are those of `read_beir`."""
     passages = _by_id(read_passages(source, file_format, text_field, id_field), str(source), "passage")
-    query_file = Path(queries) if queries is not None else folder / "queries.jsonl"
+    query_file = Path(queries) if queries is not None else Path(source) / "queries.jsonl"
     if not query_file.is_file():
         msg = f"no file of queries {str(query_file)!r}; name one (--queries), or give a folder that holds queries.jsonl"
         raise FileNotFoundError(msg)
-    known = _by_id(_read_queries(query_file), str(query_file), "query")
-    return Corpus(passages, known, read_qrels(_qrels_file(folder, qrels, split)))
+    return Corpus(passages, _by_id(_read_queries(query_file), str(query_file), "query"), {})
 
 
 def _qrels_file(folder: Path, given: str | Path | None, split: str) -> Path:
@@ -139,37 +149,19 @@ def _read_queries(path: Path) -> Iterator[Record]:
 
 
 def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
-    """Read judgements: BEIR's three columns with a heading (query-id, corpus-id, score), or TREC's four.
+    """Read judgements: BEIR's three columns with a heading (query-id, corpus-id, score), TREC's four, or JSON lines.
+
+    JSON lines are what `kalm-rag compare` writes to be filled in: objects with `query_id`, `passage_id`, `relevance`.
+    Those whose relevance is still null are left out, and a warning says how many.
 
     Returns:
         Query id to the relevance of passage ids.
 
     Raises:
-        ValueError: a line is neither, or a pair is judged twice and differently; the message names file and line.
+        ValueError: a line is none of these, a pair is judged twice and differently, or none is judged; the message
+            names file and line.
     """
-    found: dict[str, dict[str, int]] = {}
-    for number, line in text_lines(path):
-        columns = line.strip().split("\t") if "\t" in line else line.split()
-        if not columns or (number == 1 and columns[-1] == "score"):
-            continue
-        try:
-            query, passage, relevance = columns if len(columns) == 3 else [columns[0], *columns[2:]]
-            value = int(relevance)
-            if abs(value) > _MOST_RELEVANT:
-                raise ValueError
-        except ValueError:
-            msg = (
-                f"{path}, line {number}: expected query-id, corpus-id and an integer score within {_MOST_RELEVANT} of "
-                f"0 (or TREC's query-id, iteration, corpus-id, relevance), got {line.strip()[:80]!r}"
-            )
-            raise ValueError(msg) from None
-        if found.setdefault(query, {}).setdefault(passage, value) != value:
-            msg = f"{path}, line {number}: {query!r} and {passage!r} were judged before, with another score"
-            raise ValueError(msg)
-    if not found:
-        msg = f"{path} holds no judgement; there is nothing to evaluate"
-        raise ValueError(msg)
-    return found
+    return parse_judgements(text_lines(path), str(path))
 
 
 def text_lines(path: str | Path) -> Iterator[tuple[int, str]]:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from kalm_rag.cache import PassageCache
 from kalm_rag.errors import MissingExtraError
 from kalm_rag.evaluation.candidates import Candidates, bm25_candidates
-from kalm_rag.evaluation.experiment import Experiment, System
+from kalm_rag.evaluation.experiment import Experiment
 from kalm_rag.evaluation.metrics import Metrics
+from kalm_rag.evaluation.systems import System
 from kalm_rag.model.checkpoint import find_checkpoint
 from kalm_rag.model.identity import identify
 from kalm_rag.reranker import KaLMReranker

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from kalm_rag.evaluation.experiment import Experiment, System, evaluate
+from kalm_rag.evaluation.experiment import Experiment, evaluate
 from kalm_rag.evaluation.metrics import difference_interval, means, p_value
+from kalm_rag.evaluation.systems import System
 from kalm_rag.utils.display import Shown
 
 METRIC = "nDCG@10"

@@ -137,7 +137,7 @@ def test_it_is_one_line_that_names_the_option_the_rule_and_the_value(
         ("encode file --base-ratio some", "--base-ratio", WHOLE),
         ("encode file --limit-gb some", "--limit-gb", NUMBER),
         ("encode file --max-length some", "--max-length", WHOLE),
-        ("eval beir --depth some", "--depth", WHOLE),
+        ("compare a b --depth some", "--depth", WHOLE),
         ("eval beir --limit-queries some", "--limit-queries", WHOLE),
         ("eval beir --max-length some", "--max-length", WHOLE),
         ("cache import shards --limit-gb some", "--limit-gb", NUMBER),

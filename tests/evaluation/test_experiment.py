@@ -128,7 +128,7 @@ def test_labels_tell_systems_apart(experiment: Experiment, checkpoint: Path, tmp
     ]
     summary = summarise(experiment, *evaluate(experiment))
     assert len(set(summary.labels().values())) == 4
-    assert len({row[0] for row in summary.columns()[1]}) == 4 + 2
+    assert len({row[0] for row in summary.columns()[1]}) == 3 * 4 + 2  # each with two fusions
 
 
 def test_cut_queries_and_shallow_candidates_are_told(experiment: Experiment) -> None:
@@ -259,6 +259,9 @@ def test_a_relevant_passage_from_far_below_stays_inside_its_plot(experiment: Exp
     ("arguments", "message"),
     [
         (["--ratio", "2,x"], "--ratio takes whole numbers separated by commas, for example 1,4,32; got '2,x'"),
+        (["--depth", "2,x"], "--depth takes whole numbers separated by commas"),
+        (["--compare", "run.trec"], "--compare takes NAME=FILE, or NAME=FILE,MS"),
+        (["--storage", "int4"], "--storage must be one of"),
         (["--ratio", "0"], "ratio must be at least 1, got 0"),
         (["--metrics", "best"], "unknown metric 'best'"),
         (["--qrels", "x"], "--queries and --qrels belong to a corpus"),
