@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kalm_rag.cli.options import (
     CacheOption,
     DeviceOption,
+    FoldAccentsOption,
     FormatOption,
     IdFieldOption,
     JsonOption,
+    LanguageOption,
     MaxLengthOption,
     QueriesOption,
     TextFieldOption,
@@ -68,6 +70,8 @@ def compare(
             "--depth", help="Let settings rerank this many candidates of each query.", metavar="N", parser=whole_number
         ),
     ] = 50,
+    language: LanguageOption = "auto",
+    fold_accents: FoldAccentsOption = False,
     k: Annotated[
         int, typer.Option("--k", help="Compare the first so many places.", metavar="N", parser=whole_number)
     ] = 10,
@@ -99,8 +103,8 @@ def compare(
 ) -> None:
     """Compare two rankings without judgements.
 
-    Each is a TREC run, or a setting of model, ratio, dtype, lora, storage, prefill_storage and depth, which is run on
-    what a first stage finds.
+    Each is a TREC run, or a setting of model, ratio, dtype, lora, storage, prefill_storage, window_tokens and
+    depth, which is run on what a first stage finds.
 
     With --out, the pairs most worth judging are written as JSON lines with the texts: replace the null after relevance
     by 0, 1 or higher, and give the file to `kalm-rag eval --qrels`.
@@ -120,7 +124,8 @@ def compare(
         msg = f"{str(out)!r} exists and may hold judgements; give --out another name, or move that file"
         raise FileExistsError(msg)
     corpus = None if source is None else read_unjudged(source, queries, file_format, text_field, id_field)
-    sides = _sides((one, other), settings, corpus, run, depth, cache, device, max_length)
+    words = {"language": language, "fold_accents": fold_accents}
+    sides = _sides((one, other), settings, corpus, run, depth, cache, device, max_length, words)
     for warning in dict.fromkeys(warning for side in sides for warning in side.warnings):
         typer.echo(f"note: {visible(warning)}", err=True)
     found = compare_runs(sides[0].rankings, sides[1].rankings, k)
@@ -148,6 +153,7 @@ def _sides(
     cache: str,
     device: str | None,
     max_length: int,
+    words: dict[str, Any],
 ) -> list[Run]:
     from kalm_rag.evaluation.unjudged import first_stage, rank_all, read_fitted
 
@@ -159,7 +165,7 @@ def _sides(
             continue
         if found is None:
             note_mini(system.model)
-            found = first_stage(corpus, run, depth)
+            found = first_stage(corpus, run, depth, **words)
             for warning in found.warnings:
                 typer.echo(f"note: {visible(warning)}", err=True)
         sides.append(rank_all(text, system, corpus, found.rankings, cache=cache, device=device, max_length=max_length))

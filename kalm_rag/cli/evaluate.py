@@ -10,6 +10,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kalm_rag.cli.eval_options import (
+    AimOption,
+    CalibrateOption,
+    CompareOption,
+    DepthsOption,
+    DtypesOption,
+    InstructionsOption,
+    LimitQueriesOption,
+    LorasOption,
+    MetricsOption,
+    ModelsOption,
+    PrefillStoragesOption,
+    RatiosOption,
+    RunOption,
+    StoragesOption,
+    WindowSizesOption,
+)
 from kalm_rag.cli.eval_tables import show_summary
 from kalm_rag.cli.options import (
     DeviceOption,
@@ -23,9 +40,6 @@ from kalm_rag.cli.options import (
     QueriesOption,
     SplitOption,
     TextFieldOption,
-    choices,
-    complete_dtype,
-    whole_number,
     whole_numbers,
 )
 from kalm_rag.cli.output import note_mini, print_json
@@ -50,127 +64,23 @@ def evaluate(
     queries: QueriesOption = None,
     qrels: QrelsOption = None,
     split: SplitOption = "test",
-    run: Annotated[
-        Path | None,
-        typer.Option(
-            "--run",
-            help="Rerank the candidates of this TREC run.",
-            metavar="FILE",
-            show_default="candidates that BM25 finds",
-        ),
-    ] = None,
-    depth: Annotated[
-        str,
-        typer.Option(
-            "--depth",
-            help="Rerank this many candidates of each query. Of several numbers with commas, each is measured.",
-            metavar="N,N",
-        ),
-    ] = "50",
+    run: RunOption = None,
+    depth: DepthsOption = "50",
     language: LanguageOption = "auto",
     fold_accents: FoldAccentsOption = False,
-    limit_queries: Annotated[
-        int | None,
-        typer.Option(
-            "--limit-queries",
-            help="Use only the first so many judged queries.",
-            metavar="N",
-            parser=whole_number,
-            show_default="all",
-        ),
-    ] = None,
-    model: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--model",
-            "-m",
-            help="Measure this model: mini, nano, small, large, a folder, or a hub id. May be repeated.",
-            metavar="MODEL",
-            show_default="mini",
-            autocompletion=choices("nano", "small", "large", "mini"),
-        ),
-    ] = None,
-    lora: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--lora",
-            help="Also measure the model with this adapter, a folder that `kalm-rag tune` wrote. May be repeated.",
-            metavar="FOLDER",
-            show_default="none",
-        ),
-    ] = None,
-    ratio: Annotated[
-        str, typer.Option("--ratio", help="Measure these compression ratios, separated by commas.", metavar="N,N")
-    ] = "1,2,4,8,16,32",
-    dtype: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--dtype",
-            help="Measure this precision: float32, bfloat16, float16, or int8 or int8-all on a CPU. May be repeated.",
-            metavar="DTYPE",
-            show_default="the device's",
-            autocompletion=complete_dtype,
-        ),
-    ] = None,
-    storage: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--storage",
-            help="Measure passages that are cached in this form: native or int8. May be repeated.",
-            metavar="FORM",
-            show_default="native",
-            autocompletion=choices("native", "int8"),
-        ),
-    ] = None,
-    prefill_storage: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--prefill-storage",
-            help="Measure passages that are prefilled in this form: native, int8 or compact. May be repeated.",
-            metavar="FORM",
-            show_default="native",
-            autocompletion=choices("native", "int8", "compact"),
-        ),
-    ] = None,
-    instruction: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--instruction",
-            help="Measure this text, which tells the model what makes a passage relevant. May be repeated.",
-            metavar="TEXT",
-            show_default="the model's",
-        ),
-    ] = None,
-    metrics: Annotated[
-        str,
-        typer.Option(
-            "--metrics",
-            help="Compute these metrics, separated by commas; the first is tested and plotted.",
-            metavar="NAME,NAME",
-        ),
-    ] = "nDCG@10,MRR@10,R@10,MAP,R@2000t",
-    compare: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--compare",
-            help="Add the order of another reranker, its TREC run, and after a comma its milliseconds per query if you "
-            "know them. May be repeated.",
-            metavar="NAME=FILE[,MS]",
-            show_default="none",
-        ),
-    ] = None,
-    calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Choose a score threshold too, and write its profile.")
-    ] = False,
-    aim: Annotated[
-        str | None,
-        typer.Option(
-            "--aim",
-            help="Choose the threshold for this: recall=SHARE, precision=SHARE or f1.",
-            metavar="AIM",
-            show_default="f1",
-        ),
-    ] = None,
+    limit_queries: LimitQueriesOption = None,
+    model: ModelsOption = None,
+    lora: LorasOption = None,
+    ratio: RatiosOption = "1,2,4,8,16,32",
+    dtype: DtypesOption = None,
+    storage: StoragesOption = None,
+    prefill_storage: PrefillStoragesOption = None,
+    window_tokens: WindowSizesOption = None,
+    instruction: InstructionsOption = None,
+    metrics: MetricsOption = "nDCG@10,MRR@10,R@10,MAP,R@2000t",
+    compare: CompareOption = None,
+    calibrate: CalibrateOption = False,
+    aim: AimOption = None,
     max_length: MaxLengthOption = 1024,
     out: Annotated[
         str,
@@ -247,6 +157,7 @@ def evaluate(
         instruction=instruction or [None],
         storage=storage or ["native"],
         prefill_storage=prefill_storage or ["native"],
+        window_tokens=[None, *([] if window_tokens is None else whole_numbers("--window-tokens", window_tokens))],
         # The candidates are as many as the deepest, which comes first: the page shows the queries of the first system.
         depth=[None, *sorted({number for number in depths if number < max(depths)}, reverse=True)],
     )

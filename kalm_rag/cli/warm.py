@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -23,12 +23,16 @@ from kalm_rag.cli.options import (
     KeepOption,
     LanguageOption,
     LimitOption,
+    LongPassagesOption,
     LoraOption,
     MaxLengthOption,
+    MaxWindowsOption,
     ModelOption,
     RevisionOption,
     StorageOption,
     TextFieldOption,
+    WindowOverlapOption,
+    WindowTokensOption,
     read_bytes,
     whole_number,
 )
@@ -39,6 +43,7 @@ if TYPE_CHECKING:
     from kalm_rag.reranker import KaLMReranker
     from kalm_rag.retrieval.corpus import Record
     from kalm_rag.retrieval.traffic import QueryLog, Requests, WarmPlan
+    from kalm_rag.settings import LongPassages
 
 _FEWER = "use a coarser --base-ratio or --storage int8, or lower --budget"
 
@@ -86,6 +91,10 @@ def warm(
     keep: KeepOption = "states",
     limit_gb: LimitOption = None,
     max_length: MaxLengthOption = 1024,
+    long_passages: LongPassagesOption = "truncate",
+    window_tokens: WindowTokensOption = None,
+    window_overlap: WindowOverlapOption = None,
+    max_windows: MaxWindowsOption = 64,
     dry_run: DryRunOption = False,
     revision: RevisionOption = None,
     lora: LoraOption = None,
@@ -120,6 +129,8 @@ def warm(
     reranker = KaLMReranker(
         model, revision=revision, lora=lora, device=device, dtype=dtype,
         ratio=ratio_of_rank(base_ratio), max_length=max_length, cache=passages,
+        long_passages=cast("LongPassages", long_passages), window_tokens=window_tokens, window_overlap=window_overlap,
+        max_windows=max_windows,
     )  # fmt: skip
     records = read_passages(corpus, file_format, text_field, id_field)
     requests = _requests(log, run, records, depth, language=language, fold_accents=fold_accents)

@@ -86,6 +86,7 @@ class Encoding(Shown):
         lora: as in `System`.
         storage: as in `System`.
         prefill_storage: as in `System`.
+        window_tokens: as in `System`.
     """
 
     model: str
@@ -102,6 +103,7 @@ class Encoding(Shown):
     lora: str | None = None
     storage: str = "native"
     prefill_storage: str = "native"
+    window_tokens: int | None = None
 
     @property
     def name(self) -> str:
@@ -267,7 +269,8 @@ def _evaluate(
 
 def _share(system: System) -> tuple[str, ...]:
     """What systems must have in common to use one loaded model."""
-    return system.model, system.dtype or "", system.lora or "", system.storage, system.prefill_storage
+    windows = str(system.window_tokens or "")
+    return system.model, system.dtype or "", system.lora or "", system.storage, system.prefill_storage, windows
 
 
 def _reranker(experiment: Experiment, system: System, cache: PassageCache) -> KaLMReranker:
@@ -279,6 +282,8 @@ def _reranker(experiment: Experiment, system: System, cache: PassageCache) -> Ka
         max_length=experiment.max_length,
         cache=cache,
         prefill_storage=system.prefill_storage,
+        long_passages=system.long_passages,
+        window_tokens=system.window_tokens,
         score_memory=0,  # times and paths are compared
         show_progress=experiment.show_progress,
         local_files_only=experiment.local_files_only,
@@ -355,6 +360,7 @@ def _encode(reranker: KaLMReranker, texts: Sequence[str], system: System) -> Enc
         lora=system.lora,
         storage=system.storage,
         prefill_storage=system.prefill_storage,
+        window_tokens=system.window_tokens,
     )
 
 

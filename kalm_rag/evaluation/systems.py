@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import get_args
 
 from kalm_rag.cache.passage_cache import Storage
-from kalm_rag.settings import PrefillStorage
+from kalm_rag.settings import LongPassages, PrefillStorage
 from kalm_rag.utils.checks import check_choice, check_positive
 
 
@@ -27,6 +27,7 @@ class System:
         lora: as in `KaLMReranker`.
         storage: how encoded passages are kept, as in `PassageCache`.
         prefill_storage: as in `KaLMReranker`.
+        window_tokens: read long passages in windows of at most this many tokens; None truncates them.
         depth: rerank the first so many candidates of a query and leave the others below them; None reranks all.
     """
 
@@ -37,6 +38,7 @@ class System:
     lora: str | None = None
     storage: Storage = "native"
     prefill_storage: PrefillStorage = "native"
+    window_tokens: int | None = None
     depth: int | None = None
 
     def check(self) -> None:
@@ -47,14 +49,21 @@ class System:
         """
         check_choice("storage", self.storage, get_args(Storage))
         check_choice("prefill_storage", self.prefill_storage, get_args(PrefillStorage))
-        if self.depth is not None:
-            check_positive("depth", self.depth)
+        for name in ("window_tokens", "depth"):
+            if (value := getattr(self, name)) is not None:
+                check_positive(name, value)
 
     def changed(self) -> dict[str, str | int]:
-        """Return form and depth where they are not the default."""
+        """Return form, windows and depth where they are not the default."""
         found = {"storage": self.storage, "prefill_storage": self.prefill_storage}
         forms: dict[str, str | int] = {name: value for name, value in found.items() if value != "native"}
-        return forms | ({} if self.depth is None else {"depth": self.depth})
+        numbers = {"window_tokens": self.window_tokens, "depth": self.depth}
+        return forms | {name: value for name, value in numbers.items() if value is not None}
+
+    @property
+    def long_passages(self) -> LongPassages:
+        """As in `KaLMReranker`."""
+        return "truncate" if self.window_tokens is None else "windows"
 
     @property
     def name(self) -> str:
@@ -73,7 +82,7 @@ class System:
 
 
 def labels(systems: Iterable[System]) -> dict[tuple[str | None, ...], str]:
-    """Return a short distinct name for each model, adapter, precision, instruction, form and depth, by `label_key`."""
+    """Return a short distinct name for each set of settings other than the ratio, by `label_key`."""
     systems = list(systems)
     dtypes = {system.dtype for system in systems}
     instructions = {system.instruction for system in systems}
@@ -100,5 +109,10 @@ def label_key(system: System) -> tuple[str | None, ...]:
     return system.model, system.lora, system.dtype, system.instruction, *forms
 
 
-_WORDS = {"storage": "stored {}", "prefill_storage": "prefilled {}", "depth": "first {}"}
+_WORDS = {
+    "storage": "stored {}",
+    "prefill_storage": "prefilled {}",
+    "window_tokens": "windows of {}",
+    "depth": "first {}",
+}
 """How a label says what is not the default."""

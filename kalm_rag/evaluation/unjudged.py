@@ -15,11 +15,12 @@ from kalm_rag.evaluation.trec import Ranking, read_run
 from kalm_rag.reranker import KaLMReranker
 from kalm_rag.retrieval.bm25 import BM25
 from kalm_rag.retrieval.corpus import Corpus, quoted
+from kalm_rag.retrieval.segment import AUTO
 from kalm_rag.settings import base_ratio
 from kalm_rag.utils.progress import Progress
 
-_NUMBERS = ("ratio", "depth")
-_NAMES = ("model", "ratio", "dtype", "lora", "storage", "prefill_storage", "depth")
+_NUMBERS = ("ratio", "window_tokens", "depth")
+_NAMES = ("model", "ratio", "dtype", "lora", "storage", "prefill_storage", "window_tokens", "depth")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +107,17 @@ def read_fitted(path: Path, corpus: Corpus | None) -> Run:
     return Run(path.name, rankings, tuple(warnings))
 
 
-def first_stage(corpus: Corpus, run: Path | None, depth: int) -> Run:
+def first_stage(
+    corpus: Corpus, run: Path | None, depth: int, *, language: str = AUTO, fold_accents: bool = False
+) -> Run:
     """Return the candidates of every query: those of a run, or what BM25 finds, at most `depth` of them.
+
+    Args:
+        corpus: the collection.
+        run: a TREC run, or None for BM25.
+        depth: candidates of each query.
+        language: as in `bm25_candidates`.
+        fold_accents: as in `bm25_candidates`.
 
     Raises:
         MissingExtraError: `bm25s` is not installed.
@@ -117,7 +127,7 @@ def first_stage(corpus: Corpus, run: Path | None, depth: int) -> Run:
         found = read_fitted(run, corpus)
         return replace(found, rankings={query: ranking[:depth] for query, ranking in found.rankings.items()})
     try:
-        index = BM25(corpus.passages)
+        index = BM25(corpus.passages, language=language, fold_accents=fold_accents)
     except MissingExtraError as error:
         raise MissingExtraError(error.module, "eval") from None
     rankings = {query: index.search(text, depth) for query, text in corpus.queries.items()}
@@ -164,6 +174,8 @@ def rank_all(
             max_length=max_length,
             cache=kept,
             prefill_storage=system.prefill_storage,
+            long_passages=system.long_passages,
+            window_tokens=system.window_tokens,
             show_progress=show_progress,
         ) as reranker,
         Progress(len(rankings), name, unit="query", show=show_progress) as progress,

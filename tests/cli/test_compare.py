@@ -139,6 +139,18 @@ def test_settings_rank_as_the_reranker_does(
     assert found["means"] == pytest.approx(expected.means)
 
 
+def test_the_first_stage_reads_words_as_it_is_told(
+    place: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [{"_id": "p1", "text": "Le café est fermé."}, {"_id": "p2", "text": "Un livre."}]
+    (place / "set" / "corpus.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    (place / "set" / "queries.jsonl").write_text(json.dumps({"_id": "q1", "text": "cafe ferme"}))
+    options = ["ratio=4", "ratio=8", "--source", "set", "--model", str(checkpoint), "--cache", "cache"]
+    assert compare(monkeypatch, *options) == 2
+    assert "BM25 finds no candidate for any of 1 queries" in capsys.readouterr().err
+    assert compare(monkeypatch, *options, "--fold-accents", "--language", "fr") == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

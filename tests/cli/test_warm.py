@@ -74,6 +74,21 @@ def test_what_is_asked_for_most_is_kept_within_the_budget(
     assert max(map(len, out.splitlines())) <= 80
 
 
+def test_the_windows_of_long_passages_are_kept(
+    kalm: Callable[..., tuple[int, str, str]], checkpoint: Path, tmp_path: Path
+) -> None:
+    options: list[Any] = ["--queries", tmp_path / "log.jsonl", "--run", tmp_path / "first.trec", "--budget", "1GB"]
+    windows: list[Any] = ["--long-passages", "windows", "--window-tokens", "40", "--window-overlap", "0"]
+    code, out, err = kalm(*options, *windows, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["new"] > found["chosen"] == 6
+    with KaLMReranker(
+        checkpoint, cache=tmp_path / "cache", long_passages="windows", window_tokens=40, window_overlap=0
+    ) as reranker:
+        assert reranker.unknown([text_of(number) for number in range(6)]) == []
+
+
 def test_without_a_run_bm25_finds_the_candidates_and_prefilled_passages_cost_more(
     kalm: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from evalkit import CORPUS, run_file
 
+from kalm_rag import KaLMReranker
 from kalm_rag.evaluation import (
     Candidates,
     Experiment,
@@ -248,6 +249,27 @@ def test_depth_and_form_are_measured(checkpoint: Path) -> None:
     ]
     with pytest.raises(ValueError, match="storage must be one of"):
         replace(experiment, systems=[System("mini", storage="int4")])  # type: ignore[arg-type]
+
+
+def test_windows_are_measured_beside_truncation(checkpoint: Path) -> None:
+    """A query's word stands beyond what is read of the long passage: its windows find it."""
+    tail = " ".join(f"filler{number}" for number in range(60))
+    corpus = Corpus({"long": f"{tail} zebra", "short": "zebra crossing"}, {"q": "zebra"}, {"q": {"long": 1}})
+    systems = [System(str(checkpoint), window_tokens=tokens) for tokens in (None, 24)]
+    experiment = Experiment(
+        corpus, bm25_candidates(corpus, 2), systems, Metrics(["nDCG@10"]), cache=None, lengths=0, max_length=32
+    )
+    results, encodings = evaluate(experiment)
+    assert [(one.window_tokens, one.truncated, one.passages < one.new) for one in encodings] == [
+        (None, 1, False),
+        (24, 0, True),
+    ]
+    hits = KaLMReranker(checkpoint, cache=None, max_length=32, long_passages="windows", window_tokens=24).rank(
+        "zebra", list(corpus.passages.values())
+    )
+    assert [margin for _, margin in results[1].rankings["q"]] == pytest.approx([hit.margin for hit in hits], abs=1e-5)
+    labels = [entry.name.removeprefix(checkpoint.name) for entry in summarise(experiment, results, encodings).entries]
+    assert [label for label in labels if "BM25" not in label] == ["", " / windows of 24"]
 
 
 class TestFilledInJudgements:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import gc
-import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from kalm_rag.cache import ForgetReport, PassageCache, Store
 from kalm_rag.documents import REPAIRED, TRUNCATED, TextCounter, TextOf, iter_documents, iter_pairs, repair_text
-from kalm_rag.model.checkpoint import Checkpoint, find_checkpoint
+from kalm_rag.reranker.held_model import HeldModel
 from kalm_rag.results import D, EncodeReport, Estimate, PrefillStats, Ranking, ranked_passage
 from kalm_rag.settings import (
     AT_ONCE,
@@ -28,12 +25,9 @@ from kalm_rag.settings import (
     PrefillMemory,
     PrefillStorage,
     Settings,
-    base_ratio,
 )
 from kalm_rag.thresholds import Scope, ThresholdLike, ThresholdProfile, read_limit
-from kalm_rag.utils import forks
-from kalm_rag.utils.async_calls import AsyncCalls
-from kalm_rag.utils.checks import check_dtype, check_positive, check_ratio, check_string, warn_untrained
+from kalm_rag.utils.checks import check_positive, check_ratio, check_string, warn_untrained
 from kalm_rag.utils.fusion import FirstStage, best_first
 from kalm_rag.utils.paths import DEFAULT, user_path
 from kalm_rag.utils.progress import Progress
@@ -43,10 +37,10 @@ if TYPE_CHECKING:
     import torch
 
     from kalm_rag.cache.scores import ScoreStats
-    from kalm_rag.scorer import Score, Scorer
+    from kalm_rag.scorer import Score
 
 
-class KaLMReranker:
+class KaLMReranker(HeldModel):
     """Scores passages against queries with a KaLM-Reranker-V1 checkpoint (arXiv 2606.22807).
 
     Nothing is loaded until the first call that needs the model, or `load()`. One instance may be used from any
@@ -145,8 +139,7 @@ class KaLMReranker:
         token: str | bool | None = None,
         local_files_only: bool = False,
     ) -> None:
-        self.model = model
-        self.settings = Settings(
+        settings = Settings(
             max_length=max_length,
             query_max_length=query_max_length,
             ratio=1 if ratio is None else ratio,
@@ -164,8 +157,8 @@ class KaLMReranker:
             window_overlap=window_overlap,
             max_windows=max_windows,
         )
-        self._arguments: dict[str, Any] = {
-            **asdict(self.settings),
+        arguments = {
+            **asdict(settings),
             "model": model,
             "revision": revision,
             "lora": None if lora is None else user_path(lora, "lora"),
@@ -176,109 +169,15 @@ class KaLMReranker:
             "token": token,
             "local_files_only": local_files_only,
         }
-        self.owns_cache = cache is None or isinstance(cache, (str, Path))
-        self.cache = (
-            cache
-            if isinstance(cache, PassageCache)
-            else PassageCache(cache, base_ratio=base_ratio(self.settings.ratio))
-        )
-        self._device = device
-        if dtype is not None:
-            check_dtype(dtype)
-        self.dtype = dtype
+        super().__init__(settings, arguments)
         self._show_progress = show_progress
         self.repairs = TextCounter(REPAIRED)
         self.truncations = TextCounter(TRUNCATED)
-        self._scorer: Scorer | None = None
-        self.after_fork_in_child()
-        forks.watch(self)
-
-    def after_fork_in_child(self) -> None:
-        """Replace locks and threads, which did not survive; the model did."""
-        self._lock = threading.RLock()  # held while the model loads
-        self._calls = AsyncCalls()
-
-    def __copy__(self) -> KaLMReranker:
-        """Return a reranker with the same arguments and a model of its own."""
-        return self._like(self._arguments, self.owns_cache)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> KaLMReranker:
-        """Return a copy as `__copy__` does."""
-        return self._like(self._arguments, self.owns_cache)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return self._like, (self._arguments, self.owns_cache)
-
-    @classmethod
-    def _like(cls, arguments: dict[str, Any], owns_cache: bool) -> KaLMReranker:
-        made = cls(**arguments)
-        made.owns_cache = owns_cache
-        return made
 
     def __repr__(self) -> str:
         state = "not loaded" if self._scorer is None else "loaded"
         lora = "" if self._arguments["lora"] is None else f"lora={str(self._arguments['lora'])!r}, "
         return f"KaLMReranker({str(self.model)!r}, {lora}ratio={self.settings.ratio}, {state})"
-
-    def checkpoint(self) -> Checkpoint:
-        """Find the model's files, downloading them if necessary, without loading them.
-
-        Raises:
-            CheckpointError: nothing usable is there.
-        """
-        named = {name: self._arguments[name] for name in ("revision", "token", "local_files_only", "lora")}
-        return find_checkpoint(self.model, **named)
-
-    def load(self) -> KaLMReranker:
-        """Load the model now instead of at first use, and return this instance.
-
-        Raises:
-            CheckpointError: the model cannot be found or used.
-            ValueError: no such device or dtype.
-        """
-        _ = self.scorer
-        return self
-
-    @property
-    def scorer(self) -> Scorer:
-        """The scorer of the loaded model; loads it if necessary. Its interface may change between releases."""
-        scorer = self._scorer
-        if scorer is not None:
-            return scorer
-        with self._lock:
-            if self._scorer is None:
-                from kalm_rag.scorer import Scorer
-
-                self._scorer = Scorer.load(
-                    self.checkpoint(), settings=self.settings, cache=self.cache, device=self._device, dtype=self.dtype
-                )
-            return self._scorer
-
-    def close(self) -> None:
-        """Free the model's memory, once the calls that are running have ended. A later call loads it again.
-
-        A cache that was made here is written out and closed; a cache or store that was handed in stays open.
-        """
-        if self.owns_cache:
-            self.cache.close()
-        with self._lock:
-            if self._scorer is None:
-                return
-            on_cuda = self._scorer.loaded.device.type == "cuda"
-            self._scorer = None
-        gc.collect()
-        if on_cuda:
-            import torch
-
-            torch.cuda.empty_cache()
-
-    def __enter__(self) -> KaLMReranker:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def rank(
         self,
