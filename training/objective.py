@@ -76,7 +76,12 @@ def soft_targets(targets: Targets, weights: tuple[float, float, float]) -> Tenso
     """
     cosine, lexical, label = weights
     raw = cosine * targets.cosine + lexical * targets.lexical + label * targets.labels
-    return torch.softmax(_listed(raw, targets.lists), dim=-1)
+    return distribution(raw, targets.lists)
+
+
+def distribution(values: Tensor, lists: Tensor) -> Tensor:
+    """The softmax of the rows' values over each list, of shape `(lists, candidates)`; 0 where there is no candidate."""
+    return torch.softmax(_listed(values, lists), dim=-1)
 
 
 def _listed(values: Tensor, lists: Tensor) -> Tensor:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-FINE, COARSE = (1, 2, 4), (4, 8, 16, 32)
-"""Compression ratios; every step sums the loss over one of each."""
-
 INSTRUCTIONS = (
     "Given a web search query, retrieve passages that answer the query.",
     "Given a question, retrieve passages that answer it.",
@@ -31,6 +28,9 @@ class Round:
         average: share of the weights' moving average that stays at each step; the average is what is measured and
             saved. 0 is the weights themselves.
         measured_every: steps between two measurements on the development split.
+        muon: whether Muon changes the matrices, at AdamW's scale, instead of AdamW (torch 2.9 or newer).
+        self_distilled: share of the coarse ratio's soft labels that is what the model itself says at the fine ratio.
+        fine, coarse: compression ratios; every step sums the loss over one of each.
     """
 
     steps: int
@@ -41,6 +41,10 @@ class Round:
     embeddings: float = 1.0
     average: float = 0.0
     measured_every: int = 500
+    muon: bool = False
+    self_distilled: float = 0.0
+    fine: tuple[int, ...] = (1, 2, 4)
+    coarse: tuple[int, ...] = (4, 8, 16, 32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,7 @@ class Recipe:
         encoder_steps: batches in which the encoder alone learns to read as the teacher does.
         encoder_rate: highest learning rate of those.
         rounds: passes of ranking, each from the weights with the best development score so far.
+        measured_ratios: compression ratios of the development split's measurements, whose mean counts.
         soft: weights of the teacher's cosine, BM25's share and the label in the soft labels.
         answer: weight of the binary cross-entropy of `P(yes)`.
     """
@@ -73,6 +78,7 @@ class Recipe:
     encoder_steps: int = 400
     encoder_rate: float = 1.0e-3
     rounds: tuple[Round, ...] = (Round(1_500, 8, 4, (1.0, 0.15)), Round(1_100, 12, 4, (0.15, 0.1), 6.0e-4, 0.15))
+    measured_ratios: tuple[int, ...] = (4,)
     soft: tuple[float, float, float] = (10.0, 10.0, 4.0)
     answer: float = 0.15
 

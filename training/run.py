@@ -81,7 +81,9 @@ class Training:
         if compiled:
             self._student.compile()
         self._batches = Batches(self._student, teacher, teacher_id, tokens)
-        self._development = Development(tokens, self._student.prompts, self._student.prefix)
+        self._development = Development(
+            tokens, self._student.prompts, self._student.prefix, recipe.measured_ratios, recipe.longest
+        )
         self._owner = tagged_digest(json.dumps(asdict(recipe)), digest_of(tokens), origin, str(dtype)).hexdigest()
 
     def run(self, first_round: int = 0, show_progress: bool | None = None) -> None:

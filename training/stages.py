@@ -14,8 +14,7 @@ from kalm_rag.tuning.trainer import copied
 from training.average import Average
 from training.batches import Batches
 from training.development import Development
-from training.objective import answer_loss, dense_losses, ranking_loss, soft_targets, states_loss
-from training.recipe import COARSE, FINE
+from training.objective import answer_loss, dense_losses, distribution, ranking_loss, soft_targets, states_loss
 from training.student import Student
 
 log = logging.getLogger("training")
@@ -126,9 +125,19 @@ class RankingStage:
 
     def _make_optimisers(self) -> Sequence[torch.optim.Optimizer]:
         table = self._student.model.get_input_embeddings().weight
-        others = [parameter for parameter in self.parameters.values() if parameter is not table]
-        groups = [{"params": others, "share": 1.0}, {"params": [table], "share": self._plan.embeddings}]
-        return (torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01),)
+        others = {name: parameter for name, parameter in self.parameters.items() if parameter is not table}
+        # Muon is for the matrices inside of the network.
+        inner = [
+            parameter
+            for name, parameter in others.items()
+            if self._plan.muon and parameter.ndim == 2 and not name.startswith("heads.")
+        ]
+        rest = [parameter for parameter in others.values() if not any(parameter is one for one in inner)]
+        groups = [{"params": rest, "share": 1.0}, {"params": [table], "share": self._plan.embeddings}]
+        adamw = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01)
+        if not inner:
+            return (adamw,)
+        return torch.optim.Muon(inner, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"), adamw
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step."""
@@ -166,7 +175,7 @@ class RankingStage:
         total: dict[str, Tensor] = {}
         dense = plan.dense[0] + (plan.dense[1] - plan.dense[0]) * min(1.0, progress * 2)
         wanted = soft_targets(rows.targets, self._recipe.soft)
-        for ratio in (generator.choice(FINE), generator.choice(COARSE)):
+        for ratio in (generator.choice(plan.fine), generator.choice(plan.coarse)):
             margins, before, last = student.decode(states, mask, rows.prompts, rows.prompts_mask, rows.passage, ratio)
             parts = {
                 "rank": ranking_loss(margins, wanted, rows.targets.lists),
@@ -174,6 +183,9 @@ class RankingStage:
                 "dense": dense_losses(student.heads, before, last, rows.where, rows.present, rows.targets),
             }
             loss = parts["rank"] + self._recipe.answer * parts["answer"] + dense * parts["dense"]
+            if plan.self_distilled:
+                own = distribution(margins.detach(), rows.targets.lists)
+                wanted = (1 - plan.self_distilled) * wanted + plan.self_distilled * own
             for name, value in {**parts, "loss": loss}.items():
                 total[name] = total.get(name, torch.zeros((), device=student.device)) + value
         return total
