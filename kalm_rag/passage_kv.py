@@ -29,6 +29,7 @@ from kalm_rag.source import CachedSource, ValueCache
 from kalm_rag.states import StatesSource
 from kalm_rag.utils import forks
 from kalm_rag.utils.budget import LEAST, MemoryBudget, memory_budget
+from kalm_rag.utils.recording import add_count
 from kalm_rag.utils.refining import ErrorBounds
 from kalm_rag.utils.turns import Room, Turns
 
@@ -146,6 +147,8 @@ class PassageKVCache(ValueCache[BehindPrefix, Prefilled]):
 
     def count(self, **more: int) -> None:
         """Add to counters, by name."""
+        for name, number in more.items():
+            add_count(name, number)
         with self._lock:
             for name, number in more.items():
                 setattr(self._counters, name, getattr(self._counters, name) + number)
@@ -227,7 +230,9 @@ class PassageKVSource(CachedSource[BehindPrefix, PassageStates, Prefilled]):
         self._is_compact = storage == "compact"
         self.decoder = PrefilledDecoder(loaded, settings, turns, storage=storage)
         cached = PassageKVCache(budget, cache, keys, self.decoder.shape, loaded.device)
-        super().__init__(loaded, cached, turns)
+        super().__init__(
+            loaded, cached, turns, "prefill", lambda passage, request: len(request.prefix) + len(passage.states)
+        )
         self._group_bytes = _GROUP_BYTES
         if settings.prefill_memory == "auto":
             _tell(budget)

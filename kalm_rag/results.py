@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, SupportsIndex, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, SupportsIndex, overload
 
 from kalm_rag.utils.display import Shown, html_table, short_repr, shown_document, text_of
 
 if TYPE_CHECKING:
-    from typing_extensions import TypeVar  # every type checker brings it; `typing` has no default before 3.13
+    from typing_extensions import Self, TypeVar  # every type checker brings it; `typing` has no default before 3.13
 
     from kalm_rag.cache.store import StoreStats
     from kalm_rag.documents import Passage
-    from kalm_rag.scorer import Score
+    from kalm_rag.latency.records import RankCounts, Timings
+    from kalm_rag.scoring.score import Score
 
 Document = str | Mapping[str, Any]
 """A passage: its text, or a mapping with the text under `"text"` (other keys are carried along untouched)."""
@@ -23,11 +24,14 @@ if TYPE_CHECKING:
     """The type of the documents that were given."""
     D_co = TypeVar("D_co", default=Document, covariant=True)
     """The same, of a record that only gives its document out."""
+    H = TypeVar("H", bound="RankedPassage[Any] | UnscoredPassage[Any]")
+    """The type of a ranking's passages."""
 else:
     from typing import TypeVar
 
     D = TypeVar("D")
     D_co = TypeVar("D_co", covariant=True)
+    H = TypeVar("H")
 
 _ROWS = 10
 """Passages of a ranking that a terminal shows."""
@@ -57,6 +61,7 @@ class RankedPassage(Shown, Generic[D_co]):
         span: with `long_passages="windows"`, the best window of a passage that was split: the place of its first
             character in the text that was given, and the place after its last. Score and margin are that window's.
         fused: what the passage is ranked by if `rank` was given the first stage's scores, else None.
+        scored: True; False in `UnscoredPassage`.
     """
 
     index: int
@@ -70,6 +75,8 @@ class RankedPassage(Shown, Generic[D_co]):
     exact: bool = True
     span: tuple[int, int] | None = None
     fused: float | None = None
+
+    scored: ClassVar[Literal[True]] = True
 
 
 def ranked_passage(
@@ -100,47 +107,81 @@ def ranked_passage(
     )
 
 
-class Ranking(list[RankedPassage[D]]):
-    """The passages that `rank` returns, best first: a list that shows itself as a table.
+@dataclass(frozen=True, repr=False)
+class UnscoredPassage(Shown, Generic[D_co]):
+    """A passage that `rank` did not score, because its budget ended or because it is not encoded yet.
 
-    It equals a plain list of the same passages. A slice is a ranking too.
+    Attributes:
+        index: position of the passage in the list that was given.
+        document: the very object that was given.
+        passage_repaired: as in `RankedPassage`.
+        query_truncated: as in `RankedPassage`.
+        query_repaired: as in `RankedPassage`.
+        score: None.
+        margin: None.
+        scored: False.
     """
 
-    @overload
-    def __getitem__(self, place: SupportsIndex, /) -> RankedPassage[D]: ...
+    index: int
+    document: D_co
+    passage_repaired: bool = False
+    query_truncated: bool = False
+    query_repaired: bool = False
+
+    score: ClassVar[None] = None
+    margin: ClassVar[None] = None
+    scored: ClassVar[Literal[False]] = False
+
+
+class _Rows(list[H]):
+    """A list of passages that shows itself as a table.
+
+    Attributes:
+        counts: how many passages came from where, were scored, skipped or cut; None in a list that `rank` did not make.
+        timings: where the time went; None likewise.
+    """
+
+    counts: RankCounts | None = None
+    timings: Timings | None = None
 
     @overload
-    def __getitem__(self, place: slice, /) -> Ranking[D]: ...
+    def __getitem__(self, place: SupportsIndex, /) -> H: ...
 
-    def __getitem__(self, place: SupportsIndex | slice, /) -> RankedPassage[D] | Ranking[D]:
-        if isinstance(place, slice):
-            return Ranking(super().__getitem__(place))
-        return super().__getitem__(place)
+    @overload
+    def __getitem__(self, place: slice, /) -> Self: ...
+
+    def __getitem__(self, place: SupportsIndex | slice, /) -> H | Self:
+        if not isinstance(place, slice):
+            return super().__getitem__(place)
+        part = type(self)(super().__getitem__(place))
+        part.counts, part.timings = self.counts, self.timings
+        return part
 
     def __repr__(self) -> str:
         lines = [f"{type(self).__name__} of {_passages(len(self))}{':' if self else ''}"]
         if self:
             lines.append("rank   score  margin  index  document")
         for place, hit in enumerate(self[:_ROWS], start=1):
-            line = f"{place:>4}  {hit.score:.4f}  {hit.margin:>6.2f}  {hit.index:>5}  "
+            score, margin = ("", "") if hit.score is None else (f"{hit.score:.4f}", f"{hit.margin:.2f}")
+            line = f"{place:>4}  {score:>6}  {margin:>6}  {hit.index:>5}  "
             lines.append(line + short_repr(shown_document(hit.document), 78 - len(line)))
         if len(self) > _ROWS:
             lines.append(f"… and {len(self) - _ROWS} more")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        flags = [name for name in _FLAGS if any(getattr(hit, name) for hit in self)]
-        flags += [] if all(hit.exact for hit in self) else ["exact"]
-        has_spans = any(hit.span for hit in self)
+        flags = [name for name in _FLAGS if any(getattr(hit, name, False) for hit in self)]
+        flags += [] if all(getattr(hit, "exact", True) for hit in self) else ["exact"]
+        has_spans = any(getattr(hit, "span", None) for hit in self)
         rows = [
             (
                 str(place),
                 text_of(hit.document),
-                f"{hit.score:.4f}",
-                f"{hit.margin:.2f}",
+                "" if hit.score is None else f"{hit.score:.4f}",
+                "" if hit.margin is None else f"{hit.margin:.2f}",
                 str(hit.index),
-                *("yes" if getattr(hit, flag) else "" for flag in flags),
-                *(["" if hit.span is None else "{}:{}".format(*hit.span)] if has_spans else []),
+                *("yes" if getattr(hit, flag, False) else "" for flag in flags),
+                *([_span_text(getattr(hit, "span", None))] if has_spans else []),
             )
             for place, hit in enumerate(self[:_HTML_ROWS], start=1)
         ]
@@ -149,6 +190,30 @@ class Ranking(list[RankedPassage[D]]):
         heading = ["rank", "document", "score", "margin", "index", *(flag.replace("_", " ") for flag in flags)]
         heading += ["span"] if has_spans else []
         return html_table(heading, rows, f"{type(self).__name__} of {_passages(len(self))}")
+
+
+class Ranking(_Rows[RankedPassage[D]]):
+    """The passages that `rank` returns, best first: a list that shows itself as a table.
+
+    It equals a plain list of the same passages. A slice is a ranking too.
+
+    Attributes:
+        counts: how many passages came from where, were scored or cut; None in a list that `rank` did not make.
+        timings: where the time went; None likewise.
+    """
+
+
+class PartialRanking(_Rows["RankedPassage[D] | UnscoredPassage[D]"]):
+    """What `rank` returns under `budget_ms` or `on_unknown`: scored passages, best first, then those without a score.
+
+    Attributes:
+        counts: as in `Ranking`.
+        timings: as in `Ranking`.
+    """
+
+
+def _span_text(span: tuple[int, int] | None) -> str:
+    return "" if span is None else "{}:{}".format(*span)
 
 
 _FLAGS = ("passage_truncated", "query_truncated", "passage_repaired", "query_repaired")

@@ -72,6 +72,7 @@ class Settings:
     window_tokens: int | None = None
     window_overlap: int | None = None
     max_windows: int = DEFAULT_MAX_WINDOWS
+    encode_in_background: bool = True
 
     def __post_init__(self) -> None:
         checked: dict[str, object] = {
@@ -92,6 +93,7 @@ class Settings:
         check_choice("control_tokens", self.control_tokens, get_args(ControlTokens))
         check_choice("prefill_storage", self.prefill_storage, get_args(PrefillStorage))
         check_flag("refine", self.refine)
+        check_flag("encode_in_background", self.encode_in_background)
         check_choice("long_passages", self.long_passages, get_args(LongPassages))
         self._check_windows()
 

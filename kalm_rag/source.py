@@ -7,13 +7,15 @@ model makes values, and `ValueCache` converts between values and frames of the c
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Generic, TypeVar
 
 from kalm_rag.cache import PassageCache
 from kalm_rag.cache.frame import Frame
 from kalm_rag.cache.spaces import Kind, Space
 from kalm_rag.model.loading import LoadedModel
+from kalm_rag.utils.costs import Work
+from kalm_rag.utils.recording import add_count, timed
 from kalm_rag.utils.turns import Turns
 
 R = TypeVar("R")
@@ -84,15 +86,21 @@ class CachedSource(ABC, Generic[R, W, T]):
         loaded: the model.
         cached: what keeps the values.
         turns: taken for each batch.
+        work: what they are used for.
+        size: tokens that the model runs for one value.
 
     Attributes:
         cached: as given.
     """
 
-    def __init__(self, loaded: LoadedModel, cached: ValueCache[R, T], turns: Turns) -> None:
+    def __init__(
+        self, loaded: LoadedModel, cached: ValueCache[R, T], turns: Turns, work: Work, size: Callable[[W, R], int]
+    ) -> None:
         self.cached = cached
         self._loaded = loaded
         self._turns = turns
+        self._work = work
+        self._size = size
 
     def get(self, texts: Sequence[str], request: R) -> dict[str, T]:
         """Return the value of every passage.
@@ -107,7 +115,8 @@ class CachedSource(ABC, Generic[R, W, T]):
     def find(self, texts: Sequence[str], request: R) -> dict[str, T]:
         """Return the cached values; missing ones are left out."""
         keys = dict(zip(self.keys(texts, request), texts, strict=True))
-        found = {keys[key]: value for key, value in self.cached.get_many(list(keys), request).items()}
+        with timed("read"):
+            found = {keys[key]: value for key, value in self.cached.get_many(list(keys), request).items()}
         self._use(request, kept=bool(found))
         return found
 
@@ -138,13 +147,15 @@ class CachedSource(ABC, Generic[R, W, T]):
         keys = self.keys(texts, request)
         inputs = self._inputs(texts, request) if inputs is None else inputs
         for batch in self._batches(inputs, request):
-            with self._turns:
+            with self._turns.of(self._work) as turn:
                 known = self.cached.recall([keys[place] for place in batch], request)
                 rest = [place for place in batch if keys[place] not in known]
                 new = self._run([inputs[place] for place in rest], request) if rest else []
+                turn.size = sum(self._size(inputs[place], request) for place in rest)
                 self._loaded.files.check()
                 made = dict(zip([keys[place] for place in rest], new, strict=True))
                 made, sealed = self.cached.put_in_memory(made, request)
+            add_count(self._work, len(rest))
             self.cached.put_in_store(made, sealed)
             both = known | made
             yield {texts[place]: both[keys[place]] for place in batch}, len(rest)

@@ -24,6 +24,7 @@ from kalm_rag.settings import Settings
 from kalm_rag.source import CachedSource, ValueCache
 from kalm_rag.utils import forks
 from kalm_rag.utils.progress import Progress
+from kalm_rag.utils.recording import add_count
 from kalm_rag.utils.turns import Turns, check_stopped
 
 if TYPE_CHECKING:
@@ -56,7 +57,9 @@ class StatesCache(ValueCache[int, PassageStates]):
 
     def get_many(self, keys: Sequence[str], request: int) -> dict[str, PassageStates]:
         """As in `ValueCache`."""
-        return self.cache.get_many(self.kind, keys, partial(self._decode, request))
+        found = self.cache.get_many(self.kind, keys, partial(self._decode, request))
+        add_count("states", len(found))
+        return found
 
     def recall(self, keys: Sequence[str], request: int) -> dict[str, PassageStates]:
         """As in `ValueCache`."""
@@ -117,7 +120,8 @@ class StatesSource(CachedSource[int, PassageTokens, PassageStates]):
         turns: Turns,
     ) -> None:
         self._width = int(loaded.model.config.decoder.hidden_size)
-        super().__init__(loaded, StatesCache(cache, keys, loaded.dtype, self._width), turns)
+        cached = StatesCache(cache, keys, loaded.dtype, self._width)
+        super().__init__(loaded, cached, turns, "encode", lambda passage, _: len(passage.ids))
         self.encoder = Encoder(loaded, settings)
         self._cache = cache
         self._key_space = keys

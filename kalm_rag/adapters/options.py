@@ -50,6 +50,7 @@ class Options:
         window_tokens: tokens of a window at most. Default: `max_length`.
         window_overlap: tokens that a window repeats of the one before, at most. Default: an eighth of a window.
         max_windows: windows of a passage that are read.
+        encode_in_background: encode passages that a call with a budget left out while nobody waits for the model.
         show_progress: True, False, or None for bars on long work when standard error is a terminal.
         token: hub token, if the model needs one. It is never written to JSON or YAML; a pickle holds it.
         local_files_only: never ask the hub, use what was downloaded.
@@ -79,6 +80,7 @@ class Options:
     window_tokens: int | None = None
     window_overlap: int | None = None
     max_windows: int = DEFAULT_MAX_WINDOWS
+    encode_in_background: bool = True
     show_progress: bool | None = None
     token: str | bool | None = field(default=None, repr=False)
     local_files_only: bool = False

@@ -18,7 +18,8 @@ from kalm_rag.cache.passage_cache import Keep
 from kalm_rag.demo_data import load_demo
 from kalm_rag.model.checkpoint import Checkpoint
 from kalm_rag.model.loading import LoadedModel
-from kalm_rag.scorer import Score, Scorer
+from kalm_rag.scorer import Scorer
+from kalm_rag.scoring.score import Score
 from kalm_rag.settings import DEFAULT_INSTRUCTION, Settings
 
 Storage = Literal["native", "int8", "compact"]

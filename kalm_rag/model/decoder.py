@@ -86,8 +86,9 @@ class Decoder:
             padding_tokens=launch_tokens(self._loaded.device.type),
         )
         for batch in batches:
-            with self._turns:
+            with self._turns.of("score") as turn:
                 margins = run_halving(self._forward, [pairs[position] for position in batch])
+                turn.size = sum(len(pairs[position].prompt.ids) for position in batch)
             for position, margin in zip(batch, margins, strict=True):
                 found[position] = margin
             if progress is not None:

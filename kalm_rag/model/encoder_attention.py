@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from kalm_rag.utils.turns import give_way
+
 logger = logging.getLogger(__name__)
 
 IMPLEMENTATION = "kalm_rag_encoder"
@@ -85,6 +87,7 @@ def encoder_attention(
         stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
         out, _ = stock(module, query, key, value, attention_mask, scaling=scaling, **options)
         return out, None
+    give_way()
     packing.used.add(module.layer_idx)
     _, heads, tokens, width = query.shape
     kv_heads = key.shape[1]

@@ -62,6 +62,11 @@ class PrefilledPair:
     passage: PassageKV | CompactKV | AssumedKV
 
 
+def score_size(query: int, positions: int) -> float:
+    """Return how many tokens a pair counts for: those of the query, and a part of those that they attend to."""
+    return query + positions / 16
+
+
 class PrefilledDecoder:
     """Prefills passages, and scores queries on them through the stock decoder.
 
@@ -136,10 +141,10 @@ class PrefilledDecoder:
         found = [0.0] * len(pairs)
         prefix_length = len(prefix)
         for batch in self._plan([len(pair.prompt.ids) - prefix_length + pair.passage.positions for pair in pairs]):
-            with self._turns:
-                margins = run_halving(
-                    lambda rows: self._forward(prefix_length, rows, reference), [pairs[place] for place in batch]
-                )
+            with self._turns.of("score") as turn:
+                rows = [pairs[place] for place in batch]
+                margins = run_halving(lambda rows: self._forward(prefix_length, rows, reference), rows)
+                turn.size = sum(score_size(len(row.prompt.ids) - prefix_length, row.passage.positions) for row in rows)
             for place, margin in zip(batch, margins, strict=True):
                 found[place] = margin
         return found

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
     from kalm_rag.scorer import Scorer
 
+_CLOSING_SECONDS = 10.0
+"""What passages that wait in the background get when the model is closed."""
+
 
 class HeldModel:
     """A model that loads at the first call that needs it, and the cache that it uses.
@@ -88,11 +91,14 @@ class HeldModel:
     def load(self) -> Self:
         """Load the model now instead of at first use, and return this instance.
 
+        It measures for about half a second what encoding and scoring cost here, so that the first call with `budget_ms`
+        knows.
+
         Raises:
             CheckpointError: the model cannot be found or used.
             ValueError: no such device or dtype.
         """
-        _ = self.scorer
+        self.scorer.calibrate(self.settings.instruction, self.settings.ratio)
         return self
 
     @property
@@ -117,8 +123,11 @@ class HeldModel:
     def close(self) -> None:
         """Free the model's memory, once the calls that are running have ended. A later call loads it again.
 
+        Passages that wait to be encoded in the background get ten seconds; what is left is given up, and logged.
         A cache that was made here is written out and closed; a cache or store that was handed in stays open.
         """
+        if self._scorer is not None:
+            self._scorer.background.close(_CLOSING_SECONDS)
         if self.owns_cache:
             self.cache.close()
         with self._lock:

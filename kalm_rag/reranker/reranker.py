@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kalm_rag.cache import ForgetReport, PassageCache, Store
-from kalm_rag.documents import REPAIRED, TRUNCATED, TextCounter, TextOf, iter_documents, iter_pairs, repair_text
-from kalm_rag.reranker.held_model import HeldModel
-from kalm_rag.results import D, EncodeReport, Estimate, PrefillStats, Ranking, ranked_passage
+from kalm_rag.documents import TextOf, iter_documents, iter_pairs, repair_text
+from kalm_rag.latency.background import BackgroundStats
+from kalm_rag.latency.records import RerankerStats
+from kalm_rag.reranker.ranking import RankingModel
+from kalm_rag.results import D, EncodeReport, Estimate, PrefillStats
 from kalm_rag.settings import (
     AT_ONCE,
     DEFAULT_INSTRUCTION,
@@ -26,21 +28,17 @@ from kalm_rag.settings import (
     PrefillStorage,
     Settings,
 )
-from kalm_rag.thresholds import Scope, ThresholdLike, ThresholdProfile, read_limit
-from kalm_rag.utils.checks import check_positive, check_ratio, check_string, warn_untrained
-from kalm_rag.utils.fusion import FirstStage, best_first
 from kalm_rag.utils.paths import DEFAULT, user_path
 from kalm_rag.utils.progress import Progress
-from kalm_rag.utils.refining import Wanted
+from kalm_rag.utils.recording import recording
 
 if TYPE_CHECKING:
     import torch
 
     from kalm_rag.cache.scores import ScoreStats
-    from kalm_rag.scorer import Score
 
 
-class KaLMReranker(HeldModel):
+class KaLMReranker(RankingModel):
     """Scores passages against queries with a KaLM-Reranker-V1 checkpoint (arXiv 2606.22807).
 
     Nothing is loaded until the first call that needs the model, or `load()`. One instance may be used from any
@@ -91,6 +89,8 @@ class KaLMReranker(HeldModel):
         window_overlap: tokens that a window repeats of the one before, at most. Default: an eighth of `window_tokens`.
         max_windows: windows of a passage that are read, from its beginning. Of a longer one the rest is not read, and
             the result says so.
+        encode_in_background: encode passages that a call with `budget_ms` or `on_unknown="skip"` left out, while nobody
+            waits for the model, so that the next query finds them.
         show_progress: True, False, or None for bars on long work when standard error is a terminal.
         token: hub token, if the model needs one.
         local_files_only: never ask the hub, use what was downloaded.
@@ -135,6 +135,7 @@ class KaLMReranker(HeldModel):
         window_tokens: int | None = None,
         window_overlap: int | None = None,
         max_windows: int = DEFAULT_MAX_WINDOWS,
+        encode_in_background: bool = True,
         show_progress: bool | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
@@ -156,6 +157,7 @@ class KaLMReranker(HeldModel):
             window_tokens=window_tokens,
             window_overlap=window_overlap,
             max_windows=max_windows,
+            encode_in_background=encode_in_background,
         )
         arguments = {
             **asdict(settings),
@@ -170,77 +172,11 @@ class KaLMReranker(HeldModel):
             "local_files_only": local_files_only,
         }
         super().__init__(settings, arguments)
-        self._show_progress = show_progress
-        self.repairs = TextCounter(REPAIRED)
-        self.truncations = TextCounter(TRUNCATED)
 
     def __repr__(self) -> str:
         state = "not loaded" if self._scorer is None else "loaded"
         lora = "" if self._arguments["lora"] is None else f"lora={str(self._arguments['lora'])!r}, "
         return f"KaLMReranker({str(self.model)!r}, {lora}ratio={self.settings.ratio}, {state})"
-
-    def rank(
-        self,
-        query: str,
-        documents: Iterable[D],
-        top_k: int | None = None,
-        instruction: str | None = None,
-        ratio: int | None = None,
-        threshold: ThresholdLike | None = None,
-        show_progress: bool | None = None,
-        *,
-        text: TextOf[D] | None = None,
-        calibrated: bool = False,
-        first_stage: FirstStage | None = None,
-    ) -> Ranking[D]:
-        """Order passages by how well they answer a query.
-
-        Args:
-            query: the query.
-            documents: passages in any iterable: strings, mappings with the text under `"text"`, or documents of
-                LangChain (`page_content`), LlamaIndex (a node's text for embedding) or Haystack (`content`).
-            top_k: how many to return, default all.
-            instruction: for this call, instead of the instance's.
-            ratio: for this call, instead of the instance's.
-            threshold: passages with a lower score (`P(yes)`) are left out; or a `ThresholdProfile`, or the path of
-                one, which must have been made for this model, ratio and instruction.
-            show_progress: for this call, instead of the instance's.
-            text: where the text of a document is, if it is elsewhere: a key of a mapping, an attribute, or a function.
-            calibrated: scores are the shares of relevant passages that the profile in `threshold` was fitted to,
-                instead of `P(yes)`. Which passages are returned, and their order, stay the same.
-            first_stage: the first stage's scores of these passages, to be joined with the margins. Passages then come
-                by falling `fused`; `score` and `margin` stay the model's, and `threshold` still refers to `score`. All
-                passages get exact scores, whatever `top_k`, so that `refine` saves nothing.
-
-        Returns:
-            Passages by falling margin; equal ones keep their order. An empty list returns an empty one
-            without loading the model. With `refine=True` and `top_k`, all that are returned have exact scores. With a
-            `threshold` alone, those far above it keep the score of the first pass, and `exact` is False. With neither,
-            `refine` changes nothing.
-
-        Raises:
-            TypeError, ValueError: an argument is wrong; the message names it and its value.
-            CheckpointError: the model cannot be found or used.
-            ScoringError: the model gave non-finite numbers.
-        """
-        query, query_repaired = repair_text(check_string("query", query))
-        top_k = None if top_k is None else check_positive("top_k", top_k)
-        limit = read_limit(threshold, calibrated)
-        wanted = limit.wanted(top_k)
-        given = list(iter_documents(documents, text))
-        self.repairs.add(query_repaired + sum(passage.repaired for passage in given))
-        pairs = [(query, passage.text) for passage in given]
-        if first_stage is not None:
-            first_stage.check(len(given))
-        # All margins are needed, and exact, where they are joined with other scores.
-        needed = wanted if first_stage is None else Wanted()
-        scored = self._score(pairs, instruction, ratio, show_progress, needed, limit.profile)
-        ranking = Ranking(
-            ranked_passage(index, limit.shown(score.margin), score, given[index], query_repaired, fused)
-            for index, fused in best_first([score.margin for score in scored], first_stage)
-            if wanted.admits((score := scored[index]).margin)
-        )
-        return ranking[:top_k]
 
     def predict(
         self,
@@ -265,10 +201,13 @@ class KaLMReranker(HeldModel):
             CheckpointError: the model cannot be found or used.
             ScoringError: the model gave non-finite numbers.
         """
-        repaired = [(repair_text(query), repair_text(passage)) for query, passage in iter_pairs(pairs)]
-        self.repairs.add(sum(changed for pair in repaired for _, changed in pair))
-        checked = [(query, passage) for (query, _), (passage, _) in repaired]
-        return [score.probability for score in self._score(checked, instruction, ratio, show_progress)]
+        with recording() as recorded:
+            repaired = [(repair_text(query), repair_text(passage)) for query, passage in iter_pairs(pairs)]
+            self.repairs.add(sum(changed for pair in repaired for _, changed in pair))
+            checked = [(query, passage) for (query, _), (passage, _) in repaired]
+            scored = self._score(checked, instruction, ratio, show_progress)
+        self._tell(recorded, scored, len(scored))
+        return [score.probability for score in scored]
 
     def encode(
         self, documents: Iterable[D], show_progress: bool | None = None, *, text: TextOf[D] | None = None
@@ -348,30 +287,6 @@ class KaLMReranker(HeldModel):
 
         return estimate_passages(self.scorer, [passage.text for passage in iter_documents(documents, text)])
 
-    async def arank(
-        self,
-        query: str,
-        documents: Iterable[D],
-        top_k: int | None = None,
-        instruction: str | None = None,
-        ratio: int | None = None,
-        threshold: ThresholdLike | None = None,
-        show_progress: bool | None = None,
-        *,
-        text: TextOf[D] | None = None,
-        calibrated: bool = False,
-        first_stage: FirstStage | None = None,
-    ) -> Ranking[D]:
-        """`rank` for asynchronous programs: the event loop stays free while the model runs.
-
-        Calls wait in threads of this instance's own, so that they do not fill the pool that other work shares, and take
-        turns batch by batch. A call that is cancelled ends at its next batch. Nothing is bound to an event loop.
-        """
-        rank = partial(self.rank, text=text, calibrated=calibrated, first_stage=first_stage)
-        return await self._calls.run(
-            "rank", rank, query, documents, top_k, instruction, ratio, threshold, show_progress
-        )
-
     async def apredict(
         self,
         pairs: Iterable[Sequence[Any]],
@@ -392,6 +307,24 @@ class KaLMReranker(HeldModel):
         """`forget` for asynchronous programs; see `arank`."""
         return await self._calls.run("encode", partial(self.forget, text=text), documents)
 
+    def stats(self) -> RerankerStats:
+        """Return what the calls of `rank` and `predict` took so far, and what waits in the background."""
+        scorer = self._scorer
+        return self._totals.stats(BackgroundStats() if scorer is None else scorer.background.stats())
+
+    def flush(self, timeout: float | None = None) -> int:
+        """Wait until passages that calls left out are encoded, and the cache is written out.
+
+        Args:
+            timeout: seconds at most; None waits for all.
+
+        Returns:
+            How many passages are left; they stay in the queue.
+        """
+        left = 0 if (scorer := self._scorer) is None else scorer.background.finish(timeout)
+        self.cache.flush()
+        return left
+
     @property
     def unknown_texts(self) -> int:
         """How many queries scored and passages encoded were mostly unknown tokens, since the model was loaded."""
@@ -404,29 +337,3 @@ class KaLMReranker(HeldModel):
     def score_stats(self) -> ScoreStats | None:
         """Hits, misses and size of the remembered scores; None while the model is not loaded."""
         return None if (scorer := self._scorer) is None else scorer.score_cache.stats()
-
-    def _score(
-        self,
-        pairs: Sequence[tuple[str, str]],
-        instruction: str | None,
-        ratio: int | None,
-        show_progress: bool | None,
-        wanted: Wanted | None = None,
-        profile: ThresholdProfile | None = None,
-    ) -> list[Score]:
-        task = self.settings.instruction if instruction is None else check_string("instruction", instruction)
-        instruction, changed = repair_text(task)
-        ratio = self.settings.ratio if ratio is None else check_ratio("ratio", ratio)
-        if not pairs:
-            return []
-        self.repairs.add(changed)
-        warn_untrained(ratio)
-        from kalm_rag.windows.passages import count_truncated, score_passages
-
-        scorer = self.scorer
-        if profile is not None:
-            profile.check(Scope(scorer.identity.mark, ratio, instruction, self.settings.system_prompt))
-        show = self._show_progress if show_progress is None else show_progress
-        scores = score_passages(scorer, pairs, instruction, ratio, show, wanted)
-        self.truncations.add(count_truncated(pairs, scores))
-        return scores

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from kalm_rag.utils.checks import check_choice, check_finite, check_share
@@ -42,6 +42,10 @@ class FirstStage:
         if len(self.scores) != count:
             msg = f"first_stage must hold one score per passage, got {len(self.scores)} scores for {count} passages"
             raise ValueError(msg)
+
+    def of(self, places: Sequence[int]) -> FirstStage:
+        """Return the same for some of the passages."""
+        return replace(self, scores=[self.scores[place] for place in places])
 
     def fused(self, margins: Sequence[float]) -> list[float]:
         """Return the joined score of each passage, in the order given."""

@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import TracebackType
 
 from kalm_rag.utils import forks
+from kalm_rag.utils.costs import Costs, Work
+from kalm_rag.utils.recording import add_seconds
 
 _stop: contextvars.ContextVar[threading.Event | None] = contextvars.ContextVar("kalm_rag_stop", default=None)
 
@@ -35,21 +39,96 @@ def check_stopped() -> None:
         raise StoppedError(msg)
 
 
+class LateError(Exception):
+    """The call's budget ended before its turn came."""
+
+
+class AbandonedError(Exception):
+    """Work in the background gave way to a call."""
+
+
+@dataclass(slots=True)
+class Turn:
+    """One use of the model.
+
+    Attributes:
+        size: tokens that it ran; 0 is not learned from.
+    """
+
+    size: float = 0
+
+
+_POLL_SECONDS = 0.2
+_URGENT, _NORMAL, _BACKGROUND = range(3)
+_OVERTAKEN = 3
+"""Calls with a budget that may go before one without, so that it is not held up for ever."""
+_deadline: contextvars.ContextVar[float | None] = contextvars.ContextVar("kalm_rag_deadline", default=None)
+_behind: contextvars.ContextVar[Turns | None] = contextvars.ContextVar("kalm_rag_behind", default=None)
+
+
+@contextlib.contextmanager
+def until(deadline: float | None) -> Iterator[None]:
+    """Let turns inside go before those of calls without a deadline, and raise `LateError` once it has passed.
+
+    Args:
+        deadline: in seconds of `time.monotonic`; None changes nothing.
+    """
+    token = _deadline.set(deadline)
+    try:
+        yield
+    finally:
+        _deadline.reset(token)
+
+
+@contextlib.contextmanager
+def in_background(turns: Turns) -> Iterator[None]:
+    """Let turns inside wait for all calls, and `give_way` raise as soon as one waits."""
+    token = _behind.set(turns)
+    try:
+        yield
+    finally:
+        _behind.reset(token)
+
+
+def give_way() -> None:
+    """Raise if this is work in the background and a call waits for the model: called between the encoder's layers.
+
+    Raises:
+        AbandonedError: a call waits.
+        StoppedError: the work was cancelled.
+    """
+    turns = _behind.get()
+    if turns is None:
+        return
+    check_stopped()
+    if turns.is_wanted:
+        msg = "a call waits for the model"
+        raise AbandonedError(msg)
+
+
 class Turns:
     """A first-come, first-served lock, so that a long call gives way after each batch.
 
-    Entering raises `StoppedError` in a cancelled call, and a fork waits until the turn ends. Not reentrant.
+    Calls with a deadline go before calls without one, and work in the background after all. Entering raises
+    `StoppedError` in a cancelled call and `LateError` in one whose deadline has passed, and a fork waits until the turn
+    ends. Not reentrant.
+
+    Attributes:
+        costs: what turns have cost so far.
     """
 
     def __init__(self) -> None:
+        self.costs = Costs()
         self.after_fork_in_child()
         forks.watch(self)
 
     def after_fork_in_child(self) -> None:
         """Reset: no other thread survived the fork."""
-        self._guard = threading.Lock()  # of the two below
+        self._guard = threading.Lock()  # of the three below
         self._owner: int | None = None
-        self._queue: deque[_Ticket] = deque()
+        self._queue: list[_Ticket] = []
+        self._calls = 0
+        self._no_call = threading.Condition(self._guard)
         self._entered = False  # whether the owner is inside of `forks.native` for this turn
 
     @property
@@ -57,19 +136,53 @@ class Turns:
         """Number of threads waiting for their turn."""
         return len(self._queue)
 
+    @property
+    def is_wanted(self) -> bool:
+        """Whether a call runs or waits; work in the background does not count."""
+        with self._guard:
+            return self._calls > 0 or any(ticket.rank < _BACKGROUND for ticket in self._queue)
+
+    @contextlib.contextmanager
+    def call(self) -> Iterator[None]:
+        """Keep work in the background from taking turns between those of a call."""
+        with self._guard:
+            self._calls += 1
+        try:
+            yield
+        finally:
+            with self._guard:
+                self._calls = max(0, self._calls - 1)  # after a fork inside, the child begins at 0
+                self._no_call.notify_all()
+
+    @contextlib.contextmanager
+    def of(self, work: Work) -> Iterator[Turn]:
+        """Take a turn, learn what it costs, and record its time; who takes it sets its size."""
+        asked, turn = time.monotonic(), Turn()
+        with self:
+            began = time.monotonic()
+            yield turn
+            seconds = time.monotonic() - began
+        add_seconds("queue", began - asked)
+        add_seconds(work, seconds)
+        self.costs.learn(work, turn.size, seconds)
+
     def __enter__(self) -> None:
         check_stopped()
-        me = threading.get_ident()
-        ticket = _Ticket(me)
+        if _behind.get() is self:
+            self._wait_for_calls()
+        me, deadline = threading.get_ident(), _deadline.get()
+        ticket = _Ticket(me, _BACKGROUND if _behind.get() is self else _NORMAL if deadline is None else _URGENT)
         try:
             with self._guard:
                 # A thread that owns the lock already was interrupted on its way out.
                 if self._owner is None or self._owner == me:
                     self._owner = me
                 else:
-                    self._queue.append(ticket)
-            if self._owner != me:
-                ticket.called.acquire()
+                    self._line_up(ticket)
+            left = -1.0 if deadline is None else min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
+            if (self._owner != me and not ticket.called.acquire(timeout=left)) or left == 0.0:
+                msg = "the budget of the call is used up"
+                raise LateError(msg)
             forks.ready_to_compute()
             if not self._entered:  # as it still is where this thread was interrupted on its way out
                 forks.enter_native()
@@ -83,6 +196,20 @@ class Turns:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._pass_on()
+
+    def _wait_for_calls(self) -> None:
+        with self._guard:
+            while self._calls:
+                self._no_call.wait(_POLL_SECONDS)
+                check_stopped()
+
+    def _line_up(self, ticket: _Ticket) -> None:
+        place = len(self._queue)
+        while place and self._queue[place - 1].lets(ticket):
+            place -= 1
+        for later in self._queue[place:]:
+            later.overtaken += 1
+        self._queue.insert(place, ticket)
 
     def _give_up(self, ticket: _Ticket) -> None:
         with self._guard:
@@ -100,7 +227,7 @@ class Turns:
             forks.leave_native()
         with self._guard:
             if self._queue:
-                ticket = self._queue.popleft()
+                ticket = self._queue.pop(0)
                 self._owner = ticket.thread
                 ticket.called.release()
             else:
@@ -149,7 +276,13 @@ class Room:
 class _Ticket:
     """One place in the queue."""
 
-    def __init__(self, thread: int) -> None:
+    def __init__(self, thread: int, rank: int) -> None:
         self.thread = thread
+        self.rank = rank
+        self.overtaken = 0
         self.called = threading.Lock()
         self.called.acquire()
+
+    def lets(self, other: _Ticket) -> bool:
+        """Whether a later one may go before it."""
+        return other.rank < self.rank and (self.rank == _BACKGROUND or self.overtaken < _OVERTAKEN)

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 
+from kalm_rag.latency.limit import TimeLimit
 from kalm_rag.results import Estimate
-from kalm_rag.scorer import Score, Scorer
+from kalm_rag.scorer import Scorer
+from kalm_rag.scoring.score import Score
 from kalm_rag.settings import AT_ONCE
 from kalm_rag.utils.progress import Progress
 from kalm_rag.utils.refining import Wanted
@@ -21,6 +23,7 @@ def score_passages(
     ratio: int,
     show: bool | None = None,
     wanted: Wanted | None = None,
+    limit: TimeLimit | None = None,
 ) -> list[Score]:
     """Score pairs of any number, each distinct one once; a passage gets the score of its best window.
 
@@ -31,6 +34,7 @@ def score_passages(
         ratio: as in `Scorer.score`.
         show: as in `Progress`.
         wanted: as in `Scorer.score`, of passages.
+        limit: as in `Scorer.score`; a passage is reached if all of its windows are.
     """
     split = scorer.windows.split(text for _, text in pairs)
     unique = list(dict.fromkeys((query, part) for query, text in pairs for part in split[text].texts))
@@ -38,9 +42,11 @@ def score_passages(
         wanted = wanted.of_windows([len(split[text].texts) for _, text in pairs])
     found: dict[tuple[str, str], Score] = {}
     with Progress(len(unique), "reranking", show=show) as progress:
-        for start in range(0, len(unique), AT_ONCE):
-            some = unique[start : start + AT_ONCE]
-            found.update(zip(some, scorer.score(some, instruction, ratio, progress, wanted), strict=True))
+        # Under a limit all known passages are before all unknown ones.
+        at_once = AT_ONCE if limit is None else max(1, len(unique))
+        for start in range(0, len(unique), at_once):
+            some = unique[start : start + at_once]
+            found.update(zip(some, scorer.score(some, instruction, ratio, progress, wanted, limit), strict=True))
     return [_best([found[query, part] for part in split[text].texts], split[text]) for query, text in pairs]
 
 
@@ -48,6 +54,8 @@ def _best(scores: Sequence[Score], windows: Windows) -> Score:
     """Return the score of a passage; of equal windows the first counts."""
     if windows.spans is None:
         return scores[0]
+    if not all(score.reached for score in scores):
+        return replace(scores[0], reached=False)
     place = max(range(len(scores)), key=lambda number: scores[number].margin)
     truncated = not windows.complete or any(score.passage_truncated for score in scores)
     return replace(scores[place], passage_truncated=truncated, span=windows.spans[place])

@@ -1,0 +1,1 @@
+"""From pairs of texts to margins, with one loaded model."""
