@@ -381,7 +381,7 @@ def test_a_reranker_is_copied_by_its_arguments(reranker_on_disk: KaLMReranker, h
     assert type(found) is KaLMReranker
     assert "not loaded" in repr(found)
     assert found.settings == reranker_on_disk.settings
-    assert (found._arguments["token"], found._device, found.owns_cache) == ("hf_secret", "cpu", True)
+    assert (found._arguments["token"], found._arguments["device"], found.owns_cache) == ("hf_secret", "cpu", True)
     assert found.cache.store.folder == reranker_on_disk.cache.store.folder
     reranker_on_disk.cache.flush()
     assert found.rank("query", ["one", "two " * 100]) == expected

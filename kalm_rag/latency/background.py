@@ -9,13 +9,15 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from kalm_rag.passage_kv import PassageKVSource
-from kalm_rag.states import StatesSource
+from kalm_rag.latency.records import BackgroundStats
 from kalm_rag.utils import forks
-from kalm_rag.utils.display import Shown
 from kalm_rag.utils.turns import AbandonedError, StoppedError, Turns, in_background, stop_with
+
+if TYPE_CHECKING:
+    from kalm_rag.passage_kv import PassageKVSource
+    from kalm_rag.states import StatesSource
 
 logger = logging.getLogger(__name__)
 
@@ -26,25 +28,6 @@ _AT_ONCE = 1
 """Passages of a batch: a call waits for no more than one of them in one layer."""
 _EXIT_SECONDS = 5.0
 _IDLE_SECONDS = 1.0
-
-
-@dataclass(frozen=True, slots=True, repr=False)
-class BackgroundStats(Shown):
-    """What became of the passages that calls left out, of one loaded model.
-
-    Attributes:
-        pending: passages that wait.
-        encoded: passages that were encoded, or were found encoded already.
-        dropped: passages that were not encoded because the queue was full, or was closed before their turn.
-        failed: passages that could not be encoded.
-        abandoned: batches that were given up for a call, and taken up again later.
-    """
-
-    pending: int = 0
-    encoded: int = 0
-    dropped: int = 0
-    failed: int = 0
-    abandoned: int = 0
 
 
 class Background:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field, fields
 
-from kalm_rag.latency.background import BackgroundStats
 from kalm_rag.utils import forks
 from kalm_rag.utils.display import Shown
 from kalm_rag.utils.recording import Recording
@@ -61,6 +60,25 @@ class Timings(Shown):
     prefill: float = 0.0
     score: float = 0.0
     total: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class BackgroundStats(Shown):
+    """What became of the passages that calls left out, of one loaded model.
+
+    Attributes:
+        pending: passages that wait.
+        encoded: passages that were encoded, or were found encoded already.
+        dropped: passages that were not encoded because the queue was full, or was closed before their turn.
+        failed: passages that could not be encoded.
+        abandoned: batches that were given up for a call, and taken up again later.
+    """
+
+    pending: int = 0
+    encoded: int = 0
+    dropped: int = 0
+    failed: int = 0
+    abandoned: int = 0
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kalm_rag.cache import ForgetReport, PassageCache, Store
 from kalm_rag.documents import TextOf, iter_documents, iter_pairs, repair_text
-from kalm_rag.latency.background import BackgroundStats
-from kalm_rag.latency.records import RerankerStats
+from kalm_rag.latency.records import BackgroundStats, RerankerStats
 from kalm_rag.reranker.ranking import RankingModel
 from kalm_rag.results import D, EncodeReport, Estimate, PrefillStats
 from kalm_rag.settings import (
