@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kalm_rag.adapters import Options
     from kalm_rag.cache import PassageCache
     from kalm_rag.reranker import KaLMReranker
-    from kalm_rag.results import EncodeReport, RankedPassage, Ranking
+    from kalm_rag.results import EncodeReport, PartialRanking, RankedPassage, Ranking, UnscoredPassage
     from kalm_rag.thresholds import ThresholdProfile
     from kalm_rag.utils.fusion import FirstStage
 
@@ -31,10 +31,12 @@ __all__ = [
     "FirstStage",
     "KaLMReranker",
     "Options",
+    "PartialRanking",
     "PassageCache",
     "RankedPassage",
     "Ranking",
     "ThresholdProfile",
+    "UnscoredPassage",
     "__version__",
 ]
 
@@ -43,10 +45,12 @@ _HOMES = {
     "FirstStage": "kalm_rag.utils.fusion",
     "KaLMReranker": "kalm_rag.reranker",
     "Options": "kalm_rag.adapters",
+    "PartialRanking": "kalm_rag.results",
     "PassageCache": "kalm_rag.cache",
     "RankedPassage": "kalm_rag.results",
     "Ranking": "kalm_rag.results",
     "ThresholdProfile": "kalm_rag.thresholds",
+    "UnscoredPassage": "kalm_rag.results",
 }
 
 

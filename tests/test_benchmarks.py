@@ -40,7 +40,16 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     "script",
     [
         *("warm.py", "memory.py", "compact.py", "encoder.py", "cache.py", "peers.py", "precision.py", "adapters.py"),
-        *("eviction.py", "repeats.py", "refine.py", "windows.py", "highlight.py", "bm25.py", "traffic.py"),
+        *(
+            "eviction.py",
+            "repeats.py",
+            "refine.py",
+            "windows.py",
+            "highlight.py",
+            "bm25.py",
+            "traffic.py",
+            "latency.py",
+        ),
     ],
 )
 def test_script(script: str, tmp_path: Path, run: Callable[..., dict[str, Any]]) -> None:
@@ -65,6 +74,13 @@ def test_script(script: str, tmp_path: Path, run: Callable[..., dict[str, Any]])
         found = json.loads(written.read_text())["results"]
         assert [item["system"] for item in found] == ["BM25", "truncate 48", "windows 48"]
         assert found[1]["encoded"] == found[1]["documents"] < found[2]["encoded"]
+    if script == "latency.py":
+        found = json.loads(written.read_text())
+        assert [(item["start"], item["budget_ms"]) for item in found["results"]] == [
+            (start, budget) for start in ("cold", "half") for budget in (None, 100.0)
+        ]
+        assert all(item["scored"] == 1.0 for item in found["results"] if item["budget_ms"] is None)
+        assert len(found["small_calls"]) == 3
     if script == "refine.py":
         assert [item["changed"] for item in json.loads(written.read_text())["quality"]] == [0]
 
