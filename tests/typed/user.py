@@ -20,7 +20,17 @@ from llama_index.postprocessor.kalm_rerank import KalmPassageEncoder as LlamaInd
 from llama_index.postprocessor.kalm_rerank import KalmQueryBundle, KalmRerank
 from typing_extensions import assert_type
 
-from kalm_rag import EncodeReport, KaLMReranker, Options, PassageCache, RankedPassage, Ranking, ThresholdProfile
+from kalm_rag import (
+    EncodeReport,
+    KaLMReranker,
+    Options,
+    PartialRanking,
+    PassageCache,
+    RankedPassage,
+    Ranking,
+    ThresholdProfile,
+    UnscoredPassage,
+)
 from kalm_rag.cache import DiskStore, MemoryStore, Store
 from kalm_rag.errors import CheckpointError, ScoringError
 
@@ -53,6 +63,19 @@ def core(folder: Path) -> None:
         assert_type(reranker.rank("query", (Row(text) for text in "ab"), text="body")[0].document, Row)
         passages = reranker.rank("query", [LangChainDocument("one")])
         assert_type(passages[0].document.page_content, str)
+        partial = reranker.rank("query", ["one"], budget_ms=150)
+        assert_type(partial, PartialRanking[str])
+        assert_type(partial[:1], PartialRanking[str])
+        assert_type(partial[0], RankedPassage[str] | UnscoredPassage[str])
+        assert_type(reranker.rank("query", ["one"], on_unknown="skip"), PartialRanking[str])
+        first = partial[0]
+        if isinstance(first, UnscoredPassage):
+            assert_type(first.score, None)
+        else:
+            assert_type(first.score, float)
+        if partial.counts is not None and partial.timings is not None:
+            assert_type(partial.counts.skipped + reranker.flush(1.0) + reranker.stats().background.pending, int)
+            assert_type(partial.timings.total, float)
         assert_type(reranker.predict([("query", "one")]), list[float])
         report = reranker.encode([{"text": "one"}])
         assert_type(report, EncodeReport)
@@ -66,6 +89,7 @@ def core(folder: Path) -> None:
 async def asynchronous(reranker: KaLMReranker) -> None:
     """The asynchronous twins."""
     assert_type(await reranker.arank("query", ["one"]), Ranking[str])
+    assert_type(await reranker.arank("query", ["one"], budget_ms=0.5), PartialRanking[str])
     assert_type(await reranker.apredict([("query", "one")]), list[float])
     assert_type(await reranker.aencode(["one"]), EncodeReport)
 
