@@ -61,7 +61,7 @@ def demo(
     note_mini(model)
     index = BM25(corpus.passages)
     with KaLMReranker(model, lora=lora, cache=None) as reranker:
-        reranker.load()
+        _ = reranker.scorer  # loads the model
         steps = ("BM25 retrieval", "rerank, new passages encoded", "rerank, all passages known")
         times: dict[str, list[float]] = {step: [] for step in steps}
         before: dict[str, list[tuple[str, float]]] = {}

@@ -155,7 +155,7 @@ class EncodeRun:
         """
         from kalm_rag.utils.progress import Progress
 
-        self._reranker.load()
+        _ = self._reranker.scorer  # loads the model
         self._start = time.perf_counter()
         total = None if self._reranker.settings.splits else self._total
         with self._reranker.cache as passages, Progress(total, "encoding") as progress:

@@ -59,7 +59,7 @@ class KalmPassageEncoder(KalmBase):
 
     def warm_up(self) -> None:
         """Load the model. Calling it again does nothing."""
-        self.reranker.load()
+        _ = self.reranker.scorer  # loads the model
 
     @component.output_types(documents=list[Document], encoded=int, known=int, truncated=int)
     def run(self, documents: list[Document]) -> dict[str, Any]:
