@@ -41,6 +41,47 @@ def plan(lengths: Sequence[int], *, batch_size: int, batch_tokens: int, padding_
         yield batch
 
 
+def plan_pairs(
+    queries: Sequence[int],
+    passages: Sequence[int],
+    *,
+    batch_size: int,
+    batch_tokens: int,
+    query_padding: int,
+    padding_tokens: int,
+) -> Iterator[list[int]]:
+    """Group pairs into batches as `plan` does, without padding short queries to much longer ones.
+
+    Padding a query costs as much as its own tokens do; padding what it reads of a passage may cost less.
+
+    Args:
+        queries: tokens of each pair that run through the decoder.
+        passages: positions of each pair that these attend to.
+        batch_size: as in `plan`.
+        batch_tokens: as in `plan`, of both together.
+        query_padding: padding of queries at most, in all pairs that are planned together. Queries of equal length are.
+        padding_tokens: as in `plan`, of both together.
+
+    Yields:
+        Lists of positions into `queries`; every position occurs once.
+    """
+    by_length: dict[int, list[int]] = {}
+    for position, length in enumerate(queries):
+        by_length.setdefault(length, []).append(position)
+    groups: list[list[int]] = []
+    longest = padding = 0
+    for length in sorted(by_length, reverse=True):
+        padding += (longest - length) * len(by_length[length])
+        if not groups or padding > query_padding:
+            groups.append([])
+            longest, padding = length, 0
+        groups[-1] += by_length[length]
+    for group in groups:
+        lengths = [queries[position] + passages[position] for position in group]
+        for batch in plan(lengths, batch_size=batch_size, batch_tokens=batch_tokens, padding_tokens=padding_tokens):
+            yield [group[place] for place in batch]
+
+
 def launch_tokens(device_type: str) -> int:
     """How many tokens of work the fixed cost of a forward pass is worth.
 

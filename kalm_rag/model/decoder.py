@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kalm_rag.model.batching import launch_tokens, plan, run_halving
+from kalm_rag.model.batching import launch_tokens, plan_pairs, run_halving
 from kalm_rag.model.loading import LoadedModel
 from kalm_rag.model.padding import host_integers, right_pad, right_pad_states, to_device
 from kalm_rag.model.pooling import PassageStates
@@ -79,11 +79,14 @@ class Decoder:
     def margins(self, pairs: Sequence[Pair], progress: Progress | None = None) -> list[float]:
         """`z_yes - z_no` of each pair, in input order; not finite where the model overflows."""
         found = [0.0] * len(pairs)
-        batches = plan(
-            [len(pair.prompt.ids) + len(pair.passage.states) for pair in pairs],
+        launch = launch_tokens(self._loaded.device.type)
+        batches = plan_pairs(
+            [len(pair.prompt.ids) for pair in pairs],
+            [len(pair.passage.states) for pair in pairs],
             batch_size=self._settings.batch_size,
             batch_tokens=self._settings.batch_tokens,
-            padding_tokens=launch_tokens(self._loaded.device.type),
+            query_padding=launch,
+            padding_tokens=launch,
         )
         for batch in batches:
             with self._turns.of("score") as turn:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kalm_rag.model.batching import launch_tokens, plan, run_halving
+from kalm_rag.model.batching import launch_tokens, plan_pairs, run_halving
 from kalm_rag.model.compact import CompactKV, Expansion, Reference, rows_of
 from kalm_rag.model.decoder import YesNoHead
 from kalm_rag.model.first_pass import AssumedKV
@@ -126,7 +126,7 @@ class PrefilledDecoder:
 
     def batches(self, prefix: PromptPrefix, passages: Sequence[PassageStates]) -> Iterator[list[int]]:
         """Positions into `passages` that are prefilled together."""
-        return self._plan([len(prefix) + len(passage.states) for passage in passages])
+        return self._plan([len(prefix)] * len(passages), [len(passage.states) for passage in passages])
 
     def margins(
         self, prefix: PromptPrefix, pairs: Sequence[PrefilledPair], reference: Reference | None = None
@@ -140,7 +140,8 @@ class PrefilledDecoder:
         """
         found = [0.0] * len(pairs)
         prefix_length = len(prefix)
-        for batch in self._plan([len(pair.prompt.ids) - prefix_length + pair.passage.positions for pair in pairs]):
+        queries = [len(pair.prompt.ids) - prefix_length for pair in pairs]
+        for batch in self._plan(queries, [pair.passage.positions for pair in pairs]):
             with self._turns.of("score") as turn:
                 rows = [pairs[place] for place in batch]
                 margins = run_halving(lambda rows: self._forward(prefix_length, rows, reference), rows)
@@ -149,15 +150,18 @@ class PrefilledDecoder:
                 found[place] = margin
         return found
 
-    def _plan(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+    def _plan(self, queries: Sequence[int], passages: Sequence[int]) -> Iterator[list[int]]:
         on_cpu = self._loaded.device.type == "cpu"
-        return plan(
-            lengths,
+        launch = launch_tokens(self._loaded.device.type)
+        return plan_pairs(
+            queries,
+            passages,
             # A GPU takes a whole candidate list in one pass.
             batch_size=self._settings.batch_size * (1 if on_cpu else 8),
             batch_tokens=self._settings.batch_tokens,
-            # Only attention sees padding here, and it is a twentieth of the work of a pass.
-            padding_tokens=20 * launch_tokens(self._loaded.device.type),
+            query_padding=launch,
+            # Only attention sees padding of passages here, and it is a twentieth of the work of a pass.
+            padding_tokens=20 * launch,
         )
 
     def _forward(self, prefix_length: int, pairs: Sequence[PrefilledPair], reference: Reference | None) -> list[float]:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kalm_rag import KaLMReranker, PassageCache
-from kalm_rag.model.batching import plan
+from kalm_rag.model.batching import plan, plan_pairs
 from kalm_rag.model.pooling import PassageStates, mean_groups
 from kalm_rag.utils.checks import warn_untrained
 from kalm_rag.utils.margins import probability
@@ -110,6 +110,32 @@ def test_plan_keeps_padding_small_and_batches_few() -> None:
     options = {"batch_size": 32, "batch_tokens": 16384}
     assert list(map(len, plan([10, 500] * 16, padding_tokens=128, **options))) == [16, 16]
     assert list(map(len, plan([10, 500] * 16, padding_tokens=1 << 20, **options))) == [32]
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 60), st.integers(0, 300)), max_size=60), st.integers(1, 9), st.integers(0, 500)
+)
+def test_pairs_are_covered_once_and_short_queries_are_not_padded(
+    pairs: list[tuple[int, int]], size: int, padding: int
+) -> None:
+    queries, passages = [query for query, _ in pairs], [passage for _, passage in pairs]
+    options = {"batch_size": size, "batch_tokens": 900, "padding_tokens": 1 << 20}
+    batches = list(plan_pairs(queries, passages, query_padding=padding, **options))
+    assert sorted(place for batch in batches for place in batch) == list(range(len(pairs)))
+    for batch in batches:
+        assert len(batch) <= size
+        assert sum(max(queries[place] for place in batch) - queries[place] for place in batch) <= padding
+        assert len(batch) == 1 or len(batch) * max(queries[place] + passages[place] for place in batch) <= 900
+    one_length = list(plan_pairs([7] * len(pairs), passages, query_padding=0, **options))
+    assert one_length == list(plan([7 + passage for passage in passages], **options))
+
+
+def test_few_short_queries_share_the_pass_of_longer_ones() -> None:
+    options = {"batch_size": 32, "batch_tokens": 16384, "query_padding": 128, "padding_tokens": 2560}
+    assert list(map(len, plan_pairs([20, 12] * 8, [100] * 16, **options))) == [16]
+    assert list(map(len, plan_pairs([20, 12] * 32, [100] * 64, **options))) == [32, 32]
+    found = [sorted(batch) for batch in plan_pairs([20, 12] * 24, [100] * 48, **options)]
+    assert found == [list(range(0, 48, 2)), list(range(1, 48, 2))]
 
 
 @pytest.mark.parametrize("margin", [-1000.0, -14.1875, -1.0, 0.0, 8.78125, 1000.0])
