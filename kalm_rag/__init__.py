@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kalm_rag.adapters import Options
     from kalm_rag.cache import PassageCache
     from kalm_rag.reranker import KaLMReranker
+    from kalm_rag.reranker.rankings import Rankings
     from kalm_rag.results import EncodeReport, PartialRanking, RankedPassage, Ranking, UnscoredPassage
     from kalm_rag.thresholds import ThresholdProfile
     from kalm_rag.utils.fusion import FirstStage
@@ -35,6 +36,7 @@ __all__ = [
     "PassageCache",
     "RankedPassage",
     "Ranking",
+    "Rankings",
     "ThresholdProfile",
     "UnscoredPassage",
     "__version__",
@@ -49,6 +51,7 @@ _HOMES = {
     "PassageCache": "kalm_rag.cache",
     "RankedPassage": "kalm_rag.results",
     "Ranking": "kalm_rag.results",
+    "Rankings": "kalm_rag.reranker.rankings",
     "ThresholdProfile": "kalm_rag.thresholds",
     "UnscoredPassage": "kalm_rag.results",
 }

@@ -173,6 +173,27 @@ def _is_one_document(documents: Any, text: TextOf[Any] | None) -> bool:
     return framework_text_name(documents) is not None
 
 
+def iter_queries(queries: object) -> Iterator[str]:
+    """Yield the queries of any iterable, as given.
+
+    Raises:
+        TypeError: `queries` is one query instead of a list of them, or no list of strings; the message names the
+            position and what was found there.
+    """
+    if isinstance(queries, str):
+        msg = f"queries must be a list of strings, got one {type(queries).__name__}: {queries!r:.80}; give [query]"
+        raise TypeError(msg)
+    values = _check_iterable(
+        queries,
+        "queries must be a list of strings",
+        mapping="list(queries.values())",
+        frame='df["query"]',
+        dimensions=1,
+    )
+    for position, query in enumerate(values):
+        yield check_string(f"queries[{position}]", query)
+
+
 def iter_pairs(pairs: object) -> Iterator[tuple[str, str]]:
     """Yield the query and the passage of each pair, as given; rows of a numpy array of strings are pairs too.
 

@@ -60,7 +60,8 @@ class RankedPassage(Shown, Generic[D_co]):
             `top_k`).
         span: with `long_passages="windows"`, the best window of a passage that was split: the place of its first
             character in the text that was given, and the place after its last. Score and margin are that window's.
-        fused: what the passage is ranked by if `rank` was given the first stage's scores, else None.
+        fused: what the passage is ranked by if `rank` was given the first stage's scores, or in `Rankings.fused`;
+            else None.
         scored: True; False in `UnscoredPassage`.
     """
 

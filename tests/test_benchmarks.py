@@ -43,6 +43,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         *(
             "eviction.py",
             "repeats.py",
+            "many_queries.py",
             "refine.py",
             "windows.py",
             "highlight.py",
@@ -81,6 +82,10 @@ def test_script(script: str, tmp_path: Path, run: Callable[..., dict[str, Any]])
         ]
         assert all(item["scored"] == 1.0 for item in found["results"] if item["budget_ms"] is None)
         assert len(found["small_calls"]) == 3
+    if script == "many_queries.py":
+        found = json.loads(written.read_text())["results"]
+        assert len(found) == 5
+        assert all(item["difference"] <= 1e-5 for item in found)
     if script == "refine.py":
         assert [item["changed"] for item in json.loads(written.read_text())["quality"]] == [0]
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kalm_rag.cache import ForgetReport, PassageCache, Store
-from kalm_rag.documents import TextOf, iter_documents, iter_pairs, repair_text
+from kalm_rag.documents import TextOf, iter_documents, iter_pairs, iter_queries, repair_text
 from kalm_rag.latency.records import BackgroundStats, RerankerStats
 from kalm_rag.reranker.ranking import RankingModel
-from kalm_rag.results import D, EncodeReport, Estimate, PrefillStats
+from kalm_rag.reranker.rankings import Rankings
+from kalm_rag.results import D, EncodeReport, Estimate, PrefillStats, ranked_passage
 from kalm_rag.settings import (
     AT_ONCE,
     DEFAULT_INSTRUCTION,
@@ -27,6 +28,8 @@ from kalm_rag.settings import (
     PrefillStorage,
     Settings,
 )
+from kalm_rag.thresholds import ThresholdLike, read_limit
+from kalm_rag.utils.checks import check_positive
 from kalm_rag.utils.paths import DEFAULT, user_path
 from kalm_rag.utils.progress import Progress
 from kalm_rag.utils.recording import recording
@@ -208,6 +211,66 @@ class KaLMReranker(RankingModel):
         self._tell(recorded, scored, len(scored))
         return [score.probability for score in scored]
 
+    def rank_many(
+        self,
+        queries: Iterable[str],
+        documents: Iterable[D],
+        top_k: int | None = None,
+        instruction: str | None = None,
+        ratio: int | None = None,
+        threshold: ThresholdLike | None = None,
+        show_progress: bool | None = None,
+        *,
+        text: TextOf[D] | None = None,
+        calibrated: bool = False,
+    ) -> Rankings[D]:
+        """Order the same passages for each of several queries, such as reformulations of one question.
+
+        The scores are those of a call of `rank` per query. Each passage is looked up, encoded and prefilled once for
+        all queries (with `prefill_memory=0` every pair runs its full prompt, as in `rank`), and pairs of all queries
+        share forward passes. Equal queries are computed once. Every pair gets its exact score, so that `refine` saves
+        nothing.
+
+        Args:
+            queries: the queries, in any iterable with an order.
+            documents: as in `rank`; the passages of all queries.
+            top_k: how many to return for each query, default all.
+            instruction: for this call, instead of the instance's.
+            ratio: for this call, instead of the instance's.
+            threshold: as in `rank`, for each query.
+            show_progress: for this call, instead of the instance's.
+            text: as in `rank`.
+            calibrated: as in `rank`.
+
+        Returns:
+            A list of one `Ranking` per query, in the order given; its `fused` makes one ranking of them. No queries, or
+            no passages, need no model.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong; the message names it and its value.
+            CheckpointError: the model cannot be found or used.
+            ScoringError: the model gave non-finite numbers.
+        """
+        with recording() as recorded:
+            asked = [repair_text(query) for query in iter_queries(queries)]
+            limit = read_limit(threshold, calibrated)
+            wanted = limit.wanted(None if top_k is None else check_positive("top_k", top_k))
+            given = list(iter_documents(documents, text))
+            self.repairs.add(sum(changed for _, changed in asked) + sum(passage.repaired for passage in given))
+            pairs = [(query, passage.text) for query, _ in asked for passage in given]
+            scored = self._score(pairs, instruction, ratio, show_progress, profile=limit.profile)
+            left = iter(scored)
+            hits = [
+                [
+                    ranked_passage(index, limit.shown(score.margin), score, passage, query_repaired)
+                    for index, (passage, score) in enumerate(zip(given, islice(left, len(given)), strict=True))
+                ]
+                for _, query_repaired in asked
+            ]
+            rankings = Rankings(hits, wanted)
+        rankings.counts, rankings.timings = self._tell(recorded, scored, sum(map(len, rankings)))
+        return rankings
+
     def encode(
         self, documents: Iterable[D], show_progress: bool | None = None, *, text: TextOf[D] | None = None
     ) -> EncodeReport:
@@ -285,6 +348,25 @@ class KaLMReranker(RankingModel):
         from kalm_rag.windows.passages import estimate_passages
 
         return estimate_passages(self.scorer, [passage.text for passage in iter_documents(documents, text)])
+
+    async def arank_many(
+        self,
+        queries: Iterable[str],
+        documents: Iterable[D],
+        top_k: int | None = None,
+        instruction: str | None = None,
+        ratio: int | None = None,
+        threshold: ThresholdLike | None = None,
+        show_progress: bool | None = None,
+        *,
+        text: TextOf[D] | None = None,
+        calibrated: bool = False,
+    ) -> Rankings[D]:
+        """`rank_many` for asynchronous programs; see `arank`."""
+        rank_many = partial(self.rank_many, text=text, calibrated=calibrated)
+        return await self._calls.run(
+            "rank", rank_many, queries, documents, top_k, instruction, ratio, threshold, show_progress
+        )
 
     async def apredict(
         self,

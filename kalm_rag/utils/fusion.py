@@ -1,4 +1,4 @@
-"""Joins a reranker's margins with the scores of the first stage. This module knows numbers only."""
+"""Joins a reranker's margins with other scores of the same candidates. This module knows numbers only."""
 
 from __future__ import annotations
 
@@ -50,10 +50,19 @@ class FirstStage:
     def fused(self, margins: Sequence[float]) -> list[float]:
         """Return the joined score of each passage, in the order given."""
         if self.fusion == "rrf":
-            pairs = zip(_ranks(margins), _ranks(self.scores), strict=True)
-            return [1 / (RRF_CONSTANT + one) + 1 / (RRF_CONSTANT + other) for one, other in pairs]
+            return reciprocal_ranks([margins, self.scores])
         scaled = zip(_scaled(margins), _scaled(self.scores), strict=True)
         return [self.weight * margin + (1 - self.weight) * score for margin, score in scaled]
+
+
+def reciprocal_ranks(scores: Sequence[Sequence[float]], k: int = RRF_CONSTANT) -> list[float]:
+    """Return each candidate's sum of 1 / (k + rank) over several orders.
+
+    Args:
+        scores: for each order, one number per candidate, higher is better; equal ones share the best rank.
+        k: the method's constant, at least 0.
+    """
+    return [sum(1 / (k + rank) for rank in ranks) for ranks in zip(*map(_ranks, scores), strict=True)]
 
 
 def best_first(margins: Sequence[float], first_stage: FirstStage | None) -> list[tuple[int, float | None]]:

@@ -37,7 +37,12 @@ def score_passages(
         limit: as in `Scorer.score`; a passage is reached if all of its windows are.
     """
     split = scorer.windows.split(text for _, text in pairs)
-    unique = list(dict.fromkeys((query, part) for query, text in pairs for part in split[text].texts))
+    # The queries of a passage or window stay together, so that it is read and prefilled once, whatever memory holds.
+    queries: dict[str, dict[str, None]] = {}
+    for query, text in pairs:
+        for part in split[text].texts:
+            queries.setdefault(part, {})[query] = None
+    unique = [(query, part) for part, own in queries.items() for query in own]
     if wanted is not None:
         wanted = wanted.of_windows([len(split[text].texts) for _, text in pairs])
     found: dict[tuple[str, str], Score] = {}

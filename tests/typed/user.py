@@ -28,6 +28,7 @@ from kalm_rag import (
     PassageCache,
     RankedPassage,
     Ranking,
+    Rankings,
     ThresholdProfile,
     UnscoredPassage,
 )
@@ -61,6 +62,10 @@ def core(folder: Path) -> None:
         rows = reranker.rank("query", [Row("one")], text=lambda row: row.body)
         assert_type(rows[0].document.body, str)
         assert_type(reranker.rank("query", (Row(text) for text in "ab"), text="body")[0].document, Row)
+        many = reranker.rank_many(["one query", "another"], ["one", "two"], top_k=1)
+        assert_type(many, Rankings[str])
+        assert_type(many[0], Ranking[str])
+        assert_type(many.fused("reciprocal_rank", top_k=1)[0].document.upper(), str)
         passages = reranker.rank("query", [LangChainDocument("one")])
         assert_type(passages[0].document.page_content, str)
         partial = reranker.rank("query", ["one"], budget_ms=150)
@@ -90,6 +95,7 @@ async def asynchronous(reranker: KaLMReranker) -> None:
     """The asynchronous twins."""
     assert_type(await reranker.arank("query", ["one"]), Ranking[str])
     assert_type(await reranker.arank("query", ["one"], budget_ms=0.5), PartialRanking[str])
+    assert_type(await reranker.arank_many(["query"], [Row("one")], text="body"), Rankings[Row])
     assert_type(await reranker.apredict([("query", "one")]), list[float])
     assert_type(await reranker.aencode(["one"]), EncodeReport)
 
