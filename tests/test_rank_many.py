@@ -181,13 +181,13 @@ class TestFused:
         ranks = {"w": (1, 3, 4), "x": (2, 1, 2), "y": (4, 4, 3), "z": (2, 2, 1)}
         for k in (60, 0, 5):
             values = {name: sum(1 / (k + rank) for rank in own) for name, own in ranks.items()}
-            summed = found.fused("reciprocal_rank", k=k)
+            summed = found.fused("rrf", k=k)
             assert {hit.document: hit.fused for hit in summed} == pytest.approx(values)
             assert [hit.document for hit in summed] == sorted("wxyz", key=lambda name: -values[name])
             assert {hit.index: hit.margin for hit in summed} == {hit.index: hit.margin for hit in largest}
-        assert found.fused("reciprocal_rank") == found.fused("reciprocal_rank", k=60)
+        assert found.fused("rrf") == found.fused("rrf", k=60)
 
-    @pytest.mark.parametrize("how", ["max", "reciprocal_rank"])
+    @pytest.mark.parametrize("how", ["max", "rrf"])
     def test_what_a_ranking_left_out_counts(self, how: Any) -> None:
         whole = self.rankings(Wanted())
         assert self.rankings(Wanted(top_k=1)).fused(how) == whole.fused(how)
@@ -201,10 +201,10 @@ class TestFused:
         assert len(whole.fused(how)) == 4, "as documented, whatever the list has become"
 
     def test_equal_ones_keep_their_order(self) -> None:
-        for how in ("max", "reciprocal_rank"):
+        for how in ("max", "rrf"):
             found = self.rankings(Wanted(), [[1.0, 2.0, 2.0, 1.0], [2.0, 1.0, 1.0, 2.0]]).fused(how)  # type: ignore[arg-type]
             assert [hit.document for hit in found] == list("wxyz")
-        twice = self.rankings(Wanted(), [[2.0, 1.0], [2.0, 1.0], [1.0, 2.0]]).fused("reciprocal_rank", k=0)
+        twice = self.rankings(Wanted(), [[2.0, 1.0], [2.0, 1.0], [1.0, 2.0]]).fused("rrf", k=0)
         assert [hit.fused for hit in twice] == [2.5, 2.0], "a query that is given twice counts twice"
 
     @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ class TestFused:
         for same in (copy.copy(found), copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
             assert type(same) is Rankings
             assert same == found == list(found)
-            assert same.fused("reciprocal_rank") == found.fused("reciprocal_rank")
+            assert same.fused("rrf") == found.fused("rrf")
 
     def test_it_shows_itself(self) -> None:
         lines = repr(self.rankings(Wanted(top_k=1))).splitlines()
@@ -242,7 +242,7 @@ def test_thresholds_calibration_and_the_asynchronous_twin(reranker: KaLMReranker
     profile = make_profile(reranker.scorer.identity.mark, middle)
     found = reranker.rank_many(queries, some, 2, threshold=profile, calibrated=True)
     assert found == [reranker.rank(query, some, 2, threshold=profile, calibrated=True) for query in queries]
-    fused = found.fused("reciprocal_rank")
+    fused = found.fused("rrf")
     assert {hit.index for hit in fused} == {hit.index for ranking in whole for hit in ranking if hit.margin >= middle}
     assert [hit.score for hit in fused] == [profile.calibrated(hit.margin) for hit in fused]
     documents = [{"body": text} for text in some]
@@ -264,9 +264,9 @@ def test_iterables_are_read_once(reranker: KaLMReranker) -> None:
 def test_nothing_to_rank_needs_no_model() -> None:
     reranker = KaLMReranker("/nowhere", cache=None)
     nothing = reranker.rank_many([], ["passage"])
-    assert (nothing, nothing.fused(), nothing.fused("reciprocal_rank")) == ([], [], [])
+    assert (nothing, nothing.fused(), nothing.fused("rrf")) == ([], [], [])
     empty = reranker.rank_many(["q", "r"], [], threshold=0.5)
-    assert (empty, empty.fused(), empty.fused("reciprocal_rank")) == ([[], []], [], [])
+    assert (empty, empty.fused(), empty.fused("rrf")) == ([[], []], [], [])
     with pytest.raises(TypeError, match=r"documents\[1\] must be a string"):
         reranker.rank_many([], ["passage", None])  # type: ignore[list-item]
 

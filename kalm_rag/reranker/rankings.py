@@ -14,7 +14,7 @@ from kalm_rag.utils.refining import Wanted
 if TYPE_CHECKING:
     from kalm_rag.latency.records import RankCounts, Timings
 
-How = Literal["max", "reciprocal_rank"]
+How = Literal["max", "rrf"]
 """How `Rankings.fused` orders passages."""
 
 
@@ -53,14 +53,14 @@ class Rankings(list[Ranking[D]]):
         """Make one ranking of the rankings of all queries.
 
         Every passage counts with its margin for every query, whatever the `top_k` of `rank_many` left out, and
-        whatever this list has become since. A query that was given twice counts twice in `reciprocal_rank`.
+        whatever this list has become since. A query that was given twice counts twice in `rrf`.
 
         Args:
-            how: `max` takes a passage's largest margin over the queries; `reciprocal_rank` adds 1 / (k + rank) over the
+            how: `max` takes a passage's largest margin over the queries; `rrf` adds 1 / (k + rank) over the
                 queries, where a passage has the rank that it has among all passages for that query, from 1. Equal
                 margins share the best rank.
             top_k: how many to return, default all.
-            k: the constant of `reciprocal_rank`, 60 in the method's paper. A smaller one gives the first ranks more
+            k: the constant of `rrf`, 60 in the method's paper. A smaller one gives the first ranks more
                 weight.
 
         Returns:
@@ -76,7 +76,7 @@ class Rankings(list[Ranking[D]]):
         k = check_count("k", k)
         best = [max(same, key=lambda hit: hit.margin) for same in zip(*self._hits, strict=True)]
         values = [hit.margin for hit in best]
-        if how == "reciprocal_rank":
+        if how == "rrf":
             values = reciprocal_ranks([[hit.margin for hit in own] for own in self._hits], k)
         order = [place for place, _ in best_first(values, None)]
         return self._shown([replace(best[place], fused=values[place]) for place in order], top_k)

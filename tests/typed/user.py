@@ -65,7 +65,7 @@ def core(folder: Path) -> None:
         many = reranker.rank_many(["one query", "another"], ["one", "two"], top_k=1)
         assert_type(many, Rankings[str])
         assert_type(many[0], Ranking[str])
-        assert_type(many.fused("reciprocal_rank", top_k=1)[0].document.upper(), str)
+        assert_type(many.fused("rrf", top_k=1)[0].document.upper(), str)
         passages = reranker.rank("query", [LangChainDocument("one")])
         assert_type(passages[0].document.page_content, str)
         partial = reranker.rank("query", ["one"], budget_ms=150)
