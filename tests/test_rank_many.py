@@ -210,7 +210,7 @@ class TestFused:
     @pytest.mark.parametrize(
         ("arguments", "error", "message"),
         [
-            ({"how": "rrf"}, ValueError, r"how must be one of \('max', 'reciprocal_rank'\), got 'rrf'"),
+            ({"how": "sum"}, ValueError, r"how must be one of \('max', 'rrf'\), got 'sum'"),
             ({"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
             ({"k": -1}, ValueError, "k must be at least 0, got -1"),
             ({"k": 0.5}, TypeError, "k must be an integer, got 0.5"),
