@@ -45,6 +45,7 @@ CHANGED: dict[str, Any] = {
     "window_tokens": 100,
     "window_overlap": 10,
     "max_windows": 5,
+    "encode_in_background": False,
     "show_progress": False,
     "local_files_only": True,
     "cache_memory": 1_000_000,
@@ -210,6 +211,7 @@ def test_credentials_stay_out_of_files_and_words(adapter: Adapter, given: dict[s
         ({"prefill_memory": "1 GB"}, "or \"auto\" for a share of the free memory, got '1 GB'"),
         ({"score_memory": True}, "score_memory must be a number of bytes"),
         ({"prefill_storage": "int4"}, "prefill_storage must be one of"),
+        ({"encode_in_background": 1}, "encode_in_background must be True or False"),
         ({"show_progress": "yes"}, "show_progress must be True or False"),
         ({"local_files_only": 1}, "local_files_only must be True or False"),
         ({"cache_memory": "1 GB"}, "cache_memory must be a number of bytes"),
@@ -403,6 +405,138 @@ def test_the_compact_form_is_read_from_the_folder(adapter: Adapter, given: dict[
     stats = reader.prefill_stats()
     assert stats is not None
     assert stats.counters.stored == len(TEXTS)
+
+
+class TestBudgets:
+    """A call that leaves documents out; those that the cache holds are known."""
+
+    KNOWN = (1, 3)
+
+    @pytest.fixture
+    def known(self, adapter: Adapter, given: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of an adapter whose cache holds two of the documents and gets no more by itself."""
+        documents = adapter.documents(TEXTS)
+        plain = adapter.make(**given)
+        plain.reranker.encode([documents[number] for number in self.KNOWN])
+        plain.reranker.cache.flush()
+        return {**given, "options": {"encode_in_background": False}}
+
+    def test_what_was_not_reached_follows_without_a_score(self, adapter: Adapter, known: dict[str, Any]) -> None:
+        documents = adapter.documents(TEXTS)
+        found = adapter.rank(adapter.make(**known, on_unknown="skip"), documents)
+        plain = KaLMReranker(known["model"], cache=None, device="cpu")
+        wanted = plain.rank(QUERY, [documents[number] for number in self.KNOWN])
+        assert [score_of(document) for document in found[:2]] == pytest.approx([hit.score for hit in wanted], abs=1e-5)
+        assert [adapter.metadata(document)["relevance_margin"] for document in found[:2]] == pytest.approx(
+            [hit.margin for hit in wanted], abs=1e-5
+        )
+        assert [text_of(document) for document in found[2:]] == [TEXTS[number] for number in (0, 2, 4)]
+        for document in found[2:]:
+            metadata = adapter.metadata(document)
+            assert set(metadata) == {"mine", *HIT_KEYS}, "LangChain has no relevance_score"
+            assert getattr(document, "score", None) is None
+            assert {name for name in HIT_KEYS if metadata[name] is not None} == {
+                "relevance_scored", "query_truncated", "passage_repaired", "query_repaired",
+            }  # fmt: skip
+        assert [adapter.metadata(document)["relevance_scored"] for document in found] == [True] * 2 + [False] * 3
+        assert all(set(adapter.metadata(document)) == {"mine"} for document in documents), "the input is untouched"
+
+    def test_nothing_of_an_earlier_ranking_is_left(
+        self, adapter: Adapter, given: dict[str, Any], tmp_path: Path
+    ) -> None:
+        before = adapter.rank(adapter.make(**given), adapter.documents(TEXTS))
+        elsewhere = {**given, "cache": str(tmp_path / "empty"), "options": {"encode_in_background": False}}
+        found = adapter.rank(adapter.make(**elsewhere, on_unknown="skip"), before)
+        assert [text_of(document) for document in found] == [text_of(document) for document in before]
+        for document in found:
+            assert set(adapter.metadata(document)) == {"mine", *HIT_KEYS}
+            assert adapter.metadata(document)["relevance_margin"] is None
+            assert getattr(document, "score", None) is None
+
+    def test_a_threshold_does_not_cut_them_and_the_number_counts_them(
+        self, adapter: Adapter, known: dict[str, Any]
+    ) -> None:
+        documents = adapter.documents(TEXTS)
+        best = score_of(adapter.rank(adapter.make(**known, on_unknown="skip"), documents)[0])
+        limited = adapter.make(**known, on_unknown="skip", score_threshold=best - 1e-5)
+        found = adapter.rank(limited, documents)
+        assert [adapter.metadata(document)["relevance_scored"] for document in found] == [True] + [False] * 3
+        for name, made in first_three(known).items():
+            ranked = ADAPTERS[name].rank(made, ADAPTERS[name].documents(TEXTS))
+            assert len(ranked) == 3
+            assert ADAPTERS[name].metadata(ranked[-1])["relevance_scored"] is False
+
+    def test_a_budget(self, adapter: Adapter, given: dict[str, Any]) -> None:
+        documents = adapter.documents(TEXTS)
+        given = {**given, "options": {"encode_in_background": False, "score_memory": 0}}
+        plain = adapter.rank(adapter.make(**given), documents)
+        found = adapter.rank(adapter.make(**given, budget_ms=60_000_000), documents)
+        assert [score_of(document) for document in found] == pytest.approx(
+            [score_of(document) for document in plain], abs=1e-5
+        )
+        found = adapter.rank(adapter.make(**given, budget_ms=1e-6), documents)
+        assert [text_of(document) for document in found] == TEXTS
+        assert not any(adapter.metadata(document)["relevance_scored"] for document in found)
+
+    def test_they_survive_a_file(self, adapter: Adapter, known: dict[str, Any]) -> None:
+        made = adapter.make(**known, budget_ms=250, on_unknown="skip")
+        for same in (adapter.saved(made), pickle.loads(pickle.dumps(made))):
+            assert same == made
+            assert (same.budget_ms, same.on_unknown) == (250.0, "skip")
+            assert type(same.budget_ms) is float
+        default = adapter.saved(adapter.make(**known))
+        assert (default.budget_ms, default.on_unknown) == (None, None)
+        assert default != made
+
+    @MODES
+    def test_for_one_call(self, adapter: Adapter, known: dict[str, Any], mode: str) -> None:
+        documents = adapter.documents(TEXTS)
+        made = adapter.make(**known)
+        for options, scored in (({"on_unknown": "skip"}, 2), ({"budget_ms": 1e-6}, 0), ({}, 5)):
+            query = f"{QUERY} {scored}"  # no score is remembered
+            found: Any
+            if isinstance(made, KalmReranker):
+                step, call = made.as_runnable(), {"query": query, "documents": documents, **options}
+                found = step.invoke(call) if mode == "sync" else asyncio.run(step.ainvoke(call))
+            elif isinstance(made, KalmRerank):
+                bundle: Any = KalmQueryBundle(query, **options)
+                found = (
+                    made.postprocess_nodes(documents, bundle)
+                    if mode == "sync"
+                    else asyncio.run(made.apostprocess_nodes(documents, bundle))
+                )
+            else:
+                run = made.run if mode == "sync" else lambda *given, **more: asyncio.run(made.run_async(*given, **more))
+                found = run(query, documents, **options)["documents"]
+            flags = [adapter.metadata(document)["relevance_scored"] for document in found]
+            assert flags == [True] * scored + [False] * (5 - scored)
+
+    @pytest.mark.parametrize("wrong", [0, -5, float("nan"), float("inf"), "100", True, [1]])
+    def test_what_is_no_budget(self, adapter: Adapter, wrong: Any) -> None:
+        with pytest.raises((ValueError, TypeError), match=r"budget_ms must be (above 0 mill|a number|a finite number)"):
+            adapter.make(budget_ms=wrong)
+
+    @pytest.mark.parametrize("wrong", ["drop", "", 1, True])
+    def test_what_is_no_way(self, adapter: Adapter, wrong: Any) -> None:
+        with pytest.raises((ValueError, TypeError), match=r"on_unknown must be one of \('wait', 'skip'\), got"):
+            adapter.make(on_unknown=wrong)
+
+
+def first_three(given: dict[str, Any]) -> dict[str, Any]:
+    """Adapters that return three documents, of which two are known."""
+    given = {**given, "on_unknown": "skip"}
+    return {
+        "langchain": KalmReranker(**given, top_n=3),
+        "llama-index": KalmRerank(**given, top_n=3),
+        "haystack": on_haystack(KalmRanker)(**given, top_k=3),
+    }
+
+
+def text_of(document: Any) -> str:
+    """The content without metadata."""
+    if isinstance(document, LangChainDocument):
+        return document.page_content
+    return str(document.node.text if isinstance(document, NodeWithScore) else document.content)
 
 
 class TestThresholds:

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias, get_args
 from kalm_rag.adapters.options import Options, OptionsLike
 from kalm_rag.cache import PassageCache, Store
 from kalm_rag.cache.passage_cache import Keep
+from kalm_rag.latency.limit import check_milliseconds, check_on_unknown
 from kalm_rag.model.checkpoint import clean_token
 from kalm_rag.thresholds import ThresholdLike, ThresholdProfile, check_threshold
 from kalm_rag.utils.checks import check_choice, check_dtype, check_flag, check_positive, check_text
@@ -104,6 +105,8 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "top_k": _or_none(check_positive),
     "score_threshold": _or_none(_check_threshold),
     "calibrated": check_flag,
+    "budget_ms": _or_none(check_milliseconds),
+    "on_unknown": _or_none(check_on_unknown),
     "keep_retrieval_score": check_flag,
     "options": lambda _, value: Options.of(value),
     "embedding_separator": check_text,

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, cast, get_args
 
 from kalm_rag.utils.checks import check_choice, check_finite
 from kalm_rag.utils.costs import Work
@@ -51,14 +51,25 @@ def limit_of(budget_ms: object, on_unknown: object, began: float) -> TimeLimit |
         TypeError, ValueError: one is wrong; the message names it and its value.
     """
     if on_unknown is not None:
-        check_choice("on_unknown", on_unknown, ("wait", "skip"))
+        check_on_unknown("on_unknown", on_unknown)
     if budget_ms is None:
         return TimeLimit(None, encodes=False) if on_unknown == "skip" else None
-    budget = check_finite("budget_ms", budget_ms)
+    return TimeLimit(began + check_milliseconds("budget_ms", budget_ms) / 1000, encodes=on_unknown != "skip")
+
+
+def check_milliseconds(name: str, value: object) -> float:
+    """Return a budget as a `float` if it is a finite number above 0, else raise with the name and the value."""
+    budget = check_finite(name, value)
     if budget <= 0:
-        msg = f"budget_ms must be above 0 milliseconds, got {budget_ms!r:.80}; leave it out to wait for all passages"
+        msg = f"{name} must be above 0 milliseconds, got {value!r:.80}; leave it out to wait for all passages"
         raise ValueError(msg)
-    return TimeLimit(began + budget / 1000, encodes=on_unknown != "skip")
+    return budget
+
+
+def check_on_unknown(name: str, value: object) -> OnUnknown:
+    """Return what becomes of passages that are not encoded, if it is a known way, else raise likewise."""
+    check_choice(name, value, get_args(OnUnknown))
+    return cast("OnUnknown", value)
 
 
 def budget_left(budget_ms: object, began: float) -> object:

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from kalm_rag import cli
 from kalm_rag.cache import DiskStore, StoreError
+from kalm_rag.latency.background import Background
 
 
 def run(*arguments: str, stdin: str = "", columns: str = "80") -> subprocess.CompletedProcess[str]:
@@ -43,6 +45,47 @@ def test_rank_from_standard_input_in_a_table(checkpoint: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "first [red]passage[/red]" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_rank_lists_what_was_not_reached_without_a_score(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (tmp_path / "known.txt").write_text("about c\n")
+    (tmp_path / "all.txt").write_text("".join(f"about {name}\n" for name in "abc"))
+
+    def ranked(file: str, *options: str) -> str:
+        given = [str(tmp_path / file), "--model", str(checkpoint), "--cache", str(tmp_path / "cache"), *options]
+        monkeypatch.setattr(sys, "argv", ["kalm-rag", "rank", "query", *given])
+        with pytest.raises(SystemExit) as done:
+            cli.main()
+        assert done.value.code == 0
+        return capsys.readouterr().out
+
+    [alone] = json.loads(ranked("known.txt", "--json"))
+    assert alone["scored"] is True
+    # What waits in the background is not encoded, so that the next command does not find it.
+    monkeypatch.setattr(Background, "add", lambda *_: None)
+    hits = json.loads(ranked("all.txt", "--on-unknown", "skip", "--json"))
+    assert [(hit["index"], hit["scored"]) for hit in hits] == [(2, True), (0, False), (1, False)]
+    assert hits[0]["score"] == pytest.approx(alone["score"], abs=1e-5)
+    for hit in hits[1:]:
+        assert hit.keys() == alone.keys()
+        assert [hit[name] for name in ("score", "margin", "exact", "span", "passage_truncated")] == [None] * 5
+    lines = ranked("all.txt", "--on-unknown", "skip").splitlines()
+    assert re.fullmatch(r" +1 +0\.\d{4} +2 +about c *", lines[1])
+    assert re.fullmatch(r" +2 +0 +about a *", lines[2])
+    assert "2 of 3 passages were not reached and have no score." in lines[4]
+    assert ranked("all.txt", "--budget-ms", "0.000001").count("0.") == 0
+    monkeypatch.undo()
+    ranked("all.txt", "--on-unknown", "skip")
+    found = json.loads(ranked("all.txt", "--on-unknown", "skip", "--json"))
+    assert all(hit["scored"] for hit in found), "the command before encoded what it left out"
+    assert len(json.loads(ranked("all.txt", "--budget-ms", "1e9", "--json"))) == 3
+    assert "loaded within a call" not in caplog.text, "the budget is about ranking"
 
 
 def test_demo_says_which_model_runs_what_it_gains_and_fits_80_columns() -> None:

@@ -14,6 +14,7 @@ import typer
 
 from kalm_rag.cache.passage_cache import Keep, Storage
 from kalm_rag.cli import app
+from kalm_rag.latency.limit import OnUnknown
 from kalm_rag.model.checkpoint import NAMES
 from kalm_rag.retrieval.corpus import FORMATS
 
@@ -100,6 +101,7 @@ class TestHelp:
         for names, (command, option) in {
             get_args(Storage): ("encode", "storage"),
             get_args(Keep): ("encode", "keep"),
+            get_args(OnUnknown): ("rank", "on_unknown"),
             tuple(FORMATS): ("rank", "file_format"),
             tuple(NAMES): ("rank", "model"),
             ("float32", "bfloat16", "float16", "int8", "int8-all"): ("rank", "dtype"),

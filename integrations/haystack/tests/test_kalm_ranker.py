@@ -148,6 +148,8 @@ def test_to_dict_default() -> None:
             "score_threshold": None,
             "calibrated": False,
             "instruction": None,
+            "budget_ms": None,
+            "on_unknown": None,
             "options": None,
         },
     }

@@ -10,8 +10,9 @@ from langchain_core.documents import BaseDocumentCompressor, Document
 from langchain_core.runnables import RunnableLambda
 from pydantic import Field, SerializationInfo, SkipValidation, WithJsonSchema, field_serializer
 
-from kalm_rag import RankedPassage
 from kalm_rag.adapters import check_arguments, hit_metadata, serialisable_threshold
+from kalm_rag.latency.limit import OnUnknown
+from kalm_rag.results import PartialRanking, Ranking
 from kalm_rag.thresholds import ThresholdLike
 from langchain_kalm.base import KalmBase, document_list, passage_texts
 
@@ -30,9 +31,12 @@ class KalmReranker(KalmBase, BaseDocumentCompressor):
         ```
 
     Documents come back as copies, best first; ids and metadata are kept. `metadata` gains `relevance_score`, which is
-    `P(yes)`, `relevance_margin`, and the truth values `relevance_exact`, `passage_truncated`, `query_truncated`,
-    `passage_repaired` and `query_repaired`, and `passage_span` (see `kalm_rag.RankedPassage`). An empty list returns an
-    empty list without loading the model.
+    `P(yes)`, `relevance_margin`, and the truth values `relevance_scored`, `relevance_exact`, `passage_truncated`,
+    `query_truncated`, `passage_repaired` and `query_repaired`, and `passage_span` (see `kalm_rag.RankedPassage`). An
+    empty list returns an empty list without loading the model.
+
+    Under `budget_ms` or `on_unknown="skip"`, documents that were not reached follow the others in the order given.
+    They have no `relevance_score`, and `relevance_scored` is False.
     """
 
     top_n: int | None = Field(default=3, ge=1)
@@ -45,6 +49,12 @@ class KalmReranker(KalmBase, BaseDocumentCompressor):
     """Scores are the shares of relevant documents that the profile was fitted to, instead of `P(yes)`."""
     instruction: str | None = None
     """What "relevant" means, in a sentence; by default the model's own."""
+    budget_ms: float | None = Field(default=None, gt=0)
+    """Milliseconds that a call may take; None waits for all documents. Loading the model counts: load it before, with
+    `reranker.load()`."""
+    on_unknown: OnUnknown | None = None
+    """`skip` leaves documents that are not encoded yet without a score and encodes them in the background; `wait`, the
+    default, encodes them, under `budget_ms` while time lasts."""
 
     @field_serializer("score_threshold")
     def _serialise_threshold(self, threshold: ThresholdLike | None, info: SerializationInfo) -> Any:
@@ -76,7 +86,7 @@ class KalmReranker(KalmBase, BaseDocumentCompressor):
         """A runnable for LCEL.
 
         It takes `{"query": ..., "documents": [...]}`, and maybe `"instruction"`, `"top_n"`, `"score_threshold"`,
-        `"calibrated"` and `"ratio"` in place of the instance's.
+        `"calibrated"`, `"ratio"`, `"budget_ms"` and `"on_unknown"` in place of the instance's.
         """
         return self._step()
 
@@ -100,7 +110,7 @@ class KalmReranker(KalmBase, BaseDocumentCompressor):
                 'give {"query": ..., "documents": [...]}'
             )
             raise TypeError(msg)
-        names = ("instruction", "top_n", "score_threshold", "calibrated", "ratio")
+        names = ("instruction", "top_n", "score_threshold", "calibrated", "ratio", "budget_ms", "on_unknown")
         unknown = call.keys() - {"query", "documents", *names}
         if unknown or not {"query", "documents"} <= call.keys():
             maybe = ", ".join(names)
@@ -113,15 +123,19 @@ class KalmReranker(KalmBase, BaseDocumentCompressor):
             "calibrated": chosen["calibrated"],
             "instruction": chosen["instruction"],
             "ratio": chosen["ratio"],
+            "budget_ms": chosen["budget_ms"],
+            "on_unknown": chosen["on_unknown"],
         }
         return document_list(call["documents"]), call["query"], options
 
 
-def _copies(documents: Sequence[Document], ranking: Sequence[RankedPassage[str]]) -> list[Document]:
+def _copies(documents: Sequence[Document], ranking: Ranking[str] | PartialRanking[str]) -> list[Document]:
     """The ranked documents as copies, in order, with their scores."""
     found = []
     for hit in ranking:
         document = documents[hit.index]
         metadata = {**document.metadata, "relevance_score": hit.score, **hit_metadata(hit)}
+        if not hit.scored:
+            del metadata["relevance_score"]  # also one that an earlier ranking left
         found.append(document.model_copy(update={"metadata": metadata}))
     return found

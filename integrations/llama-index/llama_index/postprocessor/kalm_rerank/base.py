@@ -16,8 +16,9 @@ from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, Query
 from llama_index.postprocessor.kalm_rerank.model import KalmBase, node_list, passage_texts
 from pydantic import SerializationInfo, SkipValidation
 
-from kalm_rag import EncodeReport, RankedPassage
 from kalm_rag.adapters import check_arguments, hit_metadata, serialisable_threshold
+from kalm_rag.latency.limit import OnUnknown
+from kalm_rag.results import EncodeReport, PartialRanking, RankedPassage, Ranking, UnscoredPassage
 from kalm_rag.thresholds import ThresholdLike
 
 dispatcher = get_dispatcher(__name__)
@@ -37,12 +38,16 @@ class KalmQueryBundle(QueryBundle):
         top_n: how many nodes to return for this query; None is the instance's.
         score_threshold: nodes with a lower score are left out; None is the instance's.
         calibrated: whether scores are mapped through the threshold profile's fit; None is the instance's.
+        budget_ms: milliseconds that this query may take; None is the instance's.
+        on_unknown: `skip` or `wait` for nodes that are not encoded yet; None is the instance's.
     """
 
     instruction: str | None = None
     top_n: int | None = None
     score_threshold: ThresholdLike | None = None
     calibrated: bool | None = None
+    budget_ms: float | None = None
+    on_unknown: OnUnknown | None = None
 
 
 class KalmRerank(KalmBase, BaseNodePostprocessor):
@@ -56,10 +61,13 @@ class KalmRerank(KalmBase, BaseNodePostprocessor):
         ```
 
     Copies of the nodes come back best first in new `NodeWithScore`s whose score is `P(yes)`; the given ones are not
-    touched. Their metadata gains `relevance_margin`, and the truth values `relevance_exact`, `passage_truncated`,
-    `query_truncated`, `passage_repaired` and `query_repaired`, and `passage_span` (see `kalm_rag.RankedPassage`), all
-    excluded from the text of a node.
-    `KalmQueryBundle` is a query with an instruction, `top_n`, `score_threshold` or `calibrated` of its own.
+    touched. Their metadata gains `relevance_margin`, and the truth values `relevance_scored`, `relevance_exact`,
+    `passage_truncated`, `query_truncated`, `passage_repaired` and `query_repaired`, and `passage_span` (see
+    `kalm_rag.RankedPassage`), all excluded from the text of a node.
+    `KalmQueryBundle` is a query with settings of its own.
+
+    Under `budget_ms` or `on_unknown="skip"`, nodes that were not reached follow the others in the order given. Their
+    score is None, and `relevance_scored` is False.
     """
 
     top_n: int | None = Field(default=5, ge=1, description="How many nodes to return; None for all.")
@@ -75,6 +83,17 @@ class KalmRerank(KalmBase, BaseNodePostprocessor):
         description="Scores are the shares of relevant nodes that the profile was fitted to, instead of P(yes).",
     )
     instruction: str | None = Field(default=None, description="What 'relevant' means, in a sentence.")
+    budget_ms: float | None = Field(
+        default=None,
+        gt=0,
+        description="Milliseconds that a query may take; None waits for all nodes. Loading the model counts: load it "
+        "before, with reranker.load().",
+    )
+    on_unknown: OnUnknown | None = Field(
+        default=None,
+        description="skip leaves nodes that are not encoded yet without a score and encodes them in the background; "
+        "wait, the default, encodes them, under budget_ms while time lasts.",
+    )
     keep_retrieval_score: bool = Field(
         default=False,
         description="Keep the retriever's score in the metadata of a copied node, outside of its text.",
@@ -151,7 +170,7 @@ class KalmRerank(KalmBase, BaseNodePostprocessor):
                     "use NodeWithScore(node=...)"
                 )
                 raise TypeError(msg)
-        names = ("top_n", "score_threshold", "calibrated", "instruction")
+        names = ("top_n", "score_threshold", "calibrated", "instruction", "budget_ms", "on_unknown")
         own = {name: getattr(query_bundle, name, None) for name in names}
         chosen = check_arguments({name: getattr(self, name) if own[name] is None else own[name] for name in names})
         options = {
@@ -159,6 +178,8 @@ class KalmRerank(KalmBase, BaseNodePostprocessor):
             "threshold": chosen["score_threshold"],
             "calibrated": chosen["calibrated"],
             "instruction": chosen["instruction"],
+            "budget_ms": chosen["budget_ms"],
+            "on_unknown": chosen["on_unknown"],
         }
         return query, passage_texts(nodes, self.metadata_mode), options
 
@@ -179,10 +200,10 @@ class KalmRerank(KalmBase, BaseNodePostprocessor):
             event.on_end(payload={EventPayload.NODES: found})
         dispatcher.event(ReRankEndEvent(nodes=found))
 
-    def _ranked(self, nodes: list[NodeWithScore], ranking: list[RankedPassage[str]]) -> list[NodeWithScore]:
+    def _ranked(self, nodes: list[NodeWithScore], ranking: Ranking[str] | PartialRanking[str]) -> list[NodeWithScore]:
         return [NodeWithScore(node=self._marked(nodes[hit.index], hit), score=hit.score) for hit in ranking]
 
-    def _marked(self, given: NodeWithScore, hit: RankedPassage[str]) -> BaseNode:
+    def _marked(self, given: NodeWithScore, hit: RankedPassage[str] | UnscoredPassage[str]) -> BaseNode:
         """Return a copy of the node that carries what is known of its rank where no text sees it."""
         node, marks = given.node, hit_metadata(hit)
         if self.keep_retrieval_score:

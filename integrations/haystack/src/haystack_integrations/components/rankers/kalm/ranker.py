@@ -11,9 +11,10 @@ from haystack.core.errors import SerializationError
 from haystack.utils import ComponentDevice, Secret
 from haystack_integrations.components.rankers.kalm.model import KalmBase
 
-from kalm_rag import RankedPassage
 from kalm_rag.adapters import CacheLike, OptionsLike, check_arguments, hit_metadata, serialisable_threshold
 from kalm_rag.cache.passage_cache import Keep
+from kalm_rag.latency.limit import OnUnknown
+from kalm_rag.results import PartialRanking, Ranking
 from kalm_rag.thresholds import ThresholdLike
 
 
@@ -32,8 +33,11 @@ class KalmRanker(KalmBase):
         ```
 
     Documents come back best first as copies whose score is `P(yes)`. Their `meta` gains `relevance_margin`, and the
-    truth values `relevance_exact`, `passage_truncated`, `query_truncated`, `passage_repaired` and `query_repaired`, and
-    `passage_span` (see `kalm_rag.RankedPassage`). Of documents with one id the best is kept.
+    truth values `relevance_scored`, `relevance_exact`, `passage_truncated`, `query_truncated`, `passage_repaired` and
+    `query_repaired`, and `passage_span` (see `kalm_rag.RankedPassage`). Of documents with one id the best is kept.
+
+    Under `budget_ms` or `on_unknown="skip"`, documents that were not reached follow the others in the order given.
+    Their score is None, and `relevance_scored` is False.
     """
 
     def __init__(
@@ -52,6 +56,8 @@ class KalmRanker(KalmBase):
         score_threshold: ThresholdLike | None = None,
         calibrated: bool = False,
         instruction: str | None = None,
+        budget_ms: float | None = None,
+        on_unknown: OnUnknown | None = None,
         ratio: int | None = None,
         meta_fields_to_embed: list[str] | None = None,
         embedding_separator: str = "\n",
@@ -77,6 +83,10 @@ class KalmRanker(KalmBase):
             calibrated: scores are the shares of relevant documents that the profile was fitted to, instead of
                 `P(yes)`.
             instruction: what "relevant" means, in a sentence; by default the model's own.
+            budget_ms: milliseconds that a run may take; None waits for all documents. Loading the model counts:
+                `warm_up` before.
+            on_unknown: `skip` leaves documents that are not encoded yet without a score and encodes them in the
+                background; `wait`, the default, encodes them, under `budget_ms` while time lasts.
             ratio: encoder states averaged into one; by default 4.
             meta_fields_to_embed: metadata put in front of the content.
             embedding_separator: what stands between them.
@@ -113,12 +123,16 @@ class KalmRanker(KalmBase):
                 "score_threshold": score_threshold,
                 "calibrated": calibrated,
                 "instruction": instruction,
+                "budget_ms": budget_ms,
+                "on_unknown": on_unknown,
             }
         )
         self.top_k: int = checked["top_k"]
         self.score_threshold: ThresholdLike | None = checked["score_threshold"]
         self.calibrated: bool = checked["calibrated"]
         self.instruction = instruction
+        self.budget_ms: float | None = checked["budget_ms"]
+        self.on_unknown: OnUnknown | None = checked["on_unknown"]
 
     def warm_up(self) -> None:
         """Load the model. Calling it again does nothing."""
@@ -134,6 +148,8 @@ class KalmRanker(KalmBase):
         instruction: str | None = None,
         ratio: int | None = None,
         calibrated: bool | None = None,
+        budget_ms: float | None = None,
+        on_unknown: OnUnknown | None = None,
     ) -> dict[str, list[Document]]:
         """Rank documents.
 
@@ -145,9 +161,11 @@ class KalmRanker(KalmBase):
             instruction: what "relevant" means.
             ratio: encoder states averaged into one.
             calibrated: whether scores are mapped through the threshold profile's fit.
+            budget_ms: milliseconds that the run may take.
+            on_unknown: `skip` or `wait` for documents that are not encoded yet.
 
         Returns:
-            `documents`: copies, best first.
+            `documents`: copies, best first, then those without a score.
 
         Raises:
             ValueError: the query is empty, or an argument is out of range.
@@ -155,7 +173,8 @@ class KalmRanker(KalmBase):
                 wrong type.
         """
         call = {"top_k": top_k, "score_threshold": score_threshold, "instruction": instruction, "ratio": ratio}
-        texts, options, most = self._checked(query, documents, {**call, "calibrated": calibrated})
+        call |= {"calibrated": calibrated, "budget_ms": budget_ms, "on_unknown": on_unknown}
+        texts, options, most = self._checked(query, documents, call)
         if not texts:
             return {"documents": []}
         ranking = self.reranker.rank(query, texts, **options)
@@ -171,10 +190,13 @@ class KalmRanker(KalmBase):
         instruction: str | None = None,
         ratio: int | None = None,
         calibrated: bool | None = None,
+        budget_ms: float | None = None,
+        on_unknown: OnUnknown | None = None,
     ) -> dict[str, list[Document]]:
         """Rank documents without blocking the event loop; arguments and result are those of `run`."""
         call = {"top_k": top_k, "score_threshold": score_threshold, "instruction": instruction, "ratio": ratio}
-        texts, options, most = self._checked(query, documents, {**call, "calibrated": calibrated})
+        call |= {"calibrated": calibrated, "budget_ms": budget_ms, "on_unknown": on_unknown}
+        texts, options, most = self._checked(query, documents, call)
         if not texts:
             return {"documents": []}
         ranking = await self.reranker.arank(query, texts, **options)
@@ -197,6 +219,8 @@ class KalmRanker(KalmBase):
             score_threshold=threshold,
             calibrated=self.calibrated,
             instruction=self.instruction,
+            budget_ms=self.budget_ms,
+            on_unknown=self.on_unknown,
         )
 
     @classmethod
@@ -223,10 +247,14 @@ class KalmRanker(KalmBase):
             "ratio": chosen.get("ratio"),
             "threshold": chosen["score_threshold"],
             "calibrated": chosen["calibrated"],
+            "budget_ms": chosen["budget_ms"],
+            "on_unknown": chosen["on_unknown"],
         }
         return texts, options, chosen["top_k"]
 
-    def _chosen(self, documents: list[Document], ranking: list[RankedPassage[str]], most: int) -> list[Document]:
+    def _chosen(
+        self, documents: list[Document], ranking: Ranking[str] | PartialRanking[str], most: int
+    ) -> list[Document]:
         found: dict[str, Document] = {}
         for hit in ranking:
             document = documents[hit.index]
