@@ -12,6 +12,7 @@ from kalm_rag.adapters.arguments import (
 from kalm_rag.adapters.hits import HIT_KEYS, hit_metadata
 from kalm_rag.adapters.options import Options, OptionsLike
 from kalm_rag.adapters.shared import SharedHandle, shared_reranker
+from kalm_rag.latency.tracing import trace_attributes
 
 __all__ = [
     "HIT_KEYS",
@@ -25,4 +26,5 @@ __all__ = [
     "serialisable_cache",
     "serialisable_threshold",
     "shared_reranker",
+    "trace_attributes",
 ]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast, overload
 from kalm_rag.documents import REPAIRED, TRUNCATED, TextCounter, TextOf, iter_documents, repair_text
 from kalm_rag.latency.limit import OnUnknown, TimeLimit, budget_left, limit_of
 from kalm_rag.latency.records import RankCounts, Timings, Totals
+from kalm_rag.latency.tracing import traced
 from kalm_rag.reranker.held_model import HeldModel
 from kalm_rag.reranker.ordering import ordered
 from kalm_rag.results import D, PartialRanking, Ranking
@@ -99,6 +100,7 @@ class RankingModel(HeldModel):
         on_unknown: OnUnknown,
     ) -> PartialRanking[D]: ...
 
+    @traced
     def rank(
         self,
         query: str,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from adapterkit import ANSWERS, CACHES, MODES, QUERY, TEXTS, WRONG_CACHES, WRONG_MODEL_ARGUMENTS, wrong_types
-from haystack import Document, Pipeline
+from haystack import Document, Pipeline, tracing
 from haystack.components.joiners import DocumentJoiner
 from haystack.components.retrievers.in_memory import InMemoryBM25Retriever, InMemoryEmbeddingRetriever
 from haystack.components.writers import DocumentWriter
@@ -335,6 +337,56 @@ def test_pipeline_dumps_loads_and_runs(options: dict[str, Any]) -> None:
     assert numbers(found) == numbers(KalmRanker(**options, top_k=2).run(query=QUERY, documents=retrieved)["documents"])
     if hasattr(first, "run_async"):
         assert asyncio.run(first.run_async(data))["ranker"]["documents"] == found
+
+
+class Spans(tracing.Tracer):
+    """Keeps the tags of the spans of components."""
+
+    def __init__(self) -> None:
+        self.tags: dict[str, dict[str, Any]] = {}
+        self.open: list[tracing.Span] = []
+
+    @contextlib.contextmanager
+    def trace(
+        self, operation_name: str, tags: dict[str, Any] | None = None, parent_span: tracing.Span | None = None
+    ) -> Iterator[tracing.Span]:
+        kept = self.tags.setdefault((tags or {}).get("haystack.component.name", operation_name), {})
+
+        class Span(tracing.Span):
+            def set_tag(self, key: str, value: Any) -> None:
+                kept[key] = value
+
+        self.open.append(Span())
+        try:
+            yield self.open[-1]
+        finally:
+            self.open.pop()
+
+    def current_span(self) -> tracing.Span | None:
+        return self.open[-1] if self.open else None
+
+
+@MODES
+def test_the_components_span_tells_what_the_run_took(options: dict[str, Any], mode: str) -> None:
+    spans = Spans()
+    alone = Pipeline()
+    alone.add_component("ranker", KalmRanker(**options))
+    tracing.enable_tracing(spans)
+    try:
+        data = {"ranker": {"query": QUERY, "documents": documents()}}
+        if mode == "sync":
+            alone.run(data)
+        else:
+            with spans.trace("request", {"haystack.component.name": "ranker"}):
+                asyncio.run(alone.get_component("ranker").run_async(**data["ranker"]))  # type: ignore[attr-defined]
+        assert run(KalmRanker(**options), mode, query=QUERY, documents=documents()), "there may be no span"
+    finally:
+        tracing.disable_tracing()
+    told = {name: value for name, value in spans.tags.pop("ranker").items() if name.startswith("kalm_rag.")}
+    assert told["kalm_rag.counts.encoded"] == told["kalm_rag.counts.scored"] == len(TEXTS)
+    assert told["kalm_rag.timings.total"] > 0
+    assert {type(value) for value in told.values()} == {int, float}, "no text"
+    assert not any(name.startswith("kalm_rag.") for tags in spans.tags.values() for name in tags)
 
 
 def test_hybrid_join(options: dict[str, Any]) -> None:

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from langchain_core.callbacks import Callbacks
+from langchain_core.callbacks import (
+    AsyncCallbackManagerForChainRun,
+    BaseRunManager,
+    CallbackManagerForChainRun,
+    Callbacks,
+)
 from langchain_core.documents import BaseDocumentCompressor, Document
 from langchain_core.runnables import RunnableLambda
+from langchain_core.tracers.base import AsyncBaseTracer, BaseTracer
 from pydantic import Field, SerializationInfo, SkipValidation, WithJsonSchema, field_serializer
 
-from kalm_rag.adapters import check_arguments, hit_metadata, serialisable_threshold
+from kalm_rag.adapters import check_arguments, hit_metadata, serialisable_threshold, trace_attributes
 from kalm_rag.latency.limit import OnUnknown
 from kalm_rag.results import PartialRanking, Ranking
 from kalm_rag.thresholds import ThresholdLike
@@ -63,7 +69,7 @@ class KalmReranker(KalmBase, BaseDocumentCompressor):
     def compress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> Sequence[Document]:
-        """Rerank; a step named `KalmReranker` shows in traces.
+        """Rerank; a step named `KalmReranker` shows in traces, with counts and timings in its metadata.
 
         Raises:
             TypeError: the query is not a string, or the documents are not an iterable of documents.
@@ -93,15 +99,21 @@ class KalmReranker(KalmBase, BaseDocumentCompressor):
     def _step(self) -> RunnableLambda[dict[str, Any], list[Document]]:
         return RunnableLambda(self._rank, afunc=self._arank, name="KalmReranker")
 
-    def _rank(self, call: dict[str, Any]) -> list[Document]:
-        documents, query, options = self._arguments(call)
-        return _copies(documents, self.reranker.rank(query, passage_texts(documents), **options)) if documents else []
-
-    async def _arank(self, call: dict[str, Any]) -> list[Document]:
+    def _rank(self, call: dict[str, Any], run_manager: CallbackManagerForChainRun) -> list[Document]:
         documents, query, options = self._arguments(call)
         if not documents:
             return []
-        return _copies(documents, await self.reranker.arank(query, passage_texts(documents), **options))
+        ranking = self.reranker.rank(query, passage_texts(documents), **options)
+        _trace(run_manager, ranking)
+        return _copies(documents, ranking)
+
+    async def _arank(self, call: dict[str, Any], run_manager: AsyncCallbackManagerForChainRun) -> list[Document]:
+        documents, query, options = self._arguments(call)
+        if not documents:
+            return []
+        ranking = await self.reranker.arank(query, passage_texts(documents), **options)
+        _trace(run_manager, ranking)
+        return _copies(documents, ranking)
 
     def _arguments(self, call: Any) -> tuple[Sequence[Document], Any, dict[str, Any]]:
         if not isinstance(call, Mapping):
@@ -127,6 +139,20 @@ class KalmReranker(KalmBase, BaseDocumentCompressor):
             "on_unknown": chosen["on_unknown"],
         }
         return document_list(call["documents"]), call["query"], options
+
+
+def _trace(run_manager: BaseRunManager, ranking: Ranking[str] | PartialRanking[str]) -> None:
+    """Add what a call took to the metadata of its run, in every tracer.
+
+    A run's metadata is handed to tracers when it starts; what is known later belongs into their record of the run.
+    """
+    for handler in run_manager.handlers:
+        run = (
+            handler.run_map.get(str(run_manager.run_id)) if isinstance(handler, (BaseTracer, AsyncBaseTracer)) else None
+        )
+        if run is not None:
+            extra = run.extra or {}
+            run.extra = {**extra, "metadata": {**(extra.get("metadata") or {}), **trace_attributes(ranking)}}
 
 
 def _copies(documents: Sequence[Document], ranking: Ranking[str] | PartialRanking[str]) -> list[Document]:

@@ -289,6 +289,11 @@ def test_events_come_in_pairs(options: dict[str, Any], mode: str) -> None:
         5,
     )
     assert len(debug.get_event_pairs(CBEventType.RERANKING)) == 1
+    told = handler.seen[1].tags
+    assert told["kalm_rag.counts.encoded"] == told["kalm_rag.counts.scored"] == len(TEXTS)
+    assert told["kalm_rag.timings.total"] > 0
+    assert {type(value) for value in told.values()} == {int, float}, "no text"
+    assert handler.seen[0].tags == {}
 
 
 def test_fifty_concurrent_calls_on_one_instance(options: dict[str, Any]) -> None:

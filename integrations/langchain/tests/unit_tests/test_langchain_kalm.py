@@ -19,6 +19,8 @@ from langchain_core.embeddings import DeterministicFakeEmbedding
 from langchain_core.indexing import InMemoryRecordManager, index
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import RunnablePassthrough
+from langchain_core.tracers.base import AsyncBaseTracer
+from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
 from langchain_core.vectorstores import InMemoryVectorStore
 from langchain_kalm import KalmCachingEmbeddings, KalmCrossEncoder, KalmPassageEncoder, KalmReranker
 from langchain_tests.integration_tests import RetrieversIntegrationTests
@@ -321,6 +323,48 @@ def test_contextual_compression_retriever_and_its_trace(
     assert [document.metadata["number"] for document in found] == [number for number, _ in expected[:3]]
     assert steps.started.count("KalmReranker") == 1
     assert steps.ended == len(steps.started)
+
+
+@MODES
+def test_the_run_tells_what_the_call_took(options: dict[str, Any], mode: str) -> None:
+    reranker = KalmReranker(**options)
+    for callback, runs in (
+        (collector := RunCollectorCallbackHandler(), collector.traced_runs),
+        asynchronous_collector(),
+    ):
+        for config in ({"callbacks": [callback], "metadata": {"mine": 1}}, {"callbacks": [callback]}):
+            if mode == "sync" and isinstance(callback, RunCollectorCallbackHandler):
+                reranker.as_runnable().invoke({"query": QUERY, "documents": documents()}, config)  # type: ignore[arg-type]
+            else:
+                asyncio.run(reranker.as_runnable().ainvoke({"query": QUERY, "documents": documents()}, config))  # type: ignore[arg-type]
+            metadata = runs[-1].metadata
+            assert metadata.get("mine") == config.get("metadata", {}).get("mine")  # type: ignore[attr-defined]
+            told = {name: value for name, value in metadata.items() if name.startswith("kalm_rag.")}
+            assert told["kalm_rag.counts.passages"] == told["kalm_rag.counts.scored"] == len(TEXTS)
+            assert told["kalm_rag.timings.total"] > 0
+            assert {type(value) for value in told.values()} == {int, float}, "no text"
+    assert runs[0].name == "KalmReranker"
+
+
+def test_a_compressors_run_tells_it_too(options: dict[str, Any]) -> None:
+    collector = RunCollectorCallbackHandler()
+    retriever = ContextualCompressionRetriever(base_compressor=KalmReranker(**options), base_retriever=Fixed())
+    retriever.invoke(QUERY, {"callbacks": [collector]})
+    [whole] = collector.traced_runs
+    [step] = [run for run in whole.child_runs if run.name == "KalmReranker"]
+    assert step.metadata["kalm_rag.counts.encoded"] == len(TEXTS)
+    assert not any(name.startswith("kalm_rag.") for name in whole.metadata), "only the step's"
+
+
+def asynchronous_collector() -> tuple[AsyncBaseTracer, list[Any]]:
+    """A tracer for programs with an event loop, and the runs that it meets."""
+    runs: list[Any] = []
+
+    class Collector(AsyncBaseTracer):
+        async def _persist_run(self, run: Any) -> None:
+            runs.append(run)
+
+    return Collector(), runs
 
 
 def test_lcel_chain(options: dict[str, Any], expected: list[tuple[int, float]]) -> None:

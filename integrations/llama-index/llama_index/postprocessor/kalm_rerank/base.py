@@ -16,7 +16,7 @@ from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, Query
 from llama_index.postprocessor.kalm_rerank.model import KalmBase, node_list, passage_texts
 from pydantic import SerializationInfo, SkipValidation
 
-from kalm_rag.adapters import check_arguments, hit_metadata, serialisable_threshold
+from kalm_rag.adapters import check_arguments, hit_metadata, serialisable_threshold, trace_attributes
 from kalm_rag.latency.limit import OnUnknown
 from kalm_rag.results import EncodeReport, PartialRanking, RankedPassage, Ranking, UnscoredPassage
 from kalm_rag.thresholds import ThresholdLike
@@ -137,8 +137,10 @@ class KalmRerank(KalmBase, BaseNodePostprocessor):
         query, texts, options = self._checked(nodes, query_bundle)
         if not nodes:
             return []
-        with self._events(nodes, query, options["top_k"]) as found:
-            found += self._ranked(nodes, self.reranker.rank(query, texts, **options))
+        with self._events(nodes, query, options["top_k"]) as (found, tags):
+            ranking = self.reranker.rank(query, texts, **options)
+            found += self._ranked(nodes, ranking)
+            tags.update(trace_attributes(ranking))
         return found
 
     async def _apostprocess_nodes(
@@ -148,8 +150,10 @@ class KalmRerank(KalmBase, BaseNodePostprocessor):
         query, texts, options = self._checked(nodes, query_bundle)
         if not nodes:
             return []
-        with self._events(nodes, query, options["top_k"]) as found:
-            found += self._ranked(nodes, await self.reranker.arank(query, texts, **options))
+        with self._events(nodes, query, options["top_k"]) as (found, tags):
+            ranking = await self.reranker.arank(query, texts, **options)
+            found += self._ranked(nodes, ranking)
+            tags.update(trace_attributes(ranking))
         return found
 
     def _checked(
@@ -184,9 +188,15 @@ class KalmRerank(KalmBase, BaseNodePostprocessor):
         return query, passage_texts(nodes, self.metadata_mode), options
 
     @contextmanager
-    def _events(self, nodes: list[NodeWithScore], query: str, top_n: int | None) -> Iterator[list[NodeWithScore]]:
-        """Instrumentation and callback events around a rerank: each start has its end, unless it fails."""
+    def _events(
+        self, nodes: list[NodeWithScore], query: str, top_n: int | None
+    ) -> Iterator[tuple[list[NodeWithScore], dict[str, Any]]]:
+        """Instrumentation and callback events around a rerank: each start has its end, unless it fails.
+
+        What is put into the list and the mapping becomes the nodes and the tags of the end.
+        """
         found: list[NodeWithScore] = []
+        tags: dict[str, Any] = {}
         count, name = top_n or len(nodes), self.model
         dispatcher.event(ReRankStartEvent(query=query, nodes=nodes, top_n=count, model_name=name))
         payload: dict[Any, Any] = {
@@ -196,9 +206,9 @@ class KalmRerank(KalmBase, BaseNodePostprocessor):
             EventPayload.TOP_K: count,
         }
         with self.callback_manager.event(CBEventType.RERANKING, payload=payload) as event:
-            yield found
+            yield found, tags
             event.on_end(payload={EventPayload.NODES: found})
-        dispatcher.event(ReRankEndEvent(nodes=found))
+        dispatcher.event(ReRankEndEvent(nodes=found, tags=tags))
 
     def _ranked(self, nodes: list[NodeWithScore], ranking: Ranking[str] | PartialRanking[str]) -> list[NodeWithScore]:
         return [NodeWithScore(node=self._marked(nodes[hit.index], hit), score=hit.score) for hit in ranking]

@@ -8,10 +8,18 @@ from typing import Any
 
 from haystack import Document, component, default_from_dict, default_to_dict
 from haystack.core.errors import SerializationError
+from haystack.tracing.tracer import tracer
 from haystack.utils import ComponentDevice, Secret
 from haystack_integrations.components.rankers.kalm.model import KalmBase
 
-from kalm_rag.adapters import CacheLike, OptionsLike, check_arguments, hit_metadata, serialisable_threshold
+from kalm_rag.adapters import (
+    CacheLike,
+    OptionsLike,
+    check_arguments,
+    hit_metadata,
+    serialisable_threshold,
+    trace_attributes,
+)
 from kalm_rag.cache.passage_cache import Keep
 from kalm_rag.latency.limit import OnUnknown
 from kalm_rag.results import PartialRanking, Ranking
@@ -178,6 +186,7 @@ class KalmRanker(KalmBase):
         if not texts:
             return {"documents": []}
         ranking = self.reranker.rank(query, texts, **options)
+        _trace(ranking)
         return {"documents": self._chosen(documents, ranking, most)}
 
     @component.output_types(documents=list[Document])
@@ -200,6 +209,7 @@ class KalmRanker(KalmBase):
         if not texts:
             return {"documents": []}
         ranking = await self.reranker.arank(query, texts, **options)
+        _trace(ranking)
         return {"documents": self._chosen(documents, ranking, most)}
 
     def to_dict(self) -> dict[str, Any]:
@@ -261,6 +271,13 @@ class KalmRanker(KalmBase):
             if document.id not in found:
                 found[document.id] = replace(document, score=hit.score, meta={**document.meta, **hit_metadata(hit)})
         return list(found.values())[:most]
+
+
+def _trace(ranking: Ranking[str] | PartialRanking[str]) -> None:
+    """Tag the span of the running component, if Haystack traces, with what the call took."""
+    span = tracer.current_span()
+    if span is not None:
+        span.set_tags(trace_attributes(ranking))
 
 
 def restored(data: dict[str, Any]) -> dict[str, Any]:
