@@ -86,6 +86,7 @@ class Scorer:
         self.score_cache = ScoreCache(settings.score_memory, cache, Space(self.keys, loaded.tokenizer.control))
         self.decoder = Decoder(loaded, settings, self.turns)
         self.background = Background(self.states, self.passage_kv, self.turns)
+        cache.attach(self.background)
         self._cache = cache
         self.paths = Paths(self.passage_kv, self.states, self.decoder, settings, cache, self.keys)
         self._was_forked = False

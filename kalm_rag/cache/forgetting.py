@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from kalm_rag.cache import database
 from kalm_rag.cache.disk import DiskStore
@@ -28,8 +28,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Level: TypeAlias = BudgetSieve[str, Any] | ScoreCache
-"""What a reranker keeps in memory: prefilled passages under the cache's keys, or scores."""
+
+class Waiting(Protocol):
+    """Passages of a reranker that wait to be encoded."""
+
+    def drop(self) -> None:
+        """Give them up, and wait until none is being encoded."""
+
+
+Level: TypeAlias = BudgetSieve[str, Any] | ScoreCache | Waiting
+"""What a reranker holds in memory: prefilled passages under the cache's keys, scores, or passages that wait."""
 
 _AT_ONCE = 256
 
@@ -142,7 +150,7 @@ def delete_from(store: Store | None, keys: Sequence[str]) -> int:
 class Forgetter:
     """Forgets texts at every level of a cache.
 
-    `_lock` guards `_prefilled` and `_scores`.
+    `_lock` guards `_prefilled`, `_scores` and `_waiting`.
 
     Args:
         memory: the cache's encoder states in memory.
@@ -158,15 +166,26 @@ class Forgetter:
         self._flush = flush
         self._prefilled: weakref.WeakSet[BudgetSieve[str, Any]] = weakref.WeakSet()
         self._scores: weakref.WeakSet[ScoreCache] = weakref.WeakSet()
+        self._waiting: weakref.WeakSet[Waiting] = weakref.WeakSet()
         self._lock = forks.Lock()
 
     def attach(self, level: Level) -> None:
-        """Reach prefilled passages or scores in memory, for as long as they are used."""
+        """Reach what a reranker holds in memory, for as long as it is used."""
         with self._lock:
             if isinstance(level, ScoreCache):
                 self._scores.add(level)
-            else:
+            elif isinstance(level, BudgetSieve):
                 self._prefilled.add(level)
+            else:
+                self._waiting.add(level)
+
+    def _settle(self) -> None:
+        """Let nothing be stored later that is on its way now."""
+        with self._lock:
+            waiting = list(self._waiting)
+        for passages in waiting:
+            passages.drop()
+        self._flush()
 
     def unrecorded(self, store: Store | None) -> int:
         """Return how many key spaces that this process uses are not recorded, though their entries are kept."""
@@ -201,7 +220,7 @@ class Forgetter:
             msg = f"a key must be 64 hexadecimal digits, got {wrong[0]!r:.80}; to delete by text, use forget(texts)"
             raise ValueError(msg)
         check_can_delete(store)
-        self._flush()
+        self._settle()
         gone = delete_from(store, keys) + self.delete_in_memory(keys)
         if keys:
             self.delete_scores(None)  # a key of a prefilled passage does not tell which scores were made from it
@@ -211,7 +230,7 @@ class Forgetter:
         """Delete what is kept of texts, see `PassageCache.forget`."""
         given = iter_documents(list(texts) if isinstance(texts, Set) else texts)
         check_can_delete(store)
-        self._flush()  # a record may be among the pending writes
+        self._settle()  # a record may be among the pending writes
         recorded, unreadable = recorded_spaces(store)
         if store is not None and records_of(store) is None:
             logger.warning(

@@ -335,9 +335,9 @@ class PassageCache:
         """Delete what is kept of texts: states and prefilled passages in memory and store, and scores in memory.
 
         No model is loaded. The texts are searched under every model and setting whose key space the store has recorded,
-        or that this process has used. Writes that are pending are finished first. A ranking that runs at the same time
-        may store a text again, and other processes keep what they have in memory: forget a text after it has left what
-        is ranked.
+        or that this process has used. Writes that are pending are finished first, and passages that wait to be encoded
+        in the background of this process are given up. A ranking that runs at the same time may store a text again, and
+        other processes keep what they have in memory: forget a text after it has left what is ranked.
 
         Args:
             texts: passages as `KaLMReranker.rank` takes them. Any iterable; a generator is consumed in windows.
@@ -367,7 +367,7 @@ class PassageCache:
             self._writer.submit(0, partial(self._record, space))
 
     def attach(self, level: Level) -> None:
-        """Let `forget` and `delete` reach the prefilled passages or the scores that a reranker keeps in memory."""
+        """Let `forget` and `delete` reach what a reranker holds in memory."""
         self._forgetter.attach(level)
 
     def _record(self, space: Space) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextvars
+import itertools
 import logging
 import threading
 import time
@@ -26,6 +27,7 @@ MOST_BYTES = 64_000_000
 """What waits at most, in a process: passages and bytes of their text."""
 _AT_ONCE = 1
 """Passages of a batch: a call waits for no more than one of them in one layer."""
+_numbers = itertools.count()
 _EXIT_SECONDS = 5.0
 _IDLE_SECONDS = 1.0
 
@@ -41,6 +43,7 @@ class Background:
 
     def __init__(self, states: StatesSource, passage_kv: PassageKVSource, turns: Turns) -> None:
         self._states, self._passage_kv, self._turns = states, passage_kv, turns
+        self.number = next(_numbers)  # unlike an address, never that of another one later
         self.counts = dict.fromkeys(("encoded", "dropped", "failed", "abandoned"), 0)  # changed by the queue alone
         self._told = False
 
@@ -52,11 +55,15 @@ class Background:
         """Wait until none is pending, at most so many seconds, and return how many are left."""
         return _queue.finish(self, timeout)
 
+    def drop(self) -> None:
+        """Take what waits out of the queue, end the batch that is running, and count both as dropped."""
+        _queue.drop(self)
+
     def close(self, timeout: float) -> None:
-        """Wait at most so many seconds, then take what is left out of the queue and end the batch that is running."""
+        """Wait at most so many seconds, then drop what is left."""
         left = self.finish(timeout)
         if left:
-            _queue.drop(self)
+            self.drop()
             logger.warning("%d passages that calls left out were not encoded before the model was closed", left)
 
     def stats(self) -> BackgroundStats:
@@ -106,7 +113,7 @@ class _Queue:
         with self._changed:
             busy = set(self._running[1]) if self._running is not None and self._running[0] is owner else set()
             for text in texts:
-                key = (id(owner), text)
+                key = (owner.number, text)
                 if key not in self._waiting and text not in busy:
                     self._waiting[key] = found
                     self._bytes += len(text)
@@ -129,7 +136,7 @@ class _Queue:
 
     def drop(self, owner: Background) -> None:
         with self._changed:
-            for key in [key for key in self._waiting if key[0] == id(owner)]:
+            for key in [key for key in self._waiting if key[0] == owner.number]:
                 self._take_out(key, "dropped")
             if self._running is not None and self._running[0] is owner:
                 self._stop.set()
@@ -141,7 +148,7 @@ class _Queue:
 
     def _pending(self, owner: Background) -> int:
         running = self._running[1] if self._running is not None and self._running[0] is owner else []
-        return len(running) + sum(key[0] == id(owner) for key in self._waiting)
+        return len(running) + sum(key[0] == owner.number for key in self._waiting)
 
     def _take_out(self, key: tuple[int, str], count: str) -> None:
         owner = self._waiting.pop(key)()
@@ -187,7 +194,7 @@ class _Queue:
         with self._changed:
             owner.counts[count] += 1 if count == "abandoned" else len(texts)
             if count == "abandoned":
-                again = {(id(owner), text): weakref.ref(owner) for text in texts}
+                again = {(owner.number, text): weakref.ref(owner) for text in texts}
                 self._bytes += sum(map(len, texts))
                 self._waiting = {**again, **self._waiting}
             self._running = None

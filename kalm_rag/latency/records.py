@@ -69,7 +69,8 @@ class BackgroundStats(Shown):
     Attributes:
         pending: passages that wait.
         encoded: passages that were encoded, or were found encoded already.
-        dropped: passages that were not encoded because the queue was full, or was closed before their turn.
+        dropped: passages that were not encoded because the queue was full, the model was closed, or
+            passages were forgotten before their turn.
         failed: passages that could not be encoded.
         abandoned: batches that were given up for a call, and taken up again later.
     """

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast, overload
 
 from kalm_rag.documents import REPAIRED, TRUNCATED, TextCounter, TextOf, iter_documents, repair_text
 from kalm_rag.latency.limit import OnUnknown, TimeLimit, budget_left, limit_of
-from kalm_rag.latency.records import RankCounts, Timings, Totals
+from kalm_rag.latency.records import RankCounts, Timings, Totals, counts_of, timings_of
 from kalm_rag.latency.tracing import traced
 from kalm_rag.reranker.held_model import HeldModel
 from kalm_rag.reranker.ordering import ordered
@@ -291,8 +291,6 @@ class RankingModel(HeldModel):
 
     def _tell(self, recorded: Recording, scored: Sequence[Score], returned: int) -> tuple[RankCounts, Timings]:
         """Return what a call took, and add it to the sums."""
-        from kalm_rag.latency.records import counts_of, timings_of
-
         reached = sum(score.reached for score in scored)
         counts = counts_of(
             recorded,

@@ -312,6 +312,23 @@ class TestBackground:
             reranker.close()
         assert "3 passages that calls left out were not encoded" in caplog.text
 
+    def test_what_is_forgotten_is_not_encoded_later(self, checkpoint: Path, tmp_path: Path) -> None:
+        with PassageCache(tmp_path / "cache") as cache:
+            reranker = make(checkpoint, cache, encode_in_background=True)
+            scorer = reranker.load().scorer
+            for forget in (reranker.forget, cache.forget):
+                before = scorer.background.stats().dropped
+                with scorer.turns.call():  # one is in the hands of the thread, the others wait
+                    scorer.background.add(["secret", "other", "third"])
+                    forget(["secret"])
+                    found = scorer.background.stats()
+                    assert (found.pending, found.dropped - before) == (0, 3)
+                assert reranker.flush(60) == 0
+                assert reranker.unknown(["secret", "other", "third"]) == ["secret", "other", "third"]
+            scorer.background.add(["another"])
+            assert reranker.flush(60) == 0
+            assert reranker.unknown(["another"]) == [], "the queue works on"
+
     def test_it_can_be_switched_off(self, checkpoint: Path, passages: list[str]) -> None:
         reranker = make(checkpoint)
         reranker.rank(QUERY, passages[:3], on_unknown="skip")
