@@ -288,7 +288,9 @@ def test_memory_budget_holds(tmp_path: Path) -> None:
 
 
 def test_secret_makes_foreign_entries_misses(tmp_path: Path) -> None:
-    put(PassageCache(tmp_path), {"text 0": passage(0)})
+    foreign = PassageCache(tmp_path)
+    put(foreign, {"text 0": passage(0)})
+    foreign.flush()  # else its write may come after the one below
     DiskStore(tmp_path).put_many(frames(2))
     cache = PassageCache(tmp_path, secret="0123456789abcdef", memory=0)
     assert get(cache, texts(2)) == {}
