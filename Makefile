@@ -72,7 +72,7 @@ $(VENV)/.demo: $(VENV)/.base pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.base pyproject.toml constraints.txt
-	$(PIP) --editable '.[demo,eval,tune]' --group dev
+	$(PIP) --editable '.[demo,eval,tune,redis,objects,serve]' --group dev
 	for place in integrations/*/; do $(PIP) --no-deps --editable $$place || exit 1; done
 	touch $@
 
