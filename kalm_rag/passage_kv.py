@@ -25,7 +25,7 @@ from kalm_rag.model.prompts import Prompts
 from kalm_rag.reference import ReferenceSource
 from kalm_rag.results import PrefillCounters, PrefillStats
 from kalm_rag.settings import Settings
-from kalm_rag.source import CachedSource, ValueCache
+from kalm_rag.source import CachedSource, Patience, ValueCache
 from kalm_rag.states import StatesSource
 from kalm_rag.utils import forks
 from kalm_rag.utils.budget import LEAST, MemoryBudget, memory_budget
@@ -102,12 +102,14 @@ class PassageKVCache(ValueCache[BehindPrefix, Prefilled]):
         self._lock = forks.Lock()
         self._counters = PrefillCounters()
 
-    def get_many(self, keys: Sequence[str], request: BehindPrefix) -> dict[str, Prefilled]:
+    def get_many(
+        self, keys: Sequence[str], request: BehindPrefix, patience: Patience | None = None
+    ) -> dict[str, Prefilled]:
         """As in `ValueCache`."""
         found: dict[str, Prefilled] = self.memory.get_many(keys)
         missing = [key for key in keys if key not in found]
         decode: Callable[[Frame], Prefilled] = partial(self._decode, request)
-        stored: dict[str, Prefilled] = self.cache.get_many(self.kind, missing, decode)
+        stored: dict[str, Prefilled] = self.cache.get_many(self.kind, missing, decode, patience)
         for key, passage in stored.items():
             if isinstance(passage, PassageKV):  # the other form needs its states first
                 self.memory.put(key, passage)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kalm_rag.cache import PassageCache
+from kalm_rag.cache.remote.patience import one_query
 from kalm_rag.cache.scores import ScoreCache
 from kalm_rag.cache.spaces import Space
 from kalm_rag.errors import ForkError
@@ -89,6 +90,8 @@ class Scorer:
         cache.attach(self.background)
         self._cache = cache
         self.paths = Paths(self.passage_kv, self.states, self.decoder, settings, cache, self.keys)
+        if cache.remote is not None:
+            cache.remote.link.prepare()
         self._was_forked = False
         forks.watch(self)
 
@@ -181,7 +184,7 @@ class Scorer:
         if wanted is not None:
             wanted = wanted.beside([found[0] for found in known if found is not None])
         add_count("remembered", len(scores) - len(new))
-        with self.turns.call():
+        with self.turns.call(), one_query():
             if limit is None:
                 left = self.paths.from_prefix(new, instruction, ratio, progress, wanted)
                 self.paths.in_full(left, self.states.get(passages_of(left), ratio), progress)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Generic, TypeVar
+from functools import partial
+from typing import Generic, TypeAlias, TypeVar
 
 from kalm_rag.cache import PassageCache
 from kalm_rag.cache.frame import Frame
@@ -16,13 +17,19 @@ from kalm_rag.cache.spaces import Kind, Space
 from kalm_rag.model.loading import LoadedModel
 from kalm_rag.utils.costs import Work
 from kalm_rag.utils.recording import add_count, timed
-from kalm_rag.utils.turns import Turns
+from kalm_rag.utils.turns import Turns, time_left
 
 R = TypeVar("R")
 """What a request fixes besides the passages."""
 W = TypeVar("W")
 """What the model makes a value from."""
 T = TypeVar("T")
+
+Patience: TypeAlias = Callable[[Sequence[str]], tuple[float, float]]
+"""Tells of missing keys what computing their values would take, and how many seconds the call has left."""
+
+_CHARACTERS = 3.5
+"""Characters of a token, near enough to tell how long a shared tier is worth waiting for."""
 
 
 class ValueCache(ABC, Generic[R, T]):
@@ -38,8 +45,14 @@ class ValueCache(ABC, Generic[R, T]):
         self.cache = cache
 
     @abstractmethod
-    def get_many(self, keys: Sequence[str], request: R) -> dict[str, T]:
-        """Return cached values by key, and count; missing keys are left out."""
+    def get_many(self, keys: Sequence[str], request: R, patience: Patience | None = None) -> dict[str, T]:
+        """Return cached values by key, and count; missing keys are left out.
+
+        Args:
+            keys: of the passages.
+            request: what else the values depend on.
+            patience: as in `PassageCache.get_many`.
+        """
 
     @abstractmethod
     def recall(self, keys: Sequence[str], request: R) -> dict[str, T]:
@@ -115,8 +128,9 @@ class CachedSource(ABC, Generic[R, W, T]):
     def find(self, texts: Sequence[str], request: R) -> dict[str, T]:
         """Return the cached values; missing ones are left out."""
         keys = dict(zip(self.keys(texts, request), texts, strict=True))
+        patience = partial(self._patience, keys)
         with timed("read"):
-            found = {keys[key]: value for key, value in self.cached.get_many(list(keys), request).items()}
+            found = {keys[key]: value for key, value in self.cached.get_many(list(keys), request, patience).items()}
         self._use(request, kept=bool(found))
         return found
 
@@ -159,6 +173,11 @@ class CachedSource(ABC, Generic[R, W, T]):
             self.cached.put_in_store(made, sealed)
             both = known | made
             yield {texts[place]: both[keys[place]] for place in batch}, len(rest)
+
+    def _patience(self, texts: Mapping[str, str], missing: Sequence[str]) -> tuple[float, float]:
+        """Return what making the missing values would take, and how many seconds the call has left."""
+        tokens = sum(len(texts[key]) for key in missing) / _CHARACTERS
+        return self._turns.costs.predict({self._work: tokens}), time_left()
 
     def _use(self, request: R, *, kept: bool) -> None:
         space = self.space(request)

@@ -21,7 +21,7 @@ from kalm_rag.model.prompts import PassageTokens, Prompts
 from kalm_rag.model.quantization import dequantize, quantize
 from kalm_rag.results import EncodeReport
 from kalm_rag.settings import Settings
-from kalm_rag.source import CachedSource, ValueCache
+from kalm_rag.source import CachedSource, Patience, ValueCache
 from kalm_rag.utils import forks
 from kalm_rag.utils.progress import Progress
 from kalm_rag.utils.recording import add_count
@@ -55,9 +55,9 @@ class StatesCache(ValueCache[int, PassageStates]):
         """Whether a ratio can be derived from `base_ratio`; otherwise nothing is kept."""
         return ratio % self.cache.base_ratio == 0
 
-    def get_many(self, keys: Sequence[str], request: int) -> dict[str, PassageStates]:
+    def get_many(self, keys: Sequence[str], request: int, patience: Patience | None = None) -> dict[str, PassageStates]:
         """As in `ValueCache`."""
-        found = self.cache.get_many(self.kind, keys, partial(self._decode, request))
+        found = self.cache.get_many(self.kind, keys, partial(self._decode, request), patience)
         add_count("states", len(found))
         return found
 

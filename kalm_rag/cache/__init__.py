@@ -4,8 +4,9 @@ from kalm_rag.cache.bytestore import ByteStoreAdapter
 from kalm_rag.cache.disk import DiskStore
 from kalm_rag.cache.forgetting import ForgetReport, Forgotten
 from kalm_rag.cache.memory import MemoryStore
-from kalm_rag.cache.passage_cache import CacheStats, LevelCounters, LevelStats, PassageCache
-from kalm_rag.cache.store import CheckReport, Store, StoreError, StoreStats
+from kalm_rag.cache.passage_cache import PassageCache
+from kalm_rag.cache.stats import CacheStats, LevelCounters, LevelStats
+from kalm_rag.cache.store import CheckReport, RefusedError, Store, StoreError, StoreStats
 
 __all__ = [
     "ByteStoreAdapter",
@@ -18,6 +19,7 @@ __all__ = [
     "LevelStats",
     "MemoryStore",
     "PassageCache",
+    "RefusedError",
     "Store",
     "StoreError",
     "StoreStats",

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 from kalm_rag.cache.keys import KEY_PATTERN
 from kalm_rag.cache.records import SLOT, SlotRecords
 from kalm_rag.cache.store import StoreError, StoreStats
+from kalm_rag.cache.totals import TOTALS, SlotTotals
+from kalm_rag.utils import forks
 from kalm_rag.utils.checks import check_text
 
 logger = logging.getLogger(__name__)
@@ -56,7 +58,9 @@ class ByteStoreAdapter:
         self._store = store
         self._prefix = _checked_prefix(prefix)
         self._warned: set[str] = set()
-        self.records = SlotRecords(self._read, self.put_many)
+        self.records = SlotRecords(self._read, self._keep)
+        self._totals = SlotTotals(self._read, self._keep)
+        forks.watch(self._totals)
 
     def get_many(self, keys: Sequence[str]) -> dict[str, bytes]:
         """What is kept under the keys.
@@ -68,16 +72,20 @@ class ByteStoreAdapter:
         return {key: bytes(value) for key, value in found.items()}
 
     def put_many(self, items: Mapping[str, bytes]) -> int:
-        """Store values."""
+        """Store values, and count them in the `ByteStore`."""
         if items:
-            self._store.mset([(self._prefix + key, value) for key, value in items.items()])
+            self._keep(items)
+            self._totals.add(len(items), sum(map(len, items.values())))
+            self._save_totals()
         return len(items)
 
     def delete(self, keys: Iterable[str]) -> int:
         """Delete keys, whatever their values are."""
-        known = list(self._read(list(keys)))
+        known = self._read(list(keys))
         if known:
             self._store.mdelete([self._prefix + key for key in known])
+            self._totals.add(-len(known), -sum(len(value) for value in known.values() if isinstance(value, _BYTES)))
+            self._save_totals()
         return len(known)
 
     def keys(self) -> Iterator[str]:
@@ -91,7 +99,7 @@ class ByteStoreAdapter:
         for name in self._store.yield_keys():
             text = name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
             key = text[-_KEY_LENGTH:]
-            if f"{self._prefix}{SLOT}" in text:
+            if f"{self._prefix}{SLOT}" in text or f"{self._prefix}{TOTALS}" in text:
                 continue
             if not KEY_PATTERN.fullmatch(key) or not text.endswith(self._prefix + key):
                 others = True
@@ -108,11 +116,25 @@ class ByteStoreAdapter:
         return iter(found)
 
     def stats(self) -> StoreStats:
-        """Return no sizes: a `ByteStore` does not report them, and counting its keys means reading all of them."""
-        return StoreStats(None, None, None)
+        """Return what was counted at writing: no key is listed.
+
+        An entry that was replaced, or that the `ByteStore` gave up by itself, still counts. What was stored before
+        there were counts is not counted.
+        """
+        return StoreStats(*self._totals.sums(), None)
 
     def close(self) -> None:
-        """Do nothing: the caller owns the `ByteStore`."""
+        """Save what was counted; the caller owns the `ByteStore`."""
+        self._save_totals()
+
+    def _keep(self, items: Mapping[str, bytes]) -> None:
+        self._store.mset([(self._prefix + key, value) for key, value in items.items()])
+
+    def _save_totals(self) -> None:
+        try:
+            self._totals.save()
+        except Exception as error:  # noqa: BLE001 - a `ByteStore` may be anybody's code, and no entry is lost
+            logger.debug("cannot save what was counted: %s", error)
 
     def _read(self, keys: Sequence[str]) -> dict[str, Any]:
         """Return the store's value for each key it knows, of any type."""

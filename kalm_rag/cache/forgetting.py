@@ -15,6 +15,8 @@ from kalm_rag.cache.disk import DiskStore
 from kalm_rag.cache.heads import older_than_records
 from kalm_rag.cache.keys import KEY_PATTERN
 from kalm_rag.cache.memory import MemoryStore
+from kalm_rag.cache.remote.maintenance import check_can_delete as check_can_delete_shared
+from kalm_rag.cache.remote.maintenance import delete_shared, shared_spaces
 from kalm_rag.cache.scores import ScoreCache
 from kalm_rag.cache.sieve import BudgetSieve
 from kalm_rag.cache.spaces import Kind, Space, SpaceBook, distinct, recorded_spaces, records_of
@@ -24,6 +26,7 @@ from kalm_rag.utils import forks
 from kalm_rag.utils.display import Shown
 
 if TYPE_CHECKING:
+    from kalm_rag.cache.remote.tier import RemoteTier
     from kalm_rag.results import Document
 
 logger = logging.getLogger(__name__)
@@ -70,6 +73,7 @@ class ForgetReport(Shown):
         texts: texts that were given.
         memory: entries that went in the memory of this process.
         store: entries that went in the store.
+        remote: entries that went in the tier that several machines share; those on the disks of other machines stay.
         spaces: key spaces that were searched: ways to encode, each with keys of its own.
         unrecorded: key spaces that this process used and could not record. Other processes do not search them.
         unreadable: records of key spaces that could not be read, or found no room. Entries in those spaces were not
@@ -88,11 +92,12 @@ class ForgetReport(Shown):
     unreadable: int = 0
     older: int = 0
     windowed: int = 0
+    remote: Forgotten = Forgotten()
 
     @property
     def total(self) -> int:
         """All entries that went, at every level."""
-        return self.memory.total + self.store.total
+        return self.memory.total + self.store.total + self.remote.total
 
 
 def check_can_delete(store: Store | None) -> None:
@@ -160,7 +165,7 @@ class Forgetter:
         book: the key spaces that this process uses.
     """
 
-    def __init__(self, memory: MemoryStore, flush: Callable[[], None]) -> None:
+    def __init__(self, memory: MemoryStore, flush: Callable[[], object]) -> None:
         self.book = SpaceBook()
         self._memory = memory
         self._flush = flush
@@ -212,7 +217,7 @@ class Forgetter:
             found = list(self._scores)
         return sum(scores.clear() if keys is None else scores.delete(keys) for scores in found)
 
-    def delete(self, store: Store | None, keys: Iterable[str]) -> int:
+    def delete(self, store: Store | None, remote: RemoteTier | None, keys: Iterable[str]) -> int:
         """Delete keys at every level, see `PassageCache.delete`."""
         keys = list(dict.fromkeys(keys))
         wrong = [key for key in keys if not isinstance(key, str) or not KEY_PATTERN.fullmatch(key)]
@@ -220,18 +225,26 @@ class Forgetter:
             msg = f"a key must be 64 hexadecimal digits, got {wrong[0]!r:.80}; to delete by text, use forget(texts)"
             raise ValueError(msg)
         check_can_delete(store)
+        check_can_delete_shared(remote)
         self._settle()
-        gone = delete_from(store, keys) + self.delete_in_memory(keys)
+        # The shared tier comes first: a lookup in between would copy an entry to the store again.
+        gone = delete_shared(remote, keys)
+        gone += delete_from(store, keys) + self.delete_in_memory(keys)
         if keys:
             self.delete_scores(None)  # a key of a prefilled passage does not tell which scores were made from it
         return gone
 
-    def forget(self, store: Store | None, texts: Iterable[Document], spaces: Iterable[Space]) -> ForgetReport:
+    def forget(
+        self, store: Store | None, remote: RemoteTier | None, texts: Iterable[Document], spaces: Iterable[Space]
+    ) -> ForgetReport:
         """Delete what is kept of texts, see `PassageCache.forget`."""
         given = iter_documents(list(texts) if isinstance(texts, Set) else texts)
         check_can_delete(store)
+        check_can_delete_shared(remote)
         self._settle()  # a record may be among the pending writes
         recorded, unreadable = recorded_spaces(store)
+        theirs, unreadable_there = shared_spaces(remote)
+        recorded, unreadable = recorded | theirs, unreadable + unreadable_there
         if store is not None and records_of(store) is None:
             logger.warning(
                 "%s keeps no records of key spaces: texts are searched only in those that this process has used",
@@ -240,7 +253,7 @@ class Forgetter:
         named = list(spaces)
         searched = distinct(recorded.values(), self.book.used().values(), named)
         windowed = _ways_to_split(searched) - _ways_to_split(named)  # who names them gives the windows as texts
-        memory, kept = Counter[Kind](), Counter[Kind]()
+        memory, kept, shared = Counter[Kind](), Counter[Kind](), Counter[Kind]()
         scores = 0
         if self.book.overflowed:  # not every key of what is in memory is known
             for level in self._levels():
@@ -254,7 +267,8 @@ class Forgetter:
             self._flush()
             for space in searched:
                 keys = space.keys_of(found)
-                # The store comes first: a lookup in between would copy an entry into memory again.
+                # From behind: a lookup in between would copy an entry into the levels in front again.
+                shared[space.kind] += delete_shared(remote, keys)
                 kept[space.kind] += delete_from(store, keys)
                 memory[space.kind] += self.delete_in_memory(keys, space.kind)
                 if space.kind == "states":
@@ -268,6 +282,7 @@ class Forgetter:
             unreadable,
             older_than_records(store),
             len(windowed),
+            Forgotten(shared["states"], shared["passage_kv"]),
         )
 
     def _levels(self) -> list[BudgetSieve[str, Any]]:

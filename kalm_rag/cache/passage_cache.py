@@ -1,10 +1,13 @@
-"""The passage cache: memory in front of a store. Every byte is verified, and every fault is a miss."""
+"""The passage cache: memory in front of a store, and a shared tier behind it.
+
+Every byte is verified, and every fault is a miss.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
@@ -13,13 +16,19 @@ from kalm_rag.cache.disk import DiskStore
 from kalm_rag.cache.forgetting import ForgetReport, Forgetter, Level
 from kalm_rag.cache.frame import Frame, FrameError
 from kalm_rag.cache.memory import MemoryStore
-from kalm_rag.cache.spaces import Kind, Space, record, records_of
+from kalm_rag.cache.remote.maintenance import delete_shared, missing
+from kalm_rag.cache.remote.opening import DEFAULT_NAMESPACE, open_tier, secret_or_environment
+from kalm_rag.cache.remote.patience import MOST_SECONDS, seconds_for
+from kalm_rag.cache.remote.tier import RemoteMode
+from kalm_rag.cache.remote.windows import parts
+from kalm_rag.cache.spaces import Kind, Space, SpaceBook, record, records_of
+from kalm_rag.cache.stats import CacheStats, Counts, LevelCounters, LevelStats
 from kalm_rag.cache.store import Store, StoreStats, add
 from kalm_rag.cache.writer import WriteBehind
 from kalm_rag.utils import forks
-from kalm_rag.utils.checks import check_bytes, check_choice, check_positive, check_ratio, check_secret
-from kalm_rag.utils.display import Shown, html_table
+from kalm_rag.utils.checks import check_bytes, check_choice, check_flag, check_positive, check_ratio, check_secret
 from kalm_rag.utils.paths import DEFAULT, passages_dir, user_path
+from kalm_rag.utils.recording import add_count
 
 if TYPE_CHECKING:
     from kalm_rag.results import Document
@@ -33,91 +42,11 @@ DEFAULT_MEMORY = 256_000_000
 """Bytes of encoded passages kept in memory: about 2,600 passages of 300 tokens of Nano."""
 
 _PENDING_BYTES = 256_000_000
+_CLOSING_SECONDS = 10.0
+_SHARED_AT_ONCE, _SHARING_SECONDS = 256, 60.0
 _EMPTY = StoreStats(None, None, None)
 R = TypeVar("R")
 T = TypeVar("T")
-
-
-@dataclass(slots=True, repr=False)
-class LevelCounters(Shown):
-    """Counts passages at one level since the cache was made.
-
-    Attributes:
-        hits: found and verified.
-        misses: not found.
-        corrupt: present, but not what was asked for: a flipped bit, a swapped value, a wrong tag, another format.
-        read_failed: the store failed.
-        write_failed: not kept: the store failed, is read-only, or refused them.
-        bytes_read: of hits.
-        bytes_written: of what was kept; estimated when a store accepted only part of a batch.
-    """
-
-    hits: int = 0
-    misses: int = 0
-    corrupt: int = 0
-    read_failed: int = 0
-    write_failed: int = 0
-    bytes_read: int = 0
-    bytes_written: int = 0
-
-
-@dataclass(frozen=True, slots=True, repr=False)
-class LevelStats(Shown):
-    """Counters of a level and the size of its store."""
-
-    counters: LevelCounters
-    size: StoreStats
-
-    def _facts(self, *, defaults: bool) -> list[tuple[str, str]]:
-        return [*self.counters._facts(defaults=defaults), *self.size._facts(defaults=defaults)]
-
-
-@dataclass(frozen=True, slots=True, repr=False)
-class CacheStats(Shown):
-    """Both levels.
-
-    Attributes:
-        memory: the level in memory.
-        store: the level behind it, on disk or elsewhere.
-        prefilled: prefilled passages in that store; its size is part of the store's.
-        encoded: passages that had to be encoded.
-        unrecorded: key spaces that could not be recorded in the store: other processes cannot find their entries by
-            text to forget them.
-    """
-
-    memory: LevelStats
-    store: LevelStats
-    prefilled: LevelCounters
-    encoded: int
-    unrecorded: int = 0
-
-    def _levels(self, *, defaults: bool) -> dict[str, dict[str, str]]:
-        levels = {"memory": self.memory, "store": self.store, "prefilled": self.prefilled}
-        return {name: dict(level._facts(defaults=defaults)) for name, level in levels.items()}
-
-    def __repr__(self) -> str:
-        unrecorded = f", unrecorded={self.unrecorded}" if self.unrecorded else ""
-        lines = [f"CacheStats(encoded={self.encoded}{unrecorded}"]
-        for name, facts in self._levels(defaults=False).items():
-            lines.append(f"  {name}: {', '.join(f'{fact}={text}' for fact, text in facts.items()) or 'nothing yet'}")
-        return ",\n".join(lines) + ")"
-
-    def _repr_html_(self) -> str:
-        levels = self._levels(defaults=True)
-        names = list(levels["memory"])
-        rows = [(name.replace("_", " "), *(level.get(name, "") for level in levels.values())) for name in names]
-        caption = f"CacheStats: {self.encoded} passages encoded"
-        if self.unrecorded:
-            caption += f", {self.unrecorded} key spaces not recorded"
-        return html_table(("", *levels), rows, caption, left=0)
-
-
-@dataclass(slots=True)
-class _Counts:
-    memory: LevelCounters = field(default_factory=LevelCounters)
-    store: LevelCounters = field(default_factory=LevelCounters)
-    prefilled: LevelCounters = field(default_factory=LevelCounters)
-    encoded: int = 0
 
 
 class PassageCache:
@@ -137,20 +66,33 @@ class PassageCache:
         storage: `native` keeps the numbers as they are; `int8` keeps a quarter (of float32) or half (of bfloat16) of
             the bytes and changes scores a little.
         secret: authenticate entries with this key: what was written without it is a miss. For folders that others can
-            write to.
+            write to, and for a shared tier. Default: what `KALM_RAG_CACHE_SECRET` holds, if anything.
         read_only: write nothing to a folder.
+        remote: a tier that several machines share, behind the folder: `redis://host:6379/0` or `rediss://` (Redis or
+            Valkey), `s3://bucket/prefix`, `gs://`, `az://`, `file:///folder`, or a `Store`. What it holds is verified,
+            used, and copied to the folder in the background; what is encoded here is written to it behind the query.
+            It needs a `secret`.
+        remote_mode: `read-write`, or `read` to use it and write nothing to it.
+        remote_timeout_ms: milliseconds that all reads of a query may wait for it together. Default: what encoding the
+            missing passages is predicted to take, between 100 ms and 2 s, and never beyond `budget_ms`.
+        remote_prefilled: with `keep="prefilled"`, share the prefilled passages as well, which are large. Encoder states
+            and the compact form are always shared.
+        namespace: separates tenants that share a `remote`: none looks under another's keys.
+        unauthenticated: share without a `secret`, where everybody who can write to the `remote` is trusted.
 
     One instance may be used from any number of threads, and in a forked process. `_lock` guards the counters and
     `_faults`; the memory level, the pending writes and the store have their own locks.
 
     Encoded passages are written asynchronously: `flush()` waits for it, and so does leaving a `with` block, `close()`,
-    or the end of the process. A fork waits for the running write; the parent does the pending ones.
+    or the end of the process, for a shared tier at most 10 seconds each. A fork waits for the running write; the parent
+    does the pending ones.
 
-    A pickle holds the arguments, so that another process opens the same folder: no passages, but the secret, if there
-    is one. Copies in the same process are the cache itself.
+    A pickle holds the arguments, so that another process opens the same folder: no passages, but the secret and the
+    credentials of a `remote`, if they are among the arguments. Copies in the same process are the cache itself.
 
     Raises:
         ValueError, TypeError: an argument is wrong.
+        ImportError: the client of a `remote` is not installed.
     """
 
     def __init__(
@@ -164,6 +106,12 @@ class PassageCache:
         storage: Storage = "native",
         secret: str | bytes | None = None,
         read_only: bool = False,
+        remote: str | Store | None = None,
+        remote_mode: RemoteMode = "read-write",
+        remote_timeout_ms: float | None = None,
+        remote_prefilled: bool = False,
+        namespace: str = DEFAULT_NAMESPACE,
+        unauthenticated: bool = False,
     ) -> None:
         memory = check_bytes("memory", memory)
         check_choice("storage", storage, get_args(Storage))
@@ -175,7 +123,16 @@ class PassageCache:
         self.keep: Keep = keep
         self.store = _make_store(where, limit, read_only)
         self._has_records = records_of(self.store) is not None
-        self._secret = check_secret("secret", secret)
+        self._secret = check_secret("secret", secret_or_environment(secret))
+        self._remote_prefilled = check_flag("remote_prefilled", remote_prefilled)
+        self.remote = open_tier(
+            remote,
+            mode=remote_mode,
+            timeout_ms=remote_timeout_ms,
+            namespace=namespace,
+            secret=self._secret,
+            unauthenticated=unauthenticated,
+        )
         self._arguments = {
             "where": where,
             "memory": memory,
@@ -185,14 +142,21 @@ class PassageCache:
             "storage": storage,
             "secret": secret,
             "read_only": read_only,
+            "remote": remote,
+            "remote_mode": remote_mode,
+            "remote_timeout_ms": remote_timeout_ms,
+            "remote_prefilled": remote_prefilled,
+            "namespace": namespace,
+            "unauthenticated": unauthenticated,
         }
         if isinstance(self.store, DiskStore):
             self.store.place.authenticated = self._secret is not None
         self._memory = MemoryStore(memory)
         self._writer = WriteBehind(_PENDING_BYTES)
         self._lock = forks.Lock()
-        self._counts = _Counts()
+        self._counts = Counts()
         self._faults: set[str] = set()
+        self._shared_book = SpaceBook()  # of what the shared tier has recorded
         self._forgetter = Forgetter(self._memory, self.flush)
         forks.watch(self)
         if hasattr(self.store, "after_fork_in_child"):
@@ -221,65 +185,163 @@ class PassageCache:
     def __repr__(self) -> str:
         place = self.store.folder if isinstance(self.store, DiskStore) else self.store
         kept = f"base_ratio={self.base_ratio}, keep={self.keep!r}, storage={self.storage!r}"
-        return f"PassageCache({str(place)!r}, {kept})"
+        shared = "" if self.remote is None else f", remote={self.remote.shown!r}"
+        return f"PassageCache({str(place)!r}, {kept}{shared})"
 
     @property
     def keeps_prefilled(self) -> bool:
         """Whether the store keeps prefilled passages, in whatever form."""
         return self.keep != "states"
 
-    def get_many(self, kind: Kind, keys: Sequence[str], decode: Callable[[Frame], T | None]) -> dict[str, T]:
-        """Return what is cached under the keys, in one batch; missing keys are left out.
+    def get_many(
+        self,
+        kind: Kind,
+        keys: Sequence[str],
+        decode: Callable[[Frame], T | None],
+        patience: Callable[[Sequence[str]], tuple[float, float]] | None = None,
+    ) -> dict[str, T]:
+        """Return what is cached under the keys, in one batch for each level; missing keys are left out.
 
-        Memory is asked first, and hits in the store are copied into it. Every fault is a miss, a log line and a
-        counter.
+        Memory is asked first, then the store, whose hits are copied into memory, then the shared tier, whose hits are
+        copied into both. Every fault is a miss, a log line and a counter.
 
         Args:
             kind: what the keys are of.
             keys: of `KeySpace`.
             decode: turns a verified frame into a value. It returns None for a frame that cannot serve this call (a
                 miss) and raises `FrameError` for an unexpected one (counted as corrupt).
+            patience: tells of keys that are missing so far how many seconds computing their values would take, and how
+                many the call has left; the shared tier gets no longer. Without it, it gets 2 seconds.
         """
-        if kind == "passage_kv":
-            return self._read(self.store, self._counts.prefilled, keys, decode)[0] if self.keeps(kind) else {}
-        found, _ = self._read(self._memory, self._counts.memory, keys, decode)
-        stored, data = self._read(self.store, self._counts.store, [key for key in keys if key not in found], decode)
-        self._memory.put_many(data)
-        return found | stored
+        found: dict[str, T] = {}
+        counters = self._counts.prefilled
+        if kind == "states":
+            found, _ = self._read(self._memory.get_many, self._counts.memory, keys, decode)
+            counters = self._counts.store
+        missing = [key for key in keys if key not in found]
+        stored: dict[str, T] = {}
+        data: dict[str, bytes] = {}
+        store = self.store
+        if store is not None and self._keeps_here(kind):
+            stored, data = self._read(store.get_many, counters, missing, decode)
+        missing = [key for key in missing if key not in stored]
+        shared, more = self._read_remote(kind, missing, decode, patience)
+        if kind == "states":
+            self._memory.put_many(data | more)
+        return found | stored | shared
+
+    def _read_remote(
+        self,
+        kind: Kind,
+        keys: Sequence[str],
+        decode: Callable[[Frame], T | None],
+        patience: Callable[[Sequence[str]], tuple[float, float]] | None,
+    ) -> tuple[dict[str, T], dict[str, bytes]]:
+        """Read and verify at the shared tier, and copy to the store what is sound."""
+        remote = self.remote
+        if remote is None or not keys or not self._shares(kind):
+            return {}, {}
+        predicted, most = (MOST_SECONDS, MOST_SECONDS) if patience is None else patience(keys)
+        seconds = seconds_for(predicted, remote.timeout, most)
+        own = LevelCounters()  # of hits and damage; what was missing, the tier counts itself
+        found, data = self._read(lambda asked: remote.get_many(asked, seconds), own, keys, decode)
+        remote.count(hits=own.hits, corrupt=own.corrupt, bytes_read=own.bytes_read)
+        add_count("remote", len(found))
+        if data and self._keeps_here(kind):
+            counters = self._counts.store if kind == "states" else self._counts.prefilled
+            if self._writer.offer(sum(map(len, data.values())), partial(self._write, data, counters)):
+                remote.count(promoted=len(data))
+        return found, data
 
     def recall(self, keys: Sequence[str], decode: Callable[[Frame], T | None]) -> dict[str, T]:
         """Return states in memory without counting, for keys that `get_many` just missed."""
-        return self._read(self._memory, LevelCounters(), keys, decode)[0]
+        return self._read(self._memory.get_many, LevelCounters(), keys, decode)[0]
 
     def keeps(self, kind: Kind) -> bool:
-        """Whether the store keeps values of this kind."""
+        """Whether the store or the shared tier keeps values of this kind."""
+        return self._keeps_here(kind) or self._shares(kind)
+
+    def _keeps_here(self, kind: Kind) -> bool:
         return self.store is not None and (kind == "states" or self.keeps_prefilled)
+
+    def _shares(self, kind: Kind) -> bool:
+        large = kind == "passage_kv" and self.keep != "compact"
+        return self.remote is not None and (not large or (self.keeps_prefilled and self._remote_prefilled))
 
     def get_or_add(self, key: str, make: Callable[[], Frame], decode: Callable[[Frame], T]) -> T:
         """Return what the store holds under a key, or what is made now and added, unless another process was first.
+
+        What the shared tier holds comes before it, so that all machines use the same: what this store holds is offered
+        to the tier, and replaced if the tier holds another one.
 
         Args:
             key: the key.
             make: makes the frame; called at most once.
             decode: turns a verified frame into a value; raises `FrameError` for an unexpected one, which is replaced.
         """
-        found = self._verified(key, decode)
-        if found is not None:
-            return found
-        made, store = make(), self.store
-        if store is not None:
-            self._attempt("write to", lambda: add(store, key, made.to_bytes(self._secret)))
-            found = self._verified(key, decode)
-        return decode(made) if found is None else found
+        kept = self._here(key, decode)
+        theirs = self._there(key, decode)
+        if kept is None and theirs is None:
+            made = make()
+            sealed = made.to_bytes(self._secret)
+            if self.remote is None or not self.remote.add(key, sealed, MOST_SECONDS):
+                return self._added(key, sealed, decode) or decode(made)
+            theirs = self._there(key, decode) or (decode(made), sealed)
+        elif kept is not None and theirs is None and self.remote is not None:
+            self.remote.add(key, kept[1], MOST_SECONDS)
+            theirs = self._there(key, decode)
+        if kept is None and theirs is not None:
+            self._added(key, theirs[1], decode)
+        elif kept is not None and theirs is not None and kept[1] != theirs[1]:
+            self.report("replaced", "this cache's own reference gives way to the one of the shared tier")
+            self._drop_here(key)
+            self._added(key, theirs[1], decode)
+        found = theirs or kept
+        return decode(make()) if found is None else found[0]
 
-    def _verified(self, key: str, decode: Callable[[Frame], T]) -> T | None:
+    def _here(self, key: str, decode: Callable[[Frame], T]) -> tuple[T, bytes] | None:
+        """Return what the store holds under a key, and its bytes."""
         store = self.store
         answer = None if store is None else self._attempt("read", lambda: store.get_many([key]))
+        return self._verified(key, answer[key], decode, partial(self._drop_here, key)) if answer else None
+
+    def _there(self, key: str, decode: Callable[[Frame], T]) -> tuple[T, bytes] | None:
+        """Return what the shared tier holds under a key, and its bytes."""
+        remote = self.remote
+        data = None if remote is None else remote.get(key, MOST_SECONDS)
+        if remote is None or data is None:
+            return None
+        return self._verified(
+            key, data, decode, lambda key: self._attempt("delete from", lambda: delete_shared(remote, [key]))
+        )
+
+    def _added(self, key: str, data: bytes, decode: Callable[[Frame], T]) -> T | None:
+        """Add to the store, unless another process was first; return what it holds then."""
+        store = self.store
+        if store is not None:
+            self._attempt("write to", lambda: add(store, key, data))
+        found = self._here(key, decode)
+        return None if found is None else found[0]
+
+    def _drop_here(self, key: str) -> None:
+        store = self.store
+        if store is not None:
+            gone = self._attempt("delete from", lambda: store.delete([key])) or 0
+            with self._lock:
+                self._counts.store.corrupt += gone
+
+    def _drop_there(self, key: str) -> None:
+        remote = self.remote
+        self._attempt("delete from", lambda: delete_shared(remote, [key]))
+
+    def _verified(
+        self, key: str, data: bytes, decode: Callable[[Frame], T], drop: Callable[[], object]
+    ) -> tuple[T, bytes] | None:
         try:
-            return decode(Frame.from_bytes(answer[key], key, self._secret)) if answer else None
+            return decode(Frame.from_bytes(data, key, self._secret)), data
         except FrameError as error:
             self.report("corrupt", f"an entry of the cache does not verify ({error}); it is made again")
-            self.discard([key])
+            drop()
             return None
 
     def seal(self, frames: Mapping[str, Frame]) -> dict[str, bytes]:
@@ -301,12 +363,17 @@ class PassageCache:
         """Store the result of `seal` asynchronously; waits while too many bytes are pending."""
         if sealed and self.keeps(kind):
             counters = self._counts.store if kind == "states" else self._counts.prefilled
-            self._writer.submit(sum(map(len, sealed.values())), partial(self._write, sealed, counters))
+            if self._keeps_here(kind):
+                self._writer.submit(sum(map(len, sealed.values())), partial(self._write, sealed, counters))
+            if self.remote is not None and self._shares(kind):
+                self.remote.put_many(sealed)
 
     def discard(self, keys: list[str]) -> None:
         """Delete entries that turned out to be unusable, and count them as corrupt; a failing store is logged."""
         self._forgetter.delete_in_memory(keys)
         self._forgetter.delete_scores(keys)
+        if self.remote is not None:
+            self.remote.discard(keys)
         store = self.store
         if store is None:
             return
@@ -329,7 +396,7 @@ class PassageCache:
             ValueError: a key is not one; nothing was deleted then.
             StoreError: the store is read-only, failed, or does not delete.
         """
-        return self._forgetter.delete(self.store, keys)
+        return self._forgetter.delete(self.store, self.remote, keys)
 
     def forget(self, texts: Iterable[Document], spaces: Iterable[Space] = ()) -> ForgetReport:
         """Delete what is kept of texts: states and prefilled passages in memory and store, and scores in memory.
@@ -337,7 +404,8 @@ class PassageCache:
         No model is loaded. The texts are searched under every model and setting whose key space the store has recorded,
         or that this process has used. Writes that are pending are finished first, and passages that wait to be encoded
         in the background of this process are given up. A ranking that runs at the same time may store a text again, and
-        other processes keep what they have in memory: forget a text after it has left what is ranked.
+        other processes keep what they have in memory, and other machines what they have on their disks, even if this
+        one forgets it in the tier that they share: forget a text after it has left what is ranked, on each machine.
 
         Args:
             texts: passages as `KaLMReranker.rank` takes them. Any iterable; a generator is consumed in windows.
@@ -347,7 +415,7 @@ class PassageCache:
             TypeError: a text is wrong; the message names its position. The texts before it may be forgotten.
             StoreError: the store is read-only, failed, or does not delete.
         """
-        return self._forgetter.forget(self.store, texts, spaces)
+        return self._forgetter.forget(self.store, self.remote, texts, spaces)
 
     def use(self, space: Space, *, kept: bool = False) -> None:
         """Remember that this process uses a key space, so that `forget` searches it.
@@ -359,7 +427,9 @@ class PassageCache:
         """
         book = self._forgetter.book
         book.use(space)
-        if not (kept and self._has_records and self.keeps(space.kind)):
+        if kept and self.remote is not None and self._shares(space.kind) and self._shared_book.begin(space):
+            self.remote.later(partial(self._record_remote, space))
+        if not (kept and self._has_records and self._keeps_here(space.kind)):
             return
         if isinstance(self.store, DiskStore) and not self.store.records.holds(space.id):
             book.lost(space)
@@ -369,6 +439,14 @@ class PassageCache:
     def attach(self, level: Level) -> None:
         """Let `forget` and `delete` reach what a reranker holds in memory."""
         self._forgetter.attach(level)
+
+    def _record_remote(self, space: Space) -> None:
+        try:
+            record(None if self.remote is None else self.remote.link.store, [space])
+        except Exception:
+            self._shared_book.end(space, failed=True)
+            raise
+        self._shared_book.end(space)
 
     def _record(self, space: Space) -> None:
         try:
@@ -391,17 +469,17 @@ class PassageCache:
 
     def _read(
         self,
-        store: Store | None,
+        get_many: Callable[[Sequence[str]], Mapping[str, bytes]],
         counters: LevelCounters,
         keys: Sequence[str],
         decode: Callable[[Frame], T | None],
     ) -> tuple[dict[str, T], dict[str, bytes]]:
         """Read, verify and count at one level; return the values and their bytes."""
-        if not keys or store is None:
+        if not keys:
             return {}, {}
 
         def read() -> dict[str, bytes]:
-            answer = store.get_many(keys)
+            answer = get_many(keys)
             return {key: answer[key] for key in keys if key in answer}
 
         answer = self._attempt("read", read)
@@ -436,9 +514,48 @@ class PassageCache:
             if kept:
                 counters.bytes_written += sum(map(len, sealed.values())) * kept // len(sealed)
 
-    def flush(self) -> None:
-        """Wait until every pending write has succeeded or failed."""
+    def flush(self, timeout: float = 10.0) -> bool:
+        """Wait until every pending write has succeeded or failed.
+
+        Args:
+            timeout: seconds to wait at most for the shared tier. What is left then is still written, as long as this
+                process runs; writes to the store are waited for in any case.
+
+        Returns:
+            Whether nothing is left.
+        """
         self._writer.flush()
+        return self.remote is None or self.remote.flush(timeout)
+
+    def share(self, kind: Kind, keys: Sequence[str]) -> int:
+        """Write to the shared tier what it lacks and the store holds, and wait for it.
+
+        Args:
+            kind: what the keys are of.
+            keys: of `KeySpace`.
+
+        Returns:
+            How many of the keys the tier does not hold at the end; 0 without a tier, or where it is only read.
+
+        Raises:
+            StoreError: it does not answer, or refuses.
+        """
+        remote, store = self.remote, self.store
+        if remote is None or not remote.writes or not self._shares(kind):
+            return 0
+        for part in parts(keys, _SHARED_AT_ONCE):
+            lacking = missing(remote, part)
+            held = {} if store is None else self._attempt("read", partial(store.get_many, lacking)) or {}
+            remote.put_many({key: data for key, data in held.items() if self._is_sound(key, data)})
+        remote.flush(_SHARING_SECONDS)
+        return len(missing(remote, keys))
+
+    def _is_sound(self, key: str, data: bytes) -> bool:
+        try:
+            Frame.from_bytes(data, key, self._secret)
+        except FrameError:
+            return False
+        return True
 
     def _attempt(self, what: str, action: Callable[[], R]) -> R | None:
         """Run something on a store, which may be anybody's code: log any exception and return None."""
@@ -454,7 +571,8 @@ class PassageCache:
         store = self.store
         size = _EMPTY if store is None else self._attempt("read", store.stats) or _EMPTY
         memory = self._memory.stats()
-        unrecorded = self._forgetter.unrecorded(store)
+        unrecorded = self._forgetter.unrecorded(store) + self._shared_book.unrecorded
+        shared = None if self.remote is None else self.remote.stats()
         with self._lock:
             counts = self._counts
             return CacheStats(
@@ -463,11 +581,17 @@ class PassageCache:
                 replace(counts.prefilled),
                 counts.encoded,
                 unrecorded,
+                shared,
             )
 
     def close(self) -> None:
-        """Finish pending writes and release the store. A later call opens it again."""
+        """Finish pending writes and release the store. A later call opens it again.
+
+        A shared tier gets ten seconds; what is left then is given up, logged and counted as dropped.
+        """
         self._writer.close()
+        if self.remote is not None:
+            self.remote.close(_CLOSING_SECONDS)
         self._memory.close()
         if self.store is not None:
             self._attempt("close", self.store.close)

@@ -14,6 +14,10 @@ class StoreError(KaLMError, RuntimeError):
     """A store cannot do what was asked; the cache turns it into a miss, a log line and a counter."""
 
 
+class RefusedError(StoreError):
+    """A store refuses in a way that does not pass by itself: a wrong password, a bucket that does not exist."""
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class StoreStats(Shown):
     """Size of a store; None where a store cannot tell.

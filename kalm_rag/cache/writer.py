@@ -64,6 +64,14 @@ class WriteBehind:
         else:
             future.add_done_callback(self._done)
 
+    def offer(self, size: int, action: Callable[[], None]) -> bool:
+        """Queue a write unless too many bytes are pending; never waits. Returns whether it was queued."""
+        with self._changed:
+            if self._pending and self._bytes + size > self._limit:
+                return False
+        self.submit(size, action)
+        return True
+
     def _done(self, future: Future[None]) -> None:
         with self._changed:
             self._bytes -= self._pending.pop(future, 0)

@@ -26,6 +26,7 @@ class RankCounts(Shown):
         prefilled: found prefilled in memory.
         stored: found prefilled in the cache's store.
         states: whose encoder states were found in the cache.
+        remote: found in the tier that several machines share; they are among `stored` and `states` too.
         encoded: that the encoder read for the call.
     """
 
@@ -38,6 +39,7 @@ class RankCounts(Shown):
     prefilled: int = 0
     stored: int = 0
     states: int = 0
+    remote: int = 0
     encoded: int = 0
 
 
@@ -104,6 +106,7 @@ _SOURCES = {
     "prefilled": "hits",
     "stored": "stored",
     "states": "states",
+    "remote": "remote",
     "encoded": "encode",
 }
 """What the recorded counts are called where they arise."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import math
 import threading
 import time
 from collections import deque
@@ -78,6 +79,12 @@ def until(deadline: float | None) -> Iterator[None]:
         yield
     finally:
         _deadline.reset(token)
+
+
+def time_left() -> float:
+    """Return the seconds that the call of this context has left; infinite without a deadline."""
+    deadline = _deadline.get()
+    return math.inf if deadline is None else max(0.0, deadline - time.monotonic())
 
 
 @contextlib.contextmanager
