@@ -75,7 +75,7 @@ class ByteStoreAdapter:
         """Store values, and count them in the `ByteStore`."""
         if items:
             self._keep(items)
-            self._totals.add(len(items), sum(map(len, items.values())))
+            self._totals.put({key: len(value) for key, value in items.items()})
             self._save_totals()
         return len(items)
 
@@ -84,7 +84,7 @@ class ByteStoreAdapter:
         known = self._read(list(keys))
         if known:
             self._store.mdelete([self._prefix + key for key in known])
-            self._totals.add(-len(known), -sum(len(value) for value in known.values() if isinstance(value, _BYTES)))
+            self._totals.delete({key: len(value) if isinstance(value, _BYTES) else 0 for key, value in known.items()})
             self._save_totals()
         return len(known)
 

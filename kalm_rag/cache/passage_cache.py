@@ -12,22 +12,23 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
+from kalm_rag.cache.agreement import OneValue, share
 from kalm_rag.cache.disk import DiskStore
 from kalm_rag.cache.forgetting import ForgetReport, Forgetter, Level
-from kalm_rag.cache.frame import Frame, FrameError
+from kalm_rag.cache.frame import Frame
+from kalm_rag.cache.local import open_store
 from kalm_rag.cache.memory import MemoryStore
-from kalm_rag.cache.remote.maintenance import delete_shared, missing
+from kalm_rag.cache.recorder import Recorder
 from kalm_rag.cache.remote.opening import DEFAULT_NAMESPACE, open_tier, secret_or_environment
 from kalm_rag.cache.remote.patience import MOST_SECONDS, seconds_for
 from kalm_rag.cache.remote.tier import RemoteMode
-from kalm_rag.cache.remote.windows import parts
-from kalm_rag.cache.spaces import Kind, Space, SpaceBook, record, records_of
+from kalm_rag.cache.spaces import Kind, Space
 from kalm_rag.cache.stats import CacheStats, Counts, LevelCounters, LevelStats
-from kalm_rag.cache.store import Store, StoreStats, add
+from kalm_rag.cache.store import Store, StoreStats
 from kalm_rag.cache.writer import WriteBehind
 from kalm_rag.utils import forks
 from kalm_rag.utils.checks import check_bytes, check_choice, check_flag, check_positive, check_ratio, check_secret
-from kalm_rag.utils.paths import DEFAULT, passages_dir, user_path
+from kalm_rag.utils.paths import DEFAULT
 from kalm_rag.utils.recording import add_count
 
 if TYPE_CHECKING:
@@ -43,7 +44,6 @@ DEFAULT_MEMORY = 256_000_000
 
 _PENDING_BYTES = 256_000_000
 _CLOSING_SECONDS = 10.0
-_SHARED_AT_ONCE, _SHARING_SECONDS = 256, 60.0
 _EMPTY = StoreStats(None, None, None)
 R = TypeVar("R")
 T = TypeVar("T")
@@ -79,6 +79,14 @@ class PassageCache:
             and the compact form are always shared.
         namespace: separates tenants that share a `remote`: none looks under another's keys.
         unauthenticated: share without a `secret`, where everybody who can write to the `remote` is trusted.
+
+    Attributes:
+        store: the store, None for memory only.
+        remote: the shared tier, None without one.
+        base_ratio: as given.
+        keep: as given.
+        storage: as given.
+        secret: the secret as bytes, None without one.
 
     One instance may be used from any number of threads, and in a forked process. `_lock` guards the counters and
     `_faults`; the memory level, the pending writes and the store have their own locks.
@@ -121,16 +129,15 @@ class PassageCache:
         self.base_ratio = check_ratio("base_ratio", base_ratio)
         self.storage: Storage = storage
         self.keep: Keep = keep
-        self.store = _make_store(where, limit, read_only)
-        self._has_records = records_of(self.store) is not None
-        self._secret = check_secret("secret", secret_or_environment(secret))
+        self.store = open_store(where, limit, read_only)
+        self.secret = check_secret("secret", secret_or_environment(secret))
         self._remote_prefilled = check_flag("remote_prefilled", remote_prefilled)
         self.remote = open_tier(
             remote,
             mode=remote_mode,
             timeout_ms=remote_timeout_ms,
             namespace=namespace,
-            secret=self._secret,
+            secret=self.secret,
             unauthenticated=unauthenticated,
         )
         self._arguments = {
@@ -150,14 +157,14 @@ class PassageCache:
             "unauthenticated": unauthenticated,
         }
         if isinstance(self.store, DiskStore):
-            self.store.place.authenticated = self._secret is not None
+            self.store.place.authenticated = self.secret is not None
         self._memory = MemoryStore(memory)
         self._writer = WriteBehind(_PENDING_BYTES)
         self._lock = forks.Lock()
         self._counts = Counts()
         self._faults: set[str] = set()
-        self._shared_book = SpaceBook()  # of what the shared tier has recorded
         self._forgetter = Forgetter(self._memory, self.flush)
+        self._recorder = Recorder(self._forgetter.book, self._writer, self.report)
         forks.watch(self)
         if hasattr(self.store, "after_fork_in_child"):
             forks.watch(self.store)
@@ -279,74 +286,11 @@ class PassageCache:
             make: makes the frame; called at most once.
             decode: turns a verified frame into a value; raises `FrameError` for an unexpected one, which is replaced.
         """
-        kept = self._here(key, decode)
-        theirs = self._there(key, decode)
-        if kept is None and theirs is None:
-            made = make()
-            sealed = made.to_bytes(self._secret)
-            if self.remote is None or not self.remote.add(key, sealed, MOST_SECONDS):
-                return self._added(key, sealed, decode) or decode(made)
-            theirs = self._there(key, decode) or (decode(made), sealed)
-        elif kept is not None and theirs is None and self.remote is not None:
-            self.remote.add(key, kept[1], MOST_SECONDS)
-            theirs = self._there(key, decode)
-        if kept is None and theirs is not None:
-            self._added(key, theirs[1], decode)
-        elif kept is not None and theirs is not None and kept[1] != theirs[1]:
-            self.report("replaced", "this cache's own reference gives way to the one of the shared tier")
-            self._drop_here(key)
-            self._added(key, theirs[1], decode)
-        found = theirs or kept
-        return decode(make()) if found is None else found[0]
-
-    def _here(self, key: str, decode: Callable[[Frame], T]) -> tuple[T, bytes] | None:
-        """Return what the store holds under a key, and its bytes."""
-        store = self.store
-        answer = None if store is None else self._attempt("read", lambda: store.get_many([key]))
-        return self._verified(key, answer[key], decode, partial(self._drop_here, key)) if answer else None
-
-    def _there(self, key: str, decode: Callable[[Frame], T]) -> tuple[T, bytes] | None:
-        """Return what the shared tier holds under a key, and its bytes."""
-        remote = self.remote
-        data = None if remote is None else remote.get(key, MOST_SECONDS)
-        if remote is None or data is None:
-            return None
-        return self._verified(
-            key, data, decode, lambda key: self._attempt("delete from", lambda: delete_shared(remote, [key]))
-        )
-
-    def _added(self, key: str, data: bytes, decode: Callable[[Frame], T]) -> T | None:
-        """Add to the store, unless another process was first; return what it holds then."""
-        store = self.store
-        if store is not None:
-            self._attempt("write to", lambda: add(store, key, data))
-        found = self._here(key, decode)
-        return None if found is None else found[0]
-
-    def _drop_here(self, key: str) -> None:
-        store = self.store
-        if store is not None:
-            gone = self._attempt("delete from", lambda: store.delete([key])) or 0
-            with self._lock:
-                self._counts.store.corrupt += gone
-
-    def _drop_there(self, key: str) -> None:
-        remote = self.remote
-        self._attempt("delete from", lambda: delete_shared(remote, [key]))
-
-    def _verified(
-        self, key: str, data: bytes, decode: Callable[[Frame], T], drop: Callable[[], object]
-    ) -> tuple[T, bytes] | None:
-        try:
-            return decode(Frame.from_bytes(data, key, self._secret)), data
-        except FrameError as error:
-            self.report("corrupt", f"an entry of the cache does not verify ({error}); it is made again")
-            drop()
-            return None
+        return OneValue(self, key, decode).get_or_add(make)
 
     def seal(self, frames: Mapping[str, Frame]) -> dict[str, bytes]:
         """Turn frames into bytes, with this cache's secret."""
-        return {key: frame.to_bytes(self._secret) for key, frame in frames.items()}
+        return {key: frame.to_bytes(self.secret) for key, frame in frames.items()}
 
     def put_in_memory(self, sealed: Mapping[str, bytes], encoded: int) -> None:
         """Keep newly encoded states in memory; this never waits.
@@ -368,16 +312,21 @@ class PassageCache:
             if self.remote is not None and self._shares(kind):
                 self.remote.put_many(sealed)
 
-    def discard(self, keys: list[str]) -> None:
-        """Delete entries that turned out to be unusable, and count them as corrupt; a failing store is logged."""
+    def discard(self, keys: list[str], *, shared: bool = True) -> None:
+        """Delete entries that turned out to be unusable, and count them as corrupt; a failing store is logged.
+
+        Args:
+            keys: of entries.
+            shared: in the shared tier too, in the background.
+        """
         self._forgetter.delete_in_memory(keys)
         self._forgetter.delete_scores(keys)
-        if self.remote is not None:
-            self.remote.discard(keys)
+        if self.remote is not None and shared:
+            self.remote.later(partial(self.remote.link.store.delete, keys))
         store = self.store
         if store is None:
             return
-        dropped = self._attempt("delete from", lambda: store.delete(keys)) or 0
+        dropped = self.attempt("delete from", lambda: store.delete(keys)) or 0
         with self._lock:
             self._counts.store.corrupt += dropped
 
@@ -425,40 +374,12 @@ class PassageCache:
             kept: the store holds entries of it, or is about to. It is recorded there, asynchronously and once; a
                 failure is a log line and a counter.
         """
-        book = self._forgetter.book
-        book.use(space)
-        if kept and self.remote is not None and self._shares(space.kind) and self._shared_book.begin(space):
-            self.remote.later(partial(self._record_remote, space))
-        if not (kept and self._has_records and self._keeps_here(space.kind)):
-            return
-        if isinstance(self.store, DiskStore) and not self.store.records.holds(space.id):
-            book.lost(space)
-        if book.begin(space):
-            self._writer.submit(0, partial(self._record, space))
+        here, there = kept and self._keeps_here(space.kind), kept and self._shares(space.kind)
+        self._recorder.use(self.store if here else None, self.remote if there else None, space)
 
     def attach(self, level: Level) -> None:
         """Let `forget` and `delete` reach what a reranker holds in memory."""
         self._forgetter.attach(level)
-
-    def _record_remote(self, space: Space) -> None:
-        try:
-            record(None if self.remote is None else self.remote.link.store, [space])
-        except Exception:
-            self._shared_book.end(space, failed=True)
-            raise
-        self._shared_book.end(space)
-
-    def _record(self, space: Space) -> None:
-        try:
-            with forks.native():
-                kept = record(self.store, [space])
-        except Exception as error:  # noqa: BLE001 - a store may be anybody's code
-            self._forgetter.book.end(space, failed=True)
-            self.report(
-                "record", f"cannot record a key space: other processes cannot find its entries by text ({error})"
-            )
-        else:
-            self._forgetter.book.end(space, again=not kept)
 
     def report(self, kind: str, message: str) -> None:
         """Log a fault: the first of its kind as a warning, later ones at `DEBUG`."""
@@ -482,14 +403,14 @@ class PassageCache:
             answer = get_many(keys)
             return {key: answer[key] for key in keys if key in answer}
 
-        answer = self._attempt("read", read)
+        answer = self.attempt("read", read)
         failed = answer is None
         found: dict[str, T] = {}
         good: dict[str, bytes] = {}
         corrupt = 0
         for key, data in (answer or {}).items():
             try:
-                value = decode(Frame.from_bytes(data, key, self._secret))
+                value = decode(Frame.from_bytes(data, key, self.secret))
             except Exception as error:  # noqa: BLE001 - bytes that no reader foresaw are as wrong as any others
                 corrupt += 1
                 self.report("corrupt", f"a cached passage does not verify ({error}); it is computed again")
@@ -508,7 +429,7 @@ class PassageCache:
         store = self.store
         if store is None:
             return
-        kept = self._attempt("write to", lambda: store.put_many(sealed))
+        kept = self.attempt("write to", lambda: store.put_many(sealed))
         with self._lock:
             counters.write_failed += len(sealed) - (kept or 0)
             if kept:
@@ -540,24 +461,12 @@ class PassageCache:
         Raises:
             StoreError: it does not answer, or refuses.
         """
-        remote, store = self.remote, self.store
+        remote = self.remote
         if remote is None or not remote.writes or not self._shares(kind):
             return 0
-        for part in parts(keys, _SHARED_AT_ONCE):
-            lacking = missing(remote, part)
-            held = {} if store is None else self._attempt("read", partial(store.get_many, lacking)) or {}
-            remote.put_many({key: data for key, data in held.items() if self._is_sound(key, data)})
-        remote.flush(_SHARING_SECONDS)
-        return len(missing(remote, keys))
+        return share(self, remote, keys)
 
-    def _is_sound(self, key: str, data: bytes) -> bool:
-        try:
-            Frame.from_bytes(data, key, self._secret)
-        except FrameError:
-            return False
-        return True
-
-    def _attempt(self, what: str, action: Callable[[], R]) -> R | None:
+    def attempt(self, what: str, action: Callable[[], R]) -> R | None:
         """Run something on a store, which may be anybody's code: log any exception and return None."""
         try:
             with forks.native():
@@ -569,9 +478,9 @@ class PassageCache:
     def stats(self) -> CacheStats:
         """Return counters and sizes of both levels."""
         store = self.store
-        size = _EMPTY if store is None else self._attempt("read", store.stats) or _EMPTY
+        size = _EMPTY if store is None else self.attempt("read", store.stats) or _EMPTY
         memory = self._memory.stats()
-        unrecorded = self._forgetter.unrecorded(store) + self._shared_book.unrecorded
+        unrecorded = self._forgetter.unrecorded(store) + self._recorder.unrecorded_there
         shared = None if self.remote is None else self.remote.stats()
         with self._lock:
             counts = self._counts
@@ -594,22 +503,10 @@ class PassageCache:
             self.remote.close(_CLOSING_SECONDS)
         self._memory.close()
         if self.store is not None:
-            self._attempt("close", self.store.close)
+            self.attempt("close", self.store.close)
 
     def __enter__(self) -> PassageCache:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _make_store(where: Any, limit: int | None, read_only: bool) -> Store | None:
-    if where is None:
-        return None
-    if isinstance(where, (str, Path)):
-        folder = passages_dir() if where == DEFAULT else user_path(where, "cache")
-        return None if folder is None else DiskStore(folder, limit=limit, read_only=read_only)
-    if isinstance(where, Store):
-        return where
-    msg = f"the cache must be a folder, a store or None, got {type(where).__name__}: {where!r:.80}"
-    raise TypeError(msg)

@@ -15,13 +15,15 @@ TOTALS = "totals-"
 
 _SLOTS = 16
 _LARGEST = 1 << 62
+_MOST_KNOWN = 100_000
 
 
 class SlotTotals:
     """Entries and bytes under sixteen names of a store that has no counters of its own.
 
-    Each process adds to one of the names. Two that add to the same one at the same moment may lose one of the two, and
-    what a store gives up by itself is not subtracted: the sum is near the truth, and costs one read.
+    Each process adds to one of the names. Two that add to the same one at the same moment may lose one of the two, what
+    two processes write counts twice, and what a store gives up by itself is not subtracted: the sum is near the truth,
+    and costs one read.
 
     Args:
         read: returns the values of names; missing names are left out.
@@ -33,17 +35,36 @@ class SlotTotals:
     ) -> None:
         self._read = read
         self._write = write
-        self._lock = forks.Lock()  # of the next line
-        self._more = (0, 0)
+        self._lock = forks.Lock()  # of all below
         self.after_fork_in_child()
 
     def after_fork_in_child(self) -> None:
         """Take a name of its own, and leave to the parent what it has counted."""
         self._name = f"{TOTALS}{secrets.randbelow(_SLOTS):02}"
         self._more = (0, 0)
+        self._known: dict[str, int] = {}
 
-    def add(self, entries: int, size: int) -> None:
-        """Count entries that were written, or below 0 deleted, and their bytes; `save` tells the store."""
+    def put(self, sizes: Mapping[str, int]) -> None:
+        """Count entries that were written, by key with their bytes; `save` tells the store.
+
+        One that this process has written before is counted once.
+        """
+        with self._lock:
+            if len(self._known) + len(sizes) > _MOST_KNOWN:
+                self._known.clear()
+            entries = sum(key not in self._known for key in sizes)
+            size = sum(size - self._known.get(key, 0) for key, size in sizes.items())
+            self._known.update(sizes)
+        self._add(entries, size)
+
+    def delete(self, sizes: Mapping[str, int]) -> None:
+        """Count entries that were deleted, by key with the bytes that they took."""
+        with self._lock:
+            for key in sizes:
+                self._known.pop(key, None)
+        self._add(-len(sizes), -sum(sizes.values()))
+
+    def _add(self, entries: int, size: int) -> None:
         with self._lock:
             self._more = (self._more[0] + entries, self._more[1] + size)
 
@@ -58,7 +79,7 @@ class SlotTotals:
             sums = [old + new for old, new in zip(kept, more, strict=True)]
             self._write({self._name: json.dumps(sums).encode()})
         except Exception:
-            self.add(*more)
+            self._add(*more)
             raise
 
     def sums(self) -> tuple[int, int]:

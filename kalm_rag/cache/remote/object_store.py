@@ -97,7 +97,7 @@ class ObjectStore:
             StoreError: one was not kept.
         """
         self._bucket.write(items)
-        self._totals.add(len(items), sum(map(len, items.values())))
+        self._totals.put({key: len(value) for key, value in items.items()})
         with contextlib.suppress(StoreError):  # a count that is not kept loses no entry
             self._totals.save()
         return len(items)
@@ -109,7 +109,8 @@ class ObjectStore:
             StoreError: the object store does not answer, or refuses.
         """
         is_new = self._bucket.create(key, value)
-        self._totals.add(is_new, len(value) * is_new)
+        if is_new:
+            self._totals.put({key: len(value)})
         return is_new
 
     def contains(self, keys: Sequence[str]) -> set[str]:
@@ -128,10 +129,10 @@ class ObjectStore:
         """
         wanted = list(keys)
         sizes = self._bucket.sizes(wanted)
-        known = [key for key, size in zip(wanted, sizes, strict=True) if size is not None]
+        known = {key: size for key, size in zip(wanted, sizes, strict=True) if size is not None}
         if known:
-            self._bucket.delete(known)
-            self._totals.add(-len(known), -sum(size or 0 for size in sizes))
+            self._bucket.delete(list(known))
+            self._totals.delete(known)
             with contextlib.suppress(StoreError):
                 self._totals.save()
         return len(known)

@@ -143,10 +143,6 @@ class RemoteTier:
         answer = self.link.requests.ask(lambda: (self.link.noted(lambda: add(self.link.store, key, value)),), seconds)
         return isinstance(answer, tuple)
 
-    def discard(self, keys: Sequence[str]) -> None:
-        """Delete unusable entries in the background."""
-        self.later(lambda: self.link.store.delete(keys))
-
     def count(self, **more: int) -> None:
         """Add to counters, by name."""
         with self._lock:
