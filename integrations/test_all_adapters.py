@@ -53,6 +53,12 @@ CHANGED: dict[str, Any] = {
     "cache_base_ratio": 2,
     "cache_storage": "int8",
     "cache_read_only": False,
+    "cache_remote": "file:///nowhere/shared",
+    "cache_remote_mode": "read",
+    "cache_remote_timeout_ms": 250.0,
+    "cache_remote_prefilled": True,
+    "cache_namespace": "tenant-7",
+    "cache_unauthenticated": True,
 }
 """A value that is not the default for every option that can be written to a file."""
 
@@ -176,6 +182,11 @@ def test_credentials_stay_out_of_files_and_words(adapter: Adapter, given: dict[s
         wanted["token"] = "hf_horse"
     made = adapter.make(**given, options=wanted)
     assert "horse" not in repr(made.options)
+    with_password = {"cache_remote": "redis://me:horse@localhost:1/0", "cache_unauthenticated": True}
+    remote = adapter.make(**given, options=with_password)
+    assert "horse" not in repr(remote) + str(remote) + repr(remote.reranker.cache)
+    with pytest.raises(Exception, match=r"options\.cache_remote is a credential and is never serialised"):
+        adapter.saved(remote)
     for text in (repr(made), str(made)):
         assert "horse" not in text
     with pytest.raises(Exception, match=r"options\.\w+ is a credential and is never serialised"):
@@ -221,6 +232,13 @@ def test_credentials_stay_out_of_files_and_words(adapter: Adapter, given: dict[s
         ({"cache_secret": "short"}, "cache_secret must have at least 16 bytes"),
         ({"cache_secret": 7}, "cache_secret must be a string or bytes"),
         ({"cache_read_only": "false"}, "cache_read_only must be True or False"),
+        ({"cache_remote": "ftp://short"}, "cache_remote must be a URL that begins with one of redis://"),
+        ({"cache_remote": 7}, "cache_remote must be a string"),
+        ({"cache_remote_mode": "write"}, "cache_remote_mode must be one of"),
+        ({"cache_remote_timeout_ms": 0}, "cache_remote_timeout_ms must be above 0 milliseconds"),
+        ({"cache_remote_prefilled": 1}, "cache_remote_prefilled must be True or False"),
+        ({"cache_namespace": "../x"}, "cache_namespace must be 1 to 64 letters"),
+        ({"cache_unauthenticated": "no"}, "cache_unauthenticated must be True or False"),
         ({"token": 7}, "token must be a string"),
         (["batch_size"], "options must be a kalm_rag.Options or a mapping, got list"),
         ("batch_size", "options must be a kalm_rag.Options or a mapping, got str"),

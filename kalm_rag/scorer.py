@@ -157,6 +157,19 @@ class Scorer:
             new, truncated = new + report.new, truncated + report.truncated
         return EncodeReport(new, len(passages) - new, truncated)
 
+    def share(self, texts: Sequence[str]) -> int:
+        """Write to the cache's shared tier what it lacks of passages, and wait; returns how many entries it lacks then.
+
+        Raises:
+            StoreError: it does not answer, or refuses.
+        """
+        passages = self.windows.expand(texts)
+        left = self._cache.share("states", self.states.keys(passages, self._cache.base_ratio))
+        if self._cache.keeps("passage_kv"):
+            request = self.passage_kv.request(self.settings.instruction, self.settings.ratio)
+            left += self._cache.share("passage_kv", self.passage_kv.keys(passages, request))
+        return left
+
     def score(
         self,
         pairs: Sequence[tuple[str, str]],

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any, TypeAlias, get_args
 
 from kalm_rag.cache.passage_cache import DEFAULT_MEMORY, Storage
+from kalm_rag.cache.remote.address import PASSWORD, read_address
+from kalm_rag.cache.remote.opening import DEFAULT_NAMESPACE, SECRET, check_namespace, check_timeout
+from kalm_rag.cache.remote.tier import RemoteMode
 from kalm_rag.settings import (
     DEFAULT_MAX_WINDOWS,
     DEFAULT_PREFILL_MEMORY,
@@ -24,6 +27,11 @@ from kalm_rag.utils.checks import check_bytes, check_choice, check_flag, check_p
 
 _CACHE = "cache_"
 _CREDENTIALS = ("token", "cache_secret")
+_WAYS_OUT = {
+    "token": "set HF_TOKEN in the environment",
+    "cache_secret": f"set {SECRET} in the environment",
+    "cache_remote": f"set {PASSWORD} in the environment and give the URL without it",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +69,13 @@ class Options:
         cache_secret: authenticates entries of a folder that others can write to. It is never written to JSON or YAML; a
             pickle holds it.
         cache_read_only: write nothing to the folder.
+        cache_remote: URL of a tier that several machines share behind the folder, see `PassageCache`. One with a
+            password is never written to JSON or YAML: put it into `KALM_RAG_REMOTE_PASSWORD`.
+        cache_remote_mode: `read-write`, or `read` to write nothing to it.
+        cache_remote_timeout_ms: milliseconds that all reads of a query may wait for it together.
+        cache_remote_prefilled: with `keep="prefilled"`, share the prefilled passages as well.
+        cache_namespace: separates tenants that share it.
+        cache_unauthenticated: share without `cache_secret`, where everybody who can write to it is trusted.
 
     Raises:
         TypeError: an option has the wrong type; the message names it.
@@ -90,6 +105,12 @@ class Options:
     cache_storage: Storage = "native"
     cache_secret: str | bytes | None = field(default=None, repr=False)
     cache_read_only: bool = False
+    cache_remote: str | None = field(default=None, repr=False)
+    cache_remote_mode: RemoteMode = "read-write"
+    cache_remote_timeout_ms: float | None = None
+    cache_remote_prefilled: bool = False
+    cache_namespace: str = DEFAULT_NAMESPACE
+    cache_unauthenticated: bool = False
 
     def __post_init__(self) -> None:
         of_scorer = {name: getattr(self, name) for name in _names() & {field.name for field in fields(Settings)}}
@@ -103,7 +124,8 @@ class Options:
             checked["cache_base_ratio"] = check_ratio("cache_base_ratio", self.cache_base_ratio)
         check_choice("cache_storage", self.cache_storage, get_args(Storage))
         check_secret("cache_secret", self.cache_secret)
-        for name in ("local_files_only", "cache_read_only"):
+        self._check_remote()
+        for name in ("local_files_only", "cache_read_only", "cache_remote_prefilled", "cache_unauthenticated"):
             check_flag(name, getattr(self, name))
         if self.show_progress is not None:
             check_flag("show_progress", self.show_progress)
@@ -113,6 +135,13 @@ class Options:
             raise TypeError(msg)
         for name, value in checked.items():
             object.__setattr__(self, name, value)  # frozen, and a number may have come as one of numpy's
+
+    def _check_remote(self) -> None:
+        if self.cache_remote is not None:
+            read_address(self.cache_remote, "cache_remote")
+        check_choice("cache_remote_mode", self.cache_remote_mode, get_args(RemoteMode))
+        check_timeout("cache_remote_timeout_ms", self.cache_remote_timeout_ms)
+        check_namespace("cache_namespace", self.cache_namespace)
 
     @classmethod
     def of(cls, given: OptionsLike) -> Options:
@@ -156,7 +185,8 @@ class Options:
     def wrapped(self, wrap: Callable[[Any], Any]) -> dict[str, Any] | None:
         """Return what differs from the defaults, or None, with credentials wrapped so that they are not shown."""
         found = self.changed()
-        secret = {name: wrap(found[name]) for name in _CREDENTIALS if isinstance(found.get(name), (str, bytes))}
+        hidden = (*_CREDENTIALS, *self._remote_with_credentials())
+        secret = {name: wrap(found[name]) for name in hidden if isinstance(found.get(name), (str, bytes))}
         return (found | secret) or None
 
     def serialised(self) -> dict[str, Any] | None:
@@ -166,12 +196,16 @@ class Options:
             ValueError: they hold a credential.
         """
         found = self.changed()
-        for name in _CREDENTIALS:
+        for name in (*_CREDENTIALS, *self._remote_with_credentials()):
             if isinstance(found.get(name), (str, bytes)):
-                way_out = "set HF_TOKEN in the environment" if name == "token" else "give cache= a PassageCache"
+                way_out = _WAYS_OUT[name]
                 msg = f"options.{name} is a credential and is never serialised; leave it out and {way_out} instead"
                 raise ValueError(msg)
         return found or None
+
+    def _remote_with_credentials(self) -> tuple[str, ...]:
+        remote = self.cache_remote
+        return ("cache_remote",) if remote is not None and read_address(remote).given_credentials else ()
 
 
 OptionsLike: TypeAlias = Options | Mapping[str, Any] | None
@@ -197,8 +231,11 @@ _ARGUMENTS = frozenset(
 
 
 def _unwrapped(value: Any) -> Any:
-    """A credential may come wrapped, as in pydantic's `SecretStr`."""
-    return value.get_secret_value() if hasattr(value, "get_secret_value") else value
+    """A credential may come wrapped, as in pydantic's `SecretStr` or Haystack's `Secret`."""
+    for name in ("get_secret_value", "resolve_value"):
+        if hasattr(value, name):
+            return getattr(value, name)()
+    return value
 
 
 def _names() -> frozenset[str]:

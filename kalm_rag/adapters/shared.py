@@ -112,7 +112,7 @@ def _lora_place(lora: str | Path | None) -> list[str]:
 
 def _comparable(arguments: dict[str, Any]) -> list[tuple[str, str]]:
     """Return arguments in a form that can be compared and shown; credentials cannot be read from it."""
-    hidden = ("token", "secret")
+    hidden = ("token", "secret", "remote")
     return sorted((name, _digest(value) if name in hidden else str(value)) for name, value in arguments.items())
 
 

@@ -34,6 +34,14 @@ from kalm_rag.cli.options import (
     limit_bytes,
 )
 from kalm_rag.cli.output import note_mini, print_json, show
+from kalm_rag.cli.remote import (
+    NamespaceOption,
+    RemoteModeOption,
+    RemoteOption,
+    SecretFileOption,
+    UnauthenticatedOption,
+    shared_tier,
+)
 from kalm_rag.utils.display import size_text, visible_line
 
 if TYPE_CHECKING:
@@ -54,6 +62,11 @@ def encode(
     storage: StorageOption = "native",
     keep: KeepOption = "states",
     limit_gb: LimitOption = None,
+    remote: RemoteOption = None,
+    remote_mode: RemoteModeOption = "read-write",
+    namespace: NamespaceOption = "default",
+    secret_file: SecretFileOption = None,
+    unauthenticated: UnauthenticatedOption = False,
     max_length: MaxLengthOption = 1024,
     long_passages: LongPassagesOption = "truncate",
     window_tokens: WindowTokensOption = None,
@@ -78,7 +91,8 @@ def encode(
     from kalm_rag.reranker import KaLMReranker
     from kalm_rag.retrieval.corpus import read_passages
 
-    passages = open_cache(cache, base_ratio, storage, keep, limit_gb)
+    tier = shared_tier(remote, remote_mode, namespace, secret_file, unauthenticated)
+    passages = open_cache(cache, base_ratio, storage, keep, limit_gb, **tier)
     note_mini(model)
     reranker = KaLMReranker(
         model, revision=revision, lora=lora, device=device, dtype=dtype,
@@ -102,6 +116,7 @@ def encode(
         msg = "no folder to keep encoded passages in; name one with --cache"
         raise ValueError(msg)
     check_writable(passages.store)
+    check_shared(passages)
     total = None
     if corpus != "-":
         expected = estimate(reranker, texts(), everything=False)
@@ -112,8 +127,23 @@ def encode(
     run.report(as_json)
 
 
-def open_cache(cache: str, base_ratio: int, storage: str, keep: str, limit_gb: float | None) -> PassageCache:
-    """Open the folder that passages are encoded into; arguments are what the options of the same names were given."""
+def check_shared(passages: PassageCache) -> None:
+    """Find out before the work whether a shared tier answers.
+
+    Raises:
+        StoreError: it does not, or refuses; the message says what to do.
+    """
+    if passages.remote is not None:
+        passages.remote.link.check()
+
+
+def open_cache(
+    cache: str, base_ratio: int, storage: str, keep: str, limit_gb: float | None, **tier: Any
+) -> PassageCache:
+    """Open the folder that passages are encoded into.
+
+    Arguments are what the options of the same names were given, and what `shared_tier` returned.
+    """
     from kalm_rag.cache import PassageCache
 
     return PassageCache(
@@ -123,6 +153,7 @@ def open_cache(cache: str, base_ratio: int, storage: str, keep: str, limit_gb: f
         storage=cast("Storage", storage),
         keep=cast("Keep", keep),
         limit=limit_bytes(limit_gb),
+        **tier,
     )
 
 
@@ -139,7 +170,7 @@ class EncodeRun:
         self.failure = ""
         self._reranker = reranker
         self._total = total
-        self._new = self._known = self._truncated = 0
+        self._new = self._known = self._truncated = self._unshared = 0
         self._start = time.perf_counter()
         self._evicted = reranker.cache.stats().store.size.evicted
         self._first: list[str] = []
@@ -207,6 +238,7 @@ class EncodeRun:
         lacking = set(missing)
         held = sum(text not in lacking for text in self._reranker.scorer.clean(group))
         self.seen, self.held = self.seen + len(group), self.held + held
+        self._unshared += self._reranker.scorer.share(group)
         stats = cache.stats()
         if report.new and not self._first:
             self._first = group
@@ -217,6 +249,9 @@ class EncodeRun:
         elif missing or stats.prefilled.write_failed:
             lost = len(missing) or stats.prefilled.write_failed
             self.failure = f"the cache did not keep {lost} passages; the log above says why"
+
+        if self._unshared and not self.failure:
+            self.failure = f"the shared tier does not hold {self._unshared} passages; the log above says why"
 
     def count_again(self, texts: Iterator[str] | None) -> None:
         """If the cache evicted anything during the run, count again what it holds; None cannot be read again."""
@@ -265,6 +300,7 @@ class EncodeRun:
             "failure": self.failure or None,
             "cache_entries": stats.store.size.entries,
             "cache_bytes": stats.store.size.bytes,
+            "unshared": self._unshared,
         }
 
     def show(self) -> None:

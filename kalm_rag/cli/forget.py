@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kalm_rag.cli.cache import ModelFilter, digest_of, open_folder
+from kalm_rag.cli.encode import check_shared
 from kalm_rag.cli.options import (
     CacheOption,
     FormatOption,
@@ -20,6 +21,13 @@ from kalm_rag.cli.options import (
     choices,
 )
 from kalm_rag.cli.output import print_json, show
+from kalm_rag.cli.remote import (
+    NamespaceOption,
+    RemoteOption,
+    SecretFileOption,
+    UnauthenticatedOption,
+    shared_tier,
+)
 from kalm_rag.utils.display import visible_line
 
 if TYPE_CHECKING:
@@ -119,6 +127,10 @@ def forget(
             show_default=False,
         ),
     ] = None,
+    remote: RemoteOption = None,
+    namespace: NamespaceOption = "default",
+    secret_file: SecretFileOption = None,
+    unauthenticated: UnauthenticatedOption = False,
     file_format: FormatOption = "auto",
     text_field: TextFieldOption = None,
     id_field: IdFieldOption = None,
@@ -138,18 +150,21 @@ def forget(
 
     store = open_folder(cache)
     check_can_delete(store)
+    tier = shared_tier(remote, "read-write", namespace, secret_file, unauthenticated)
+    passages = PassageCache(store, memory=0, **tier)
+    check_shared(passages)
     recorded = list(recorded_spaces(store)[0].values())
     named, windows = _spaces_of_models(models or [], revision, recorded, max_lengths or [])
     if texts != "-":  # nothing is deleted if the file cannot be read to its end
         for _ in read_passages(texts, file_format, text_field, id_field):
             pass
     given = (record.text for record in read_passages(texts, file_format, text_field, id_field))
-    report = forget_with_windows(PassageCache(store, memory=0), given, named, windows)
+    report = forget_with_windows(passages, given, named, windows)
     hidden = _by_model(unsearchable(store, [*recorded, *named]))
     store.close()
     if as_json:
         facts = dataclasses.asdict(report)
-        for level in ("memory", "store"):
+        for level in ("memory", "store", "remote"):
             del facts[level]["scores"]  # those of other processes are out of reach, and this one has none
         print_json({"folder": str(store.folder), **facts, "unsearchable": hidden})
     else:
@@ -169,6 +184,11 @@ def _show_forgotten(report: ForgetReport, hidden: dict[str, int]) -> None:
         f"{_count(report.texts, 'text')} read, {deleted if went.total else 'nothing is kept of them'}, "
         f"{_count(report.spaces, 'key space')} searched"
     )
+    if report.remote.total:
+        show(
+            f"{_count(report.remote.total, 'entry', 'entries')} deleted in the shared tier. Other machines keep what is "
+            "on their disks: run this command there too"
+        )
     if report.unreadable:
         show(
             f"{report.unreadable} records of key spaces cannot be read, and their entries were not searched: name the "

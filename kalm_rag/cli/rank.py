@@ -29,6 +29,15 @@ from kalm_rag.cli.options import (
     whole_number,
 )
 from kalm_rag.cli.output import console, note_mini, passage_table, print_json
+from kalm_rag.cli.remote import (
+    NamespaceOption,
+    RemoteModeOption,
+    RemoteOption,
+    RemoteTimeoutOption,
+    SecretFileOption,
+    UnauthenticatedOption,
+    shared_tier,
+)
 from kalm_rag.results import RankedPassage
 
 if TYPE_CHECKING:
@@ -110,6 +119,12 @@ def rank(
     window_overlap: WindowOverlapOption = None,
     max_windows: MaxWindowsOption = 64,
     cache: CacheOption = "default",
+    remote: RemoteOption = None,
+    remote_mode: RemoteModeOption = "read-write",
+    namespace: NamespaceOption = "default",
+    secret_file: SecretFileOption = None,
+    unauthenticated: UnauthenticatedOption = False,
+    remote_timeout_ms: RemoteTimeoutOption = None,
     revision: RevisionOption = None,
     lora: LoraOption = None,
     device: DeviceOption = None,
@@ -120,9 +135,11 @@ def rank(
     as_json: JsonOption = False,
 ) -> None:
     """Order passages by how they answer a query."""
+    from kalm_rag.cache import PassageCache
     from kalm_rag.latency.limit import limit_of
     from kalm_rag.reranker import KaLMReranker
     from kalm_rag.retrieval.corpus import read_passages
+    from kalm_rag.settings import base_ratio
 
     limit_of(budget_ms, on_unknown, 0.0)  # a wrong value is found before the model loads
     note_mini(model)
@@ -130,20 +147,24 @@ def rank(
     if refine and top_k is None and threshold is None:
         typer.echo("note: --refine changes nothing without --top-k or --threshold", err=True)
     records = list(read_passages(passages, file_format, text_field, id_field))
-    with KaLMReranker(
-        model,
-        revision=revision,
-        lora=lora,
-        device=device,
-        dtype=dtype,
-        ratio=ratio,
-        cache=cache,
-        refine=refine,
-        long_passages=cast("LongPassages", long_passages),
-        window_tokens=window_tokens,
-        window_overlap=window_overlap,
-        max_windows=max_windows,
-    ) as reranker:
+    tier = shared_tier(remote, remote_mode, namespace, secret_file, unauthenticated, remote_timeout_ms)
+    with (
+        PassageCache(cache, base_ratio=base_ratio(ratio), **tier) as kept,
+        KaLMReranker(
+            model,
+            revision=revision,
+            lora=lora,
+            device=device,
+            dtype=dtype,
+            ratio=ratio,
+            cache=kept,
+            refine=refine,
+            long_passages=cast("LongPassages", long_passages),
+            window_tokens=window_tokens,
+            window_overlap=window_overlap,
+            max_windows=max_windows,
+        ) as reranker,
+    ):
         if budget_ms is not None:
             reranker.load()  # so that the budget is about ranking
         within: dict[str, Any] = {"budget_ms": budget_ms, "on_unknown": on_unknown}

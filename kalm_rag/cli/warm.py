@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from kalm_rag.cli.encode import EncodeRun, open_cache, ratio_of_rank
+from kalm_rag.cli.encode import EncodeRun, check_shared, open_cache, ratio_of_rank
 from kalm_rag.cli.options import (
     BaseRatioOption,
     CacheOption,
@@ -37,6 +37,14 @@ from kalm_rag.cli.options import (
     whole_number,
 )
 from kalm_rag.cli.output import console, note_mini, print_json, show
+from kalm_rag.cli.remote import (
+    NamespaceOption,
+    RemoteModeOption,
+    RemoteOption,
+    SecretFileOption,
+    UnauthenticatedOption,
+    shared_tier,
+)
 from kalm_rag.utils.display import size_text, visible, visible_line
 
 if TYPE_CHECKING:
@@ -90,6 +98,11 @@ def warm(
     storage: StorageOption = "native",
     keep: KeepOption = "states",
     limit_gb: LimitOption = None,
+    remote: RemoteOption = None,
+    remote_mode: RemoteModeOption = "read-write",
+    namespace: NamespaceOption = "default",
+    secret_file: SecretFileOption = None,
+    unauthenticated: UnauthenticatedOption = False,
     max_length: MaxLengthOption = 1024,
     long_passages: LongPassagesOption = "truncate",
     window_tokens: WindowTokensOption = None,
@@ -119,7 +132,8 @@ def warm(
     from kalm_rag.retrieval.traffic import plan_warming, read_query_log
     from kalm_rag.utils.checks import check_positive
 
-    passages = open_cache(cache, base_ratio, storage, keep, limit_gb)
+    tier = shared_tier(remote, remote_mode, namespace, secret_file, unauthenticated)
+    passages = open_cache(cache, base_ratio, storage, keep, limit_gb, **tier)
     note_mini(model)
     check_positive("depth", depth)
     log = read_query_log(queries)
@@ -152,6 +166,7 @@ def warm(
         msg = "no folder to keep encoded passages in; name one with --cache"
         raise ValueError(msg)
     check_writable(passages.store)
+    check_shared(passages)
     check_room(passages.store, plan.bytes, new, _FEWER)
 
     def again() -> Iterator[str]:

@@ -27,37 +27,34 @@ class Address:
         kind: `redis` (which Valkey is too) or `objects`.
         url: with its credentials.
         shown: without them, and without its query, for messages.
+        given_credentials: whether the URL that was given holds a user or a password, or a query, which may hold them.
     """
 
     kind: str
     url: str = field(repr=False)
     shown: str
-
-    @property
-    def has_credentials(self) -> bool:
-        """Whether a user or a password is part of the URL, or may be part of its query."""
-        parts = urlsplit(self.url)
-        return "@" in parts.netloc or bool(parts.query)
+    given_credentials: bool
 
 
-def read_address(url: object) -> Address:
+def read_address(url: object, name: str = "remote") -> Address:
     """Read a URL; nothing is opened.
 
     Args:
         url: as a user gave it. `valkey://` is read as `redis://`.
+        name: of the argument, for messages.
 
     Raises:
         TypeError: it is not a string.
         ValueError: the scheme is unknown, or the part after it is missing.
         ImportError: the client of the scheme is not installed.
     """
-    text = check_text("remote", url).strip()
+    text = check_text(name, url).strip()
     scheme = text.partition("://")[0].lower()
     if "://" not in text or scheme not in SCHEMES:
         # The text may hold a password, so only what cannot be one is shown.
         got = f"{scheme}://..." if "://" in text and scheme.isalnum() else "a text without a known scheme"
         msg = (
-            f"remote must be a URL that begins with one of {', '.join(f'{name}://' for name in SCHEMES)}, got {got}; "
+            ff"{name} must be a URL that begins with one of {', '.join(f'{name}://' for name in SCHEMES)}, got {got}; "
             "or give a store of your own"
         )
         raise ValueError(msg)
@@ -65,16 +62,16 @@ def read_address(url: object) -> Address:
         parts = urlsplit(text)
         host, port = parts.hostname, parts.port
     except ValueError:
-        msg = f"remote must be a URL whose port is a number, got {scheme}://..."
+        msg = ff"{name} must be a URL whose port is a number, got {scheme}://..."
         raise ValueError(msg) from None
     path = parts.path
     if scheme == "file":
         if parts.netloc or len(path) < 2:
-            msg = "remote must name a folder as file:///absolute/path, got another form of file://"
+            msg = f"{name} must name a folder as file:///absolute/path, got another form of file://"
             raise ValueError(msg)
     elif not host:
         what = "a host, as in redis://host:6379/0" if scheme in _REDIS else f"a bucket, as in {scheme}://bucket/prefix"
-        msg = f"remote must name {what}, got {scheme}:// without one"
+        msg = ff"{name} must name {what}, got {scheme}:// without one"
         raise ValueError(msg)
     where = host or ""
     if scheme in _OBJECTS and parts.netloc:
@@ -85,10 +82,10 @@ def read_address(url: object) -> Address:
     kind = "redis" if scheme in _REDIS else "objects"
     module, extra = _NEEDS[kind]
     if importlib.util.find_spec(module) is None:
-        msg = f"a remote tier at {scheme}:// needs the package {module}: pip install 'kalm-rag[{extra}]'"
+        msg = f"a shared tier at {scheme}:// needs the package {module}: pip install 'kalm-rag[{extra}]'"
         raise ImportError(msg)
     real = _with_credentials(parts._replace(scheme=_REDIS[scheme]).geturl()) if kind == "redis" else text
-    return Address(kind, real, shown)
+    return Address(kind, real, shown, "@" in parts.netloc or bool(parts.query))
 
 
 def _with_credentials(url: str) -> str:
