@@ -186,8 +186,8 @@ def _show_forgotten(report: ForgetReport, hidden: dict[str, int]) -> None:
     )
     if report.remote.total:
         show(
-            f"{_count(report.remote.total, 'entry', 'entries')} deleted in the shared tier. Other machines keep what is "
-            "on their disks: run this command there too"
+            f"{_count(report.remote.total, 'entry', 'entries')} deleted in the shared tier. Other machines keep what "
+            "is on their disks: run this command there too"
         )
     if report.unreadable:
         show(

@@ -54,7 +54,7 @@ def read_address(url: object, name: str = "remote") -> Address:
         # The text may hold a password, so only what cannot be one is shown.
         got = f"{scheme}://..." if "://" in text and scheme.isalnum() else "a text without a known scheme"
         msg = (
-            ff"{name} must be a URL that begins with one of {', '.join(f'{name}://' for name in SCHEMES)}, got {got}; "
+            f"{name} must be a URL that begins with one of {', '.join(f'{known}://' for known in SCHEMES)}, got {got}; "
             "or give a store of your own"
         )
         raise ValueError(msg)
@@ -62,7 +62,7 @@ def read_address(url: object, name: str = "remote") -> Address:
         parts = urlsplit(text)
         host, port = parts.hostname, parts.port
     except ValueError:
-        msg = ff"{name} must be a URL whose port is a number, got {scheme}://..."
+        msg = f"{name} must be a URL whose port is a number, got {scheme}://..."
         raise ValueError(msg) from None
     path = parts.path
     if scheme == "file":
@@ -71,7 +71,7 @@ def read_address(url: object, name: str = "remote") -> Address:
             raise ValueError(msg)
     elif not host:
         what = "a host, as in redis://host:6379/0" if scheme in _REDIS else f"a bucket, as in {scheme}://bucket/prefix"
-        msg = ff"{name} must name {what}, got {scheme}:// without one"
+        msg = f"{name} must name {what}, got {scheme}:// without one"
         raise ValueError(msg)
     where = host or ""
     if scheme in _OBJECTS and parts.netloc:
