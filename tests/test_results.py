@@ -12,7 +12,7 @@ from dataclasses import FrozenInstanceError
 import pytest
 
 from kalm_rag.cache import CheckReport, MemoryStore, PassageCache, StoreStats
-from kalm_rag.cache.passage_cache import CacheStats, LevelCounters, LevelStats
+from kalm_rag.cache.stats import CacheStats, LevelCounters, LevelStats
 from kalm_rag.cache.transfer import TransferReport
 from kalm_rag.evaluation.entries import Entry
 from kalm_rag.evaluation.experiment import SystemResult

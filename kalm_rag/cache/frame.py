@@ -48,6 +48,10 @@ class FrameError(ValueError):
     """Bytes that are not the frame that was asked for; the message says what does not fit."""
 
 
+class NoTagError(FrameError):
+    """A frame without a tag where one is demanded: it was kept before there was a secret, or by somebody without it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Frame:
     """One cached passage: its description, and its numbers as bytes.
@@ -179,7 +183,10 @@ class Frame:
             msg = f"impossible header: dtype code {code}, {rows} x {width}, {tokens} tokens at ratio {ratio}"
             raise FrameError(msg)
         if secret and not (flags & _TAGGED and hmac.compare_digest(view[end:], _tag(view[:end], secret))):
-            msg = "wrong tag" if flags & _TAGGED else "no tag"
+            if not flags & _TAGGED:
+                msg = "no tag: kept without a secret; `kalm-rag cache adopt` authenticates what a folder kept before"
+                raise NoTagError(msg)
+            msg = "wrong tag: kept with another secret"
             raise FrameError(msg)
         truncated, reference = bool(flags & _TRUNCATED), bool(flags & _REFERENCE)
         return cls(key, model, name, ratio, tokens, rows, width, truncated, prefilled, payload, reference)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 from kalm_rag.cache.agreement import OneValue, share
 from kalm_rag.cache.disk import DiskStore
 from kalm_rag.cache.forgetting import ForgetReport, Forgetter, Level
-from kalm_rag.cache.frame import Frame
+from kalm_rag.cache.frame import Frame, NoTagError
 from kalm_rag.cache.local import open_store
 from kalm_rag.cache.memory import MemoryStore
 from kalm_rag.cache.recorder import Recorder
@@ -413,7 +413,8 @@ class PassageCache:
                 value = decode(Frame.from_bytes(data, key, self.secret))
             except Exception as error:  # noqa: BLE001 - bytes that no reader foresaw are as wrong as any others
                 corrupt += 1
-                self.report("corrupt", f"a cached passage does not verify ({error}); it is computed again")
+                kind = "untagged" if isinstance(error, NoTagError) else "corrupt"
+                self.report(kind, f"a cached passage does not verify ({error}); it is computed again")
                 continue
             if value is not None:
                 found[key], good[key] = value, data

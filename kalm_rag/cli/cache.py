@@ -18,6 +18,7 @@ from kalm_rag.cli.options import (
     limit_bytes,
 )
 from kalm_rag.cli.output import print_json, show
+from kalm_rag.cli.remote import SecretFileOption, read_secret
 from kalm_rag.utils.display import size_text
 
 if TYPE_CHECKING:
@@ -131,6 +132,36 @@ def check(
             show("mended; what is missing is encoded again when needed" if fix else "mend this with --fix")
     if not report.clean and not fix:
         sys.exit(1)
+
+
+@app.command("adopt")
+def adopt(
+    secret_file: SecretFileOption = None,
+    cache: CacheOption = "default",
+    as_json: JsonOption = False,
+) -> None:
+    """Authenticate what was kept without a secret.
+
+    Once a cache has a secret, passages that were kept before are misses. This gives them the secret's tag; do it only
+    if nobody else could write to the folder until now.
+    """
+    from kalm_rag.cache.adopting import adopt as adopt_entries
+    from kalm_rag.cache.remote.opening import SECRET, secret_or_environment
+    from kalm_rag.utils.checks import check_secret
+
+    secret = check_secret("the secret", secret_or_environment(read_secret(secret_file)))
+    if secret is None:
+        msg = f"adopt needs a secret: name its file with --secret-file, or set {SECRET} in the environment"
+        raise ValueError(msg)
+    report = adopt_entries(open_folder(cache), secret)
+    if as_json:
+        print_json(dataclasses.asdict(report))
+        return
+    show(f"{report.adopted} entries adopted, {report.known} had this secret already")
+    if report.other:
+        show(f"{report.other} entries have the tag of another secret and stay misses")
+    if report.damaged:
+        show(f"{report.damaged} entries are damaged: `kalm-rag cache check --fix` removes them")
 
 
 @app.command("export")

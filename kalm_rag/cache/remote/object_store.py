@@ -24,7 +24,8 @@ _AT_ONCE = 32
 """Requests under way: obstore answers all of them on one thread, where many more would time out (obstore#475)."""
 _CONNECT_SECONDS, _ANSWER_SECONDS = 2, 5
 _RETRIES = 2
-_LASTING = ("NoSuchBucket", "PermanentRedirect", "301 ", "InvalidAccessKeyId")
+_MISSING = ("NoSuchBucket", "PermanentRedirect", "ContainerNotFound", "The specified bucket does not exist")
+_LASTING = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken")
 """Marks of errors that stay until somebody changes something."""
 
 
@@ -285,12 +286,12 @@ class _Bucket:
                 f"to list, read and write below {self.prefix or 'its root'}/"
             )
             raise RefusedError(msg) from error
-        except exceptions.NotFoundError as error:
-            msg = f"{self._shown} does not exist, or is in another region: create the bucket, or mend the URL"
-            raise RefusedError(msg) from error
         except (exceptions.BaseError, OSError, RuntimeError, ValueError) as error:
             text = " ".join(str(error).split())
-            msg = f"cannot {what} {self._shown}: {type(error).__name__}: {text:.300}"
+            if any(mark in text for mark in _MISSING):
+                msg = f"{self._shown} does not exist, or is in another region: create the bucket, or mend the URL"
+                raise RefusedError(msg) from error
+            msg = f"cannot {what} {self._shown}: {type(error).__name__}: {text:.200}"
             raise (RefusedError if any(mark in text for mark in _LASTING) else StoreError)(msg) from error
 
     def _opened(self) -> Any:
