@@ -641,7 +641,7 @@ def test_cache_commands_without_a_home_folder_name_the_way_out(
 ) -> None:
     from kalm_rag import cli
 
-    monkeypatch.setattr("kalm_rag.cache.passage_cache.passages_dir", lambda: None)
+    monkeypatch.setattr("kalm_rag.cache.local.passages_dir", lambda: None)
     monkeypatch.setattr(sys, "argv", ["kalm-rag", "cache", "info"])
     with pytest.raises(SystemExit):
         cli.main()
