@@ -66,6 +66,8 @@ class Scorer:
         decoder: runs full prompts.
         paths: every way from a pair to its margin.
         background: encodes passages that a limit left out.
+        encoder_later: whether a call with a limit leaves out passages that are not encoded, instead of loading the
+            encoder first; set by `KaLMReranker.load`.
     """
 
     def __init__(self, loaded: LoadedModel, checkpoint: Checkpoint, settings: Settings, cache: PassageCache) -> None:
@@ -92,6 +94,7 @@ class Scorer:
         self.paths = Paths(self.passage_kv, self.states, self.decoder, settings, cache, self.keys)
         if cache.remote is not None:
             cache.remote.link.prepare()
+        self.encoder_later = False
         self._was_forked = False
         forks.watch(self)
 
@@ -109,7 +112,7 @@ class Scorer:
         forks.ready_to_compute()
         with forks.native():
             place = resolve_device(device)
-            loaded = load_model(checkpoint, settings=settings, device=place, dtype=dtype)
+            loaded = load_model(checkpoint, settings=settings, device=place, dtype=dtype, encoder_later=True)
             return cls(loaded, checkpoint, settings, cache)
 
     def after_fork_in_child(self) -> None:
@@ -215,12 +218,20 @@ class Scorer:
         )
         return scores
 
-    def calibrate(self, instruction: str, ratio: int) -> None:
-        """Learn what steps cost on this machine, if no call has shown it yet; this takes about half a second."""
-        calibrate(self, self.paths.request(instruction, ratio), instruction, ratio)
+    def calibrate(self, instruction: str, ratio: int, *, encoder: bool = True) -> None:
+        """Learn what steps cost on this machine, if no call has shown it yet; this takes about half a second.
+
+        Args:
+            instruction: of the prompt.
+            ratio: of the passages' states.
+            encoder: load the encoder too, and measure it.
+        """
+        if encoder:
+            self.states.encoder.prepare()
+        calibrate(self, self.paths.request(instruction, ratio), instruction, ratio, encoder=encoder)
 
     def _within(self, scores: Sequence[Score], instruction: str, ratio: int, limit: TimeLimit) -> None:
-        self.calibrate(instruction, ratio)
+        self.calibrate(instruction, ratio, encoder=self.states.encoder.is_ready or not self.encoder_later)
         try:
             run = LimitedRun(self, scores, self.paths.request(instruction, ratio), ratio, limit)
             run.run()

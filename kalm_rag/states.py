@@ -160,6 +160,7 @@ class StatesSource(CachedSource[int, PassageTokens, PassageStates]):
 
     def time_encoding(self, texts: Sequence[str]) -> float:
         """Return the seconds that encoding takes, after one passage to warm up. Nothing is kept."""
+        self.encoder.prepare()
         warmup, passages = self._prompts.passages(texts[:1]), self._prompts.passages(texts)
         with self._turns:
             self.encoder.encode(warmup, self._cache.base_ratio)
@@ -178,6 +179,7 @@ class StatesSource(CachedSource[int, PassageTokens, PassageStates]):
 
     def _inputs(self, texts: Sequence[str], request: int) -> list[PassageTokens]:
         """Tokenise in parts, so that other calls can come in between."""
+        self.encoder.prepare()
         if not self.cached.keeps(request):
             self._warn_ratio(request)
         found: list[PassageTokens] = []

@@ -398,6 +398,8 @@ def test_a_shared_reranker_keeps_what_its_folder_keeps(checkpoint: Path, tmp_pat
 def test_a_cache_is_pickled_by_its_arguments_and_shared_by_copies(tmp_path: Path) -> None:
     secret = "0123456789abcdef"
     options: dict[str, Any] = {"memory": 7, "limit": 10**7, "base_ratio": 2, "keep": "prefilled", "storage": "int8"}
+    shared = {"remote": f"file://{tmp_path}", "remote_mode": "read", "remote_timeout_ms": 70, "remote_prefilled": True}
+    options |= {**shared, "namespace": "one", "unauthenticated": True}
     cache = PassageCache(tmp_path, secret=secret, read_only=True, **options)
     assert copy.copy(cache) is copy.deepcopy(cache) is cache
     found = pickle.loads(pickle.dumps(cache))

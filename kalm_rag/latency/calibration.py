@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from kalm_rag.model.decoder import Pair
+from kalm_rag.model.pooling import PassageStates
 from kalm_rag.model.prefill import PrefilledPair
 from kalm_rag.passage_kv import BehindPrefix
 from kalm_rag.utils.costs import Work
@@ -19,7 +20,9 @@ _SECONDS = 0.5
 _WORKS: tuple[Work, ...] = ("encode", "prefill", "score")
 
 
-def calibrate(scorer: Scorer, request: BehindPrefix | None, instruction: str, ratio: int) -> None:
+def calibrate(
+    scorer: Scorer, request: BehindPrefix | None, instruction: str, ratio: int, *, encoder: bool = True
+) -> None:
     """Encode, prefill and score a few short passages, which are not kept, and learn what it costs.
 
     It ends with the passage in which half a second is over. Costs that are known already are not measured again.
@@ -29,15 +32,20 @@ def calibrate(scorer: Scorer, request: BehindPrefix | None, instruction: str, ra
         request: asks for prefilled passages; None if this model runs full prompts.
         instruction: of the prompt.
         ratio: of the passages' states.
+        encoder: run the encoder; otherwise states of random numbers take the place of its own.
     """
-    if all(scorer.turns.costs.knows(work) for work in _WORKS if work != "prefill" or request is not None):
+    left_out = {*(() if request is not None else ("prefill",)), *(() if encoder else ("encode",))}
+    if all(scorer.turns.costs.knows(work) for work in _WORKS if work not in left_out):
         return
     prompt, began = scorer.prompts.prompt("What is measured here?", instruction), time.monotonic()
     for number, words in enumerate(_WORDS):
         [passage] = scorer.prompts.passages([" ".join(["word"] * words)])
-        with scorer.turns.of("encode") as turn:
-            [states] = scorer.states.encoder.encode([passage], ratio)
-            turn.size = len(passage.ids) if number else 0
+        if encoder:
+            with scorer.turns.of("encode") as turn:
+                [states] = scorer.states.encoder.encode([passage], ratio)
+                turn.size = len(passage.ids) if number else 0
+        else:
+            states = _random_states(scorer, len(passage.ids), ratio)
         if request is None:
             scorer.decoder.margins([Pair(prompt, states)])
         else:
@@ -47,3 +55,12 @@ def calibrate(scorer: Scorer, request: BehindPrefix | None, instruction: str, ra
             scorer.passage_kv.decoder.margins(request.prefix, [PrefilledPair(prompt, prefilled)], request.reference)
         if number and time.monotonic() - began > _SECONDS:
             return
+
+
+def _random_states(scorer: Scorer, tokens: int, ratio: int) -> PassageStates:
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    width = int(scorer.loaded.model.config.decoder.hidden_size)
+    states = torch.randn(-(-tokens // ratio), width, generator=generator).to(scorer.loaded.dtype)
+    return PassageStates(states, tokens, ratio, False)

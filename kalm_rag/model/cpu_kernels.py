@@ -14,7 +14,7 @@ import math
 import platform
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -255,7 +255,13 @@ class FastRMSNorm(nn.Module):
         return torch.mul(wide, inverse).mul_(self.scale).to(data.dtype)
 
 
-def optimize_for_cpu(model: Any, *, int8: bool = False, int8_encoder: bool = False) -> torch.dtype:
+def optimize_for_cpu(
+    model: Any,
+    *,
+    int8: bool = False,
+    int8_encoder: bool = False,
+    parts: Collection[str] = ("encoder", "decoder"),
+) -> torch.dtype:
     """On a CPU, replace modules of encoder and decoder where that is faster and agrees.
 
     Matrices are replaced only on x86; other processors were not measured. A bfloat16 model on a CPU that multiplies
@@ -265,6 +271,7 @@ def optimize_for_cpu(model: Any, *, int8: bool = False, int8_encoder: bool = Fal
         model: `T5Gemma2ForConditionalGeneration` in evaluation mode, in float32 or bfloat16.
         int8: bring the decoder's matrices to 8 bits, see `int8_weights`.
         int8_encoder: and the encoder's, see `INT8_ENCODER_WEIGHTS`.
+        parts: which of the two; the other's weights need not be there.
 
     Returns:
         The dtype of the model's activations.
@@ -284,9 +291,14 @@ def optimize_for_cpu(model: Any, *, int8: bool = False, int8_encoder: bool = Fal
         return dtype
     replacer = _Replacer(wide=wide, onednn=on_x86)
     matrices = INT8_ENCODER_WEIGHTS if int8_encoder else PackedWeights()
-    stay = replacer.run(encoder, matrices, "encoder", measured=not int8_encoder)
-    stay += replacer.run(decoder, int8_weights() if int8 else PackedWeights(), "decoder", measured=not int8)
-    narrow = [*([decoder] if int8 else []), *([encoder] if int8_encoder else [])]
+    stay = 0
+    if "encoder" in parts:
+        stay += replacer.run(encoder, matrices, "encoder", measured=not int8_encoder)
+    if "decoder" in parts:
+        stay += replacer.run(decoder, int8_weights() if int8 else PackedWeights(), "decoder", measured=not int8)
+    chosen = {"encoder": encoder, "decoder": decoder}
+    is_narrow = {"encoder": int8_encoder, "decoder": int8}
+    narrow = [chosen[part] for part in parts if is_narrow[part]]
     if any(isinstance(module, nn.Linear) and module.bias is None for part in narrow for module in part.modules()):
         msg = "8-bit products are unavailable, or not near the float ones"
         raise RuntimeError(msg)
@@ -297,7 +309,7 @@ def optimize_for_cpu(model: Any, *, int8: bool = False, int8_encoder: bool = Fal
         spent = 1000 * sum(choice.spent for choice in measured)
         logger.info("products measured in %.0f ms: %s", spent, "; ".join(map(str, measured)))
     if wide:
-        _widen_embeddings(encoder, decoder)
+        _widen_embeddings(*(chosen[part] for part in parts))
         _warn_of_slow_bfloat16()
         return torch.float32
     return dtype

@@ -22,7 +22,8 @@ _CPU_TOKENS = 2048
 class Encoder:
     """Runs the encoder over passages and pools its states, a batch at a time.
 
-    On a CPU, passages lie side by side without padding, unless a version of transformers cannot do that.
+    On a CPU, passages lie side by side without padding, unless a version of transformers cannot do that. The encoder's
+    layers are loaded when they are first needed.
     """
 
     def __init__(self, loaded: LoadedModel, settings: Settings) -> None:
@@ -33,6 +34,19 @@ class Encoder:
             from kalm_rag.model.encoder_attention import PackedEncoder
 
             self._packed = PackedEncoder(loaded.model.get_encoder())
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether its layers are loaded."""
+        return self._loaded.encoder.is_ready
+
+    def prepare(self) -> None:
+        """Load its layers, if they are not loaded yet: before a turn of the model, so that other calls can go on.
+
+        Raises:
+            CheckpointError: a file was overwritten, or cannot be read any more.
+        """
+        self._loaded.encoder.ready()
 
     def batches(self, passages: Sequence[PassageTokens]) -> Iterator[list[int]]:
         """Positions into `passages` that are encoded together, longest passages first."""
@@ -47,6 +61,7 @@ class Encoder:
 
     def encode(self, passages: Sequence[PassageTokens], ratio: int) -> list[PassageStates]:
         """Encode one batch and return its states at `ratio` in host memory; the caller holds the model's turn."""
+        self.prepare()
         return run_halving(lambda rows: self._forward(rows, ratio), passages)
 
     def _forward(self, passages: Sequence[PassageTokens], ratio: int) -> list[PassageStates]:

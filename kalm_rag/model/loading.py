@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from kalm_rag.errors import CheckpointError
 from kalm_rag.model.checkpoint import UNUSED, Checkpoint, MappedFiles, check_tensor
+from kalm_rag.model.deferred import Deferred
 from kalm_rag.model.identity import identify
 from kalm_rag.model.lora import Lora
 from kalm_rag.model.tokenization import Tokenizer
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
+
+_ENCODER_LAYERS = "encoder.text_model.layers."
+"""Part of the names of the weights that only the encoder reads; the embeddings are the decoder's too."""
 
 INT8_ENCODER = "float32, int8 encoder"
 """Precision of an encoder with int8 matrices in the cache's keys, so it must not change."""
@@ -44,6 +49,7 @@ class LoadedModel:
         int8_encoder: whether the encoder's are as well.
         computes: what activations are in, if not in `dtype`: float32 on a CPU that multiplies bfloat16 slowly.
         files: those that weights are mapped from; none where all weights were converted or copied to a device.
+        encoder: its layers; they must be `ready` before the encoder runs.
     """
 
     model: Any
@@ -54,6 +60,7 @@ class LoadedModel:
     int8_encoder: bool = False
     computes: torch.dtype | None = None
     files: MappedFiles = field(default_factory=lambda: MappedFiles(()))
+    encoder: Deferred = field(default_factory=Deferred)
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
@@ -169,6 +176,7 @@ def load_model(
     device: torch.device,
     dtype: str | torch.dtype | None,
     fast: bool = True,
+    encoder_later: bool = False,
 ) -> LoadedModel:
     """Read the text part of a checkpoint.
 
@@ -181,6 +189,7 @@ def load_model(
         device: where to.
         dtype: as in `KaLMReranker`.
         fast: on a CPU, the modules of `kalm_rag.model.cpu_kernels`; otherwise those of transformers.
+        encoder_later: read the encoder's layers when they are first needed. Their names and shapes are checked now.
 
     Raises:
         ValueError: no such dtype, or not on this device.
@@ -190,11 +199,17 @@ def load_model(
     import torch
 
     with _own_device(torch.device("cpu")):
-        return _load(checkpoint, settings, device, dtype, fast=fast)
+        return _load(checkpoint, settings, device, dtype, fast=fast, encoder_later=encoder_later)
 
 
 def _load(
-    checkpoint: Checkpoint, settings: Settings, device: torch.device, dtype: str | torch.dtype | None, *, fast: bool
+    checkpoint: Checkpoint,
+    settings: Settings,
+    device: torch.device,
+    dtype: str | torch.dtype | None,
+    *,
+    fast: bool,
+    encoder_later: bool,
 ) -> LoadedModel:
     import torch
 
@@ -211,7 +226,8 @@ def _load(
         model = _build(checkpoint, dtype)
         tensors = _text_tensors(checkpoint)
         is_mapped = device.type == "cpu" and any(tensor.dtype == dtype for tensor in tensors.values())
-        faulty = _fill(model, tensors, device, dtype, checkpoint.lora)
+        later: dict[str, Any] = {}
+        faulty = _fill(model, tensors, device, dtype, checkpoint.lora, later if encoder_later else None)
     except CheckpointError:
         raise
     except Exception as error:
@@ -224,13 +240,28 @@ def _load(
         )
         raise CheckpointError(msg)
     computes = dtype
-    if fast and device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
-        computes = _optimize_for_cpu(model, int8=int8, int8_encoder=int8_encoder)
+    faster = fast and device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
+    if faster:
+        parts = ("decoder",) if later else ("encoder", "decoder")
+        computes = _optimize_for_cpu(model, int8=int8, int8_encoder=int8_encoder, parts=parts)
     elif device.type == "cpu" and dtype == torch.float16:
         _warn_of_float16()
     logger.info("loaded %s on %s in %s", checkpoint.name, device, name if int8 else dtype)
     files = MappedFiles(checkpoint.shards if is_mapped else ())
-    return LoadedModel(model, tokenizer, device, dtype, int8, int8_encoder, computes, files)
+    shards = MappedFiles(checkpoint.shards)
+
+    def load_encoder() -> None:
+        began = time.perf_counter()
+        with _own_device(torch.device("cpu")):
+            _place(model, later, device, dtype)
+            shards.check()
+            if faster:
+                _optimize_for_cpu(model, int8=int8, int8_encoder=int8_encoder, parts=("encoder",))
+        logger.info("loaded the encoder of %s in %.1f s", checkpoint.name, time.perf_counter() - began)
+        later.clear()
+
+    deferred = Deferred(load_encoder if later else None)
+    return LoadedModel(model, tokenizer, device, dtype, int8, int8_encoder, computes, files, deferred)
 
 
 def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
@@ -252,15 +283,21 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     encoder = model.get_encoder()
     for name in UNUSED:
         delattr(encoder, name.rstrip("."))
-    return model.eval()
+    return model.eval().requires_grad_(False)
 
 
 def _fill(
-    model: Any, tensors: dict[str, Any], device: torch.device, dtype: torch.dtype, lora: Lora | None
+    model: Any,
+    tensors: dict[str, Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    lora: Lora | None,
+    later: dict[str, Any] | None = None,
 ) -> list[str]:
-    """Set weights and computed constants; return the weights that are missing or do not fit."""
-    import torch
+    """Set weights and computed constants; return the weights that are missing or do not fit.
 
+    With `later`, the tensors of the encoder's layers are put there instead.
+    """
     expected = {name: weight.shape for name, weight in model.named_parameters(remove_duplicate=False)}
     found = {}
     for key in list(tensors):
@@ -273,20 +310,30 @@ def _fill(
         return faulty
     if lora is not None:
         lora.add_to(found, expected)
+    wanted = {name: found[name] for name in expected}
+    if later is not None:
+        later |= {name: wanted.pop(name) for name in expected if _ENCODER_LAYERS in name}
+    _place(model, wanted, device, dtype)
+    _fill_constants(model, device, dtype)
+    named = [*model.named_parameters(), *model.named_buffers()]
+    left = [name for name, tensor in named if tensor.is_meta and name not in (later or ())]
+    if left:
+        msg = f"transformers {metadata.version('transformers')} has parts that kalm-rag does not fill: {left[:3]}"
+        raise RuntimeError(msg)
+    return []
+
+
+def _place(model: Any, tensors: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> None:
+    """Set weights by name."""
+    import torch
+
     made: dict[int, torch.nn.Parameter] = {}
-    for name in expected:
-        tensor = found[name]
+    for name, tensor in tensors.items():
         if id(tensor) not in made:
             made[id(tensor)] = torch.nn.Parameter(tensor.to(device=device, dtype=dtype), requires_grad=False)
         parent, _, leaf = name.rpartition(".")
         # Not by `setattr`, which goes through functions that other libraries replace while they load.
         model.get_submodule(parent)._parameters[leaf] = made[id(tensor)]
-    _fill_constants(model, device, dtype)
-    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
-    if left:
-        msg = f"transformers {metadata.version('transformers')} has parts that kalm-rag does not fill: {left[:3]}"
-        raise RuntimeError(msg)
-    return []
 
 
 def weight_name(key: str, expected: Collection[str]) -> str | None:
@@ -331,12 +378,12 @@ def _fill_constants(model: Any, device: torch.device, dtype: torch.dtype) -> Non
                 module._buffers[name] = buffer.to(device)
 
 
-def _optimize_for_cpu(model: Any, *, int8: bool, int8_encoder: bool) -> torch.dtype:
+def _optimize_for_cpu(model: Any, *, int8: bool, int8_encoder: bool, parts: Collection[str]) -> torch.dtype:
     """Install the faster modules; returns the dtype of the model's activations."""
     from kalm_rag.model.cpu_kernels import optimize_for_cpu
 
     try:
-        return optimize_for_cpu(model, int8=int8, int8_encoder=int8_encoder)
+        return optimize_for_cpu(model, int8=int8, int8_encoder=int8_encoder, parts=parts)
     except (RuntimeError, AttributeError) as error:
         if not int8:
             raise

@@ -13,7 +13,7 @@ from kalm_rag.model.checkpoint import Checkpoint, find_checkpoint
 from kalm_rag.settings import Settings, base_ratio
 from kalm_rag.utils import forks
 from kalm_rag.utils.async_calls import AsyncCalls
-from kalm_rag.utils.checks import check_dtype
+from kalm_rag.utils.checks import check_dtype, check_flag
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -88,17 +88,24 @@ class HeldModel:
         named = {name: self._arguments[name] for name in ("revision", "token", "local_files_only", "lora")}
         return find_checkpoint(self.model, **named)
 
-    def load(self) -> Self:
+    def load(self, *, encoder: bool = True) -> Self:
         """Load the model now instead of at first use, and return this instance.
 
         It measures for about half a second what encoding and scoring cost here, so that the first call with `budget_ms`
         knows.
 
+        Args:
+            encoder: load the encoder's layers too. Without it they are loaded when the first passage must be encoded,
+                as they are if `load` is not called: a process whose passages are all encoded already never needs
+                them. Until then, calls with `budget_ms` leave out passages that are not encoded.
+
         Raises:
             CheckpointError: the model cannot be found or used.
             ValueError: no such device or dtype.
         """
-        self.scorer.calibrate(self.settings.instruction, self.settings.ratio)
+        scorer = self.scorer
+        scorer.encoder_later = not check_flag("encoder", encoder)
+        scorer.calibrate(self.settings.instruction, self.settings.ratio, encoder=encoder)
         return self
 
     @property
