@@ -18,7 +18,7 @@ test: $(VENV)/.dev
 
 # Every figure of the documentation; takes hours on 2 cores.
 bench: $(VENV)/.dev
-	for name in replay startup warm encoder memory compact eviction repeats many_queries refine windows highlight cache precision peers adapters; do $(VENV)/bin/python benchmarks/$$name.py $(BENCH) || exit 1; done
+	for name in replay startup warm encoder memory compact eviction repeats many_queries refine windows highlight sizing cache precision peers adapters; do $(VENV)/bin/python benchmarks/$$name.py $(BENCH) || exit 1; done
 
 # The fault tests with large counts: at least 1,000 kills and 10,000 bit flips.
 faults: $(VENV)/.dev

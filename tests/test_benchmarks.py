@@ -50,6 +50,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
             "bm25.py",
             "traffic.py",
             "latency.py",
+            "sizing.py",
         ),
     ],
 )
