@@ -120,9 +120,7 @@ def in_redis(url: str, count: int, size: int) -> tuple[int, int]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--bytes", type=int, default=38_600, help="of an entry, such as states of 300 tokens of mini"
-    )
+    parser.add_argument("--bytes", type=int, default=38_600, help="of an entry, such as states of 300 tokens of mini")
     parser.add_argument("--candidates", type=int, default=50)
     parser.add_argument("--most", type=int, default=1_000_000, help="small entries")
     parser.add_argument("--small", action="store_true", help="few entries: checks the script")

@@ -54,7 +54,7 @@ def forbid_model(reranker: KaLMReranker, monkeypatch: pytest.MonkeyPatch) -> Non
     for module in (scorer.loaded.model.get_encoder(), scorer.loaded.model.get_decoder()):
         module.register_forward_pre_hook(refuse)
     monkeypatch.setattr(scorer.prompts, "passages", refuse)
-    monkeypatch.setattr(scorer.states.cached, "get_many", lambda keys, _: refuse() if keys else {})
+    monkeypatch.setattr(scorer.states.cached, "get_many", lambda keys, *_: refuse() if keys else {})
     monkeypatch.setattr(scorer.passage_kv.cached, "get_many", refuse)
 
 
