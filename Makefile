@@ -7,7 +7,7 @@ SOURCES := $(shell find kalm_rag integrations -type f -not -path '*/tests/*' -no
   pyproject.toml hatch_build.py README.md CHANGELOG.md CITATION.cff LICENSE SECURITY.md
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test bench faults test-lowest test-newest test-floors lint types docs dist check clean
+.PHONY: demo test bench faults test-lowest test-newest test-floors test-spark lint types docs dist check clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/kalm-rag demo
@@ -41,6 +41,10 @@ test-newest: $(VENV)-newest/.ready
 # The oldest frameworks that the integrations allow.
 test-floors: $(VENV)-floors/.ready
 	$(VENV)-floors/bin/python -m pytest integrations
+
+# The encoder on Spark, which needs Java 17 or newer (Debian: default-jre-headless).
+test-spark: $(VENV)-spark/.ready
+	OMP_NUM_THREADS=1 $(VENV)-spark/bin/python -m pytest tests/distributed/test_spark.py
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
@@ -113,5 +117,12 @@ $(VENV)-floors/.ready: pyproject.toml constraints.txt integrations/*/pyproject.t
 	for place in integrations/*/; do $(VENV)-floors/bin/pip install --quiet --no-deps --editable $$place || exit 1; done
 	touch $@
 
+$(VENV)-spark/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-spark
+	$(VENV)-spark/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	$(VENV)-spark/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable . \
+	  hypothesis pandas pyarrow pyspark pytest pytest-asyncio pytest-timeout
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest $(VENV)-floors dist site
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest $(VENV)-floors $(VENV)-spark dist site

@@ -11,12 +11,15 @@ import typer
 
 from kalm_rag.cli.estimates import estimate, groups, show_estimate
 from kalm_rag.cli.options import (
+    AddressOption,
     BaseRatioOption,
     CacheOption,
     DeviceOption,
     DryRunOption,
     DtypeOption,
+    EngineOption,
     FormatOption,
+    GpusPerWorkerOption,
     IdFieldOption,
     JsonOption,
     KeepOption,
@@ -27,13 +30,15 @@ from kalm_rag.cli.options import (
     MaxWindowsOption,
     ModelOption,
     RevisionOption,
+    ShardOption,
     StorageOption,
     TextFieldOption,
     WindowOverlapOption,
     WindowTokensOption,
+    WorkersOption,
     limit_bytes,
 )
-from kalm_rag.cli.output import note_mini, print_json, show
+from kalm_rag.cli.output import note_mini, passages_text, print_json, show, show_notes
 from kalm_rag.cli.remote import (
     NamespaceOption,
     RemoteModeOption,
@@ -47,8 +52,8 @@ from kalm_rag.utils.display import size_text, visible_line
 if TYPE_CHECKING:
     from kalm_rag.cache import PassageCache
     from kalm_rag.cache.passage_cache import Keep, Storage
+    from kalm_rag.distributed.shards import Shard
     from kalm_rag.reranker import KaLMReranker
-    from kalm_rag.settings import LongPassages
     from kalm_rag.utils.progress import Progress
 
 
@@ -72,6 +77,11 @@ def encode(
     window_tokens: WindowTokensOption = None,
     window_overlap: WindowOverlapOption = None,
     max_windows: MaxWindowsOption = 64,
+    shard: ShardOption = None,
+    engine: EngineOption = None,
+    address: AddressOption = None,
+    workers: WorkersOption = None,
+    gpus_per_worker: GpusPerWorkerOption = None,
     dry_run: DryRunOption = False,
     revision: RevisionOption = None,
     lora: LoraOption = None,
@@ -87,25 +97,32 @@ def encode(
     If interrupted, rerun the same command to resume. The exit status is 0 only if the cache holds every passage.
     """
     from kalm_rag.cache.preflight import check_room, check_writable
+    from kalm_rag.distributed.shards import Shard
     from kalm_rag.documents import repair_text
     from kalm_rag.reranker import KaLMReranker
-    from kalm_rag.retrieval.corpus import read_passages
+    from kalm_rag.retrieval.corpus import Record, read_passages
 
+    _check_engine(engine, address, workers, gpus_per_worker, dry_run=dry_run)
+    part = None if shard is None else Shard.parse(shard)
     tier = shared_tier(remote, remote_mode, namespace, secret_file, unauthenticated)
     passages = open_cache(cache, base_ratio, storage, keep, limit_gb, **tier)
     note_mini(model)
-    reranker = KaLMReranker(
-        model, revision=revision, lora=lora, device=device, dtype=dtype,
-        ratio=ratio_of_rank(base_ratio), max_length=max_length, cache=passages,
-        long_passages=cast("LongPassages", long_passages), window_tokens=window_tokens, window_overlap=window_overlap,
-        max_windows=max_windows,
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "revision": revision, "lora": lora, "device": device, "dtype": dtype,
+        "ratio": ratio_of_rank(base_ratio), "max_length": max_length, "long_passages": long_passages,
+        "window_tokens": window_tokens, "window_overlap": window_overlap, "max_windows": max_windows,
+    }  # fmt: skip
+    reranker = KaLMReranker(model, cache=passages, **options)
 
-    def texts(*, count: bool = False) -> Iterator[str]:
+    def records(*, count: bool = False) -> Iterator[Record]:
         for record in read_passages(corpus, file_format, text_field, id_field):
             text, changed = repair_text(record.text)
-            reranker.repairs.add(changed if count else 0)
-            yield text
+            if part is None or part.holds(text):
+                reranker.repairs.add(changed if count else 0)
+                yield Record(record.id, text)
+
+    def texts(*, count: bool = False) -> Iterator[str]:
+        return (record.text for record in records(count=count))
 
     if corpus != "-":
         next(texts(), None)  # report a missing or unreadable file before loading a model
@@ -117,14 +134,38 @@ def encode(
         raise ValueError(msg)
     check_writable(passages.store)
     check_shared(passages)
+    if engine is not None:
+        from kalm_rag.cli.encode_ray import RayRun
+        from kalm_rag.distributed import PassageEncoder
+
+        reranker.checkpoint()  # report a missing model before starting workers
+        on_ray = RayRun(reranker, None if corpus == "-" else sum(1 for _ in records()), part)
+        on_ray.encode_all(
+            PassageEncoder(model, cache=passages, **options), records(count=True), address, workers, gpus_per_worker
+        )
+        on_ray.report(as_json)
+        return
     total = None
     if corpus != "-":
         expected = estimate(reranker, texts(), everything=False)
         total = expected.passages
         check_room(passages.store, *expected.room(prefilled=passages.keeps_prefilled))
-    run = EncodeRun(reranker, total)
+    run = EncodeRun(reranker, total, part)
     run.encode_all(texts(count=True), None if corpus == "-" else texts)
     run.report(as_json)
+
+
+def _check_engine(engine: str | None, address: str | None, *numbers: float | None, dry_run: bool) -> None:
+    """Refuse an unknown engine, options of an engine without one, and an estimate of what an engine would take."""
+    if engine not in (None, "ray"):
+        msg = f"--engine must be ray, got {engine!r:.80}; leave it out to encode in this process"
+        raise ValueError(msg)
+    if engine is None and (address is not None or any(number is not None for number in numbers)):
+        msg = "--address, --workers and --gpus-per-worker apply only to an engine: add --engine ray, or leave them out"
+        raise ValueError(msg)
+    if engine is not None and dry_run:
+        msg = "--dry-run estimates for one process on this machine: leave --engine and its options out"
+        raise ValueError(msg)
 
 
 def check_shared(passages: PassageCache) -> None:
@@ -165,12 +206,13 @@ def ratio_of_rank(base_ratio: int) -> int:
 class EncodeRun:
     """Counts what one run encoded, and what the cache holds."""
 
-    def __init__(self, reranker: KaLMReranker, total: int | None) -> None:
+    def __init__(self, reranker: KaLMReranker, total: int | None, shard: Shard | None = None) -> None:
         self.seen = self.held = 0
         self.failure = ""
         self._reranker = reranker
         self._total = total
         self._new = self._known = self._truncated = self._unshared = 0
+        self._shard = shard
         self._start = time.perf_counter()
         self._evicted = reranker.cache.stats().store.size.evicted
         self._first: list[str] = []
@@ -281,7 +323,8 @@ class EncodeRun:
 
     def held_now(self) -> str:
         """The last line: how much of the corpus the cache holds."""
-        return f"{self._most}{self.held} of {self.seen if self._total is None else self._total} passages held"
+        total = self.seen if self._total is None else self._total
+        return f"{self._most}{self.held} of {total} {passages_text(self._shard)} held"
 
     def _count(self) -> dict[str, Any]:
         """Return the result as JSON."""
@@ -298,6 +341,7 @@ class EncodeRun:
             "passages": self.seen if self._total is None else self._total,
             "held": self.held,
             "failure": self.failure or None,
+            "shard": None if self._shard is None else str(self._shard),
             "cache_entries": stats.store.size.entries,
             "cache_bytes": stats.store.size.bytes,
             "unshared": self._unshared,
@@ -309,15 +353,5 @@ class EncodeRun:
         rate = f" ({facts['new_per_second']} passages/s)" if self._new else ""
         what = "windows encoded" if self._reranker.settings.splits else "encoded"
         show(f"{self._new} {what}{rate}, {self._known} served from the cache, in {facts['seconds']:.1f} s")
-        if self._truncated:
-            settings = self._reranker.settings
-            most, flag = f"{settings.max_length} tokens", "--max-length"
-            if settings.splits:
-                most, flag = f"{settings.max_windows} windows", "--max-windows"
-            show(f"{self._truncated} are longer than {most}; their tails were not read ({flag})")
-        if facts["repaired"]:
-            show(f"{facts['repaired']} hold half a surrogate pair, which was read as U+FFFD")
-        if facts["cache_entries"] is not None:
-            size = size_text(facts["cache_bytes"] or 0)
-            show(f"The cache holds {facts['cache_entries']} passages, {size}.")
+        show_notes(facts, self._reranker.settings)
         show(self.held_now())

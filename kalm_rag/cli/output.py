@@ -6,16 +6,19 @@ import io
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from kalm_rag.utils.display import HIDDEN, visible, visible_line
+from kalm_rag.utils.display import HIDDEN, size_text, visible, visible_line
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+
+    from kalm_rag.distributed.shards import Shard
+    from kalm_rag.settings import Settings
 
 _JSON = {code: f"\\u{code:04x}" for code in HIDDEN if code >= 0x7F}
 
@@ -67,6 +70,25 @@ def note_mini(model: str) -> None:
 
     if model == MINI:
         typer.echo(f"note: {MINI_NOTE}", err=True)
+
+
+def passages_text(shard: Shard | None) -> str:
+    """Name what is encoded: the passages of a corpus, or of a shard of it."""
+    return "passages" if shard is None else f"passages of shard {shard}"
+
+
+def show_notes(facts: Mapping[str, Any], settings: Settings) -> None:
+    """Print what was not read as it is, and what the cache holds, from the result of `kalm-rag encode` as JSON."""
+    if facts["truncated"]:
+        most, flag = f"{settings.max_length} tokens", "--max-length"
+        if settings.splits:
+            most, flag = f"{settings.max_windows} windows", "--max-windows"
+        show(f"{facts['truncated']} are longer than {most}; their tails were not read ({flag})")
+    if facts["repaired"]:
+        show(f"{facts['repaired']} hold half a surrogate pair, which was read as U+FFFD")
+    if facts["cache_entries"] is not None:
+        size = size_text(facts["cache_bytes"] or 0)
+        show(f"The cache holds {facts['cache_entries']} passages, {size}.")
 
 
 def passage_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
