@@ -44,7 +44,7 @@ test-floors: $(VENV)-floors/.ready
 
 # The encoder on Spark, which needs Java 17 or newer (Debian: default-jre-headless).
 test-spark: $(VENV)-spark/.ready
-	OMP_NUM_THREADS=1 $(VENV)-spark/bin/python -m pytest tests/distributed/test_spark.py
+	OMP_NUM_THREADS=1 $(VENV)-spark/bin/python -m pytest tests/distributed/test_spark.py tests/test_examples.py -k spark
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

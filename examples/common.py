@@ -36,3 +36,8 @@ def timed(label: str, action: Callable[..., T], *arguments: object) -> T:
     result = action(*arguments)
     print(f"{label}: {1000 * (time.perf_counter() - start):.0f} ms")
     return result
+
+
+def show_statuses(statuses: list[str]) -> None:
+    """Print what became of the rows of a corpus."""
+    print(", ".join(f"{name}: {statuses.count(name)}" for name in ("encoded", "known", "not kept", "failed")))

@@ -1,9 +1,7 @@
 """Daft encodes a corpus; then any process ranks with what it wrote."""
 
-from collections import Counter
-
 import daft
-from common import CACHE, PASSAGES, QUESTIONS, model, timed
+from common import CACHE, PASSAGES, QUESTIONS, model, show_statuses, timed
 
 from kalm_rag import KaLMReranker
 from kalm_rag.distributed import PassageEncoder
@@ -18,15 +16,14 @@ class Encode:
 
     @daft.method.batch(return_dtype=daft.DataType.string(), batch_size=64)
     def __call__(self, ids: daft.Series, texts: daft.Series) -> list[str]:
-        """Encode a batch and return what became of each row."""
-        found = encoder({"id": ids, "text": texts})
-        return [f"{status} {message}" for status, message in zip(found["status"], found["message"], strict=True)]
+        """Encode a batch and return the status of each row."""
+        return encoder({"id": ids, "text": texts})["status"]
 
 
 corpus = daft.from_pydict({"id": list(range(len(PASSAGES) + 1)), "text": [*PASSAGES, None]})
-results = corpus.select("id", Encode()(daft.col("id"), daft.col("text")).alias("result"))
+results = corpus.select("id", Encode()(daft.col("id"), daft.col("text")).alias("status"))
 rows = timed("encode", results.to_pydict)  # ids and statuses: the encoded passages are in the cache
-print(Counter(result.split()[0] for result in rows["result"]))
+show_statuses(rows["status"])
 
 with KaLMReranker(name, cache=cache) as reranker:
     for hit in timed("first query", reranker.rank, QUESTIONS[0], PASSAGES)[:3]:

@@ -1,10 +1,8 @@
 """Ray Data encodes a corpus with a pool of workers; then any process ranks with what they wrote."""
 
-from collections import Counter
-
 import ray
 import ray.data
-from common import CACHE, PASSAGES, QUESTIONS, model, timed
+from common import CACHE, PASSAGES, QUESTIONS, model, show_statuses, timed
 
 from kalm_rag import KaLMReranker
 from kalm_rag.distributed import PassageEncoder
@@ -22,7 +20,7 @@ results = corpus.map_batches(
     num_cpus=1,  # or num_gpus=1
 )
 rows = timed("encode", results.take_all)  # ids, keys and statuses: the encoded passages are in the cache
-print(Counter(row["status"] for row in rows))
+show_statuses([row["status"] for row in rows])
 print([f"{row['id']}: {row['message']}" for row in rows if row["status"] == "failed"])
 ray.shutdown()
 

@@ -1,6 +1,6 @@
 """Spark encodes a corpus with `mapInPandas`; then any process ranks with what its workers wrote."""
 
-from common import CACHE, PASSAGES, QUESTIONS, model, timed
+from common import CACHE, PASSAGES, QUESTIONS, model, show_statuses, timed
 from pyspark.sql import SparkSession
 
 from kalm_rag import KaLMReranker
@@ -18,8 +18,7 @@ spark = (
 corpus = spark.createDataFrame(list(enumerate([*PASSAGES, None])), "id long, text string").repartition(2)
 results = corpus.mapInPandas(encoder.map_in_pandas, encoder.spark_schema("long"))
 rows = timed("encode", results.collect)  # ids, keys and statuses: the encoded passages are in the cache
-for status in ("encoded", "known", "not kept", "failed"):
-    print(status, sorted(row["id"] for row in rows if row["status"] == status))
+show_statuses([row["status"] for row in rows])
 spark.stop()
 
 with KaLMReranker(name, cache=cache) as reranker:

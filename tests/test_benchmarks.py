@@ -51,6 +51,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
             "traffic.py",
             "latency.py",
             "sizing.py",
+            "distributed.py",
         ),
     ],
 )
@@ -58,6 +59,8 @@ def test_script(script: str, tmp_path: Path, run: Callable[..., dict[str, Any]])
     if script in ("cache.py", "adapters.py"):
         assert run(script).keys() & {"samples", "samples_ms"}
         return
+    if script == "distributed.py":
+        pytest.importorskip("ray", reason="Ray is not installed")
     written = tmp_path / "out.json"
     assert run(script, "--output", str(written)) == json.loads(written.read_text())
     if script == "warm.py":
@@ -87,6 +90,10 @@ def test_script(script: str, tmp_path: Path, run: Callable[..., dict[str, Any]])
         found = json.loads(written.read_text())["results"]
         assert len(found) == 5
         assert all(item["difference"] <= 1e-5 for item in found)
+    if script == "distributed.py":
+        found = json.loads(written.read_text())["results"]
+        assert [item["workers"] for item in found] == [0, 1]
+        assert all(sum(one["passages"] for one in item["runs"]) > 0 for item in found)
     if script == "refine.py":
         assert [item["changed"] for item in json.loads(written.read_text())["quality"]] == [0]
 

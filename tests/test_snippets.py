@@ -28,6 +28,7 @@ SHOWN = {"text", "diff", "json", "yaml"}
 # Why a block may be skipped, and on which pages how many are. A new skip mark is a decision: it is entered here.
 INSTALLS, DOWNLOADS = "installs packages", "downloads from the hub"
 LONG, WEIGHTS = "takes half a minute", "needs the released weights"
+ENGINE = "starts an engine"  # the programs in examples/ run it
 OTHERS = "needs the run of another reranker"
 SKIPPED = {
     "README.md": {INSTALLS: 2},
@@ -35,6 +36,7 @@ SKIPPED = {
     "docs/frameworks/langchain.md": {INSTALLS: 1},
     "docs/frameworks/llama-index.md": {INSTALLS: 1},
     "docs/how-to/compare.md": {INSTALLS: 1},
+    "docs/how-to/distributed.md": {INSTALLS: 1, ENGINE: 3},
     "docs/how-to/doctor.md": {LONG: 1, WEIGHTS: 1},
     "docs/how-to/evaluate.md": {INSTALLS: 2, DOWNLOADS: 1, LONG: 1, OTHERS: 1},
     "docs/how-to/offline.md": {DOWNLOADS: 1},

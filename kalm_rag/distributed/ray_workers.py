@@ -119,6 +119,8 @@ def connect(address: str | None) -> Any:
     own: dict[str, Any] = {}
     if address == "local":
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody
+        # Ray would let other processes of the machine go first, such as those that the plain command competes with.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         own = {"include_dashboard": False, "object_store_memory": _OBJECTS}
     ray.init(address=address, logging_level="ERROR", **own)
     return ray

@@ -28,7 +28,7 @@ class Shard:
 
     def __post_init__(self) -> None:
         if not 1 <= self.number <= self.count:
-            msg = f"a shard must be k/n with k from 1 to n, such as 3/16, got {self.number}/{self.count}"
+            msg = f"shard must be k/n with k from 1 to n, such as 3/16, got {self.number}/{self.count}"
             raise ValueError(msg)
 
     @classmethod
@@ -40,7 +40,7 @@ class Shard:
         """
         found = re.fullmatch(r"\s*(\d{1,9})\s*/\s*(\d{1,9})\s*", text, re.ASCII)
         if found is None:
-            msg = f"a shard must be k/n with k from 1 to n, such as 3/16, got {text!r:.80}"
+            msg = f"shard must be k/n with k from 1 to n, such as 3/16, got {text!r:.80}"
             raise ValueError(msg)
         return cls(int(found[1]), int(found[2]))
 

@@ -76,6 +76,22 @@ def said(arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("encode file -m mini --cache new --limit-gb nan", f"{LIMIT}nan"),
         ("encode file -m mini --cache new --limit-gb 1e300", f"{LIMIT}1e+300"),
         ("encode file -m mini --cache new --limit-gb 1e12", f"{LIMIT}1e+12"),
+        ("encode file -m mini --cache new --shard 3", "--shard must be k/n with k from 1 to n, such as 3/16, got '3'"),
+        (
+            "encode file -m mini --cache new --shard 3/2",
+            "--shard must be k/n with k from 1 to n, such as 3/16, got 3/2",
+        ),
+        ("encode file -m mini --cache new --engine spark", "--engine must be ray, got 'spark'"),
+        ("encode file -m mini --cache new --workers 2", "--workers and --gpus-per-worker apply only to an engine"),
+        ("encode file -m mini --cache new --address x:1", "--workers and --gpus-per-worker apply only to an engine"),
+        (
+            "encode file -m mini --cache new --engine ray --dry-run",
+            "--dry-run estimates for one process on this machine",
+        ),
+        (
+            "encode file -m mini --cache new --engine ray --address 127.0.0.1:9",
+            "no Ray cluster answers at '127.0.0.1:9'",
+        ),
         ("encode file -m mini --cache new --base-ratio 0", "--base-ratio must be at least 1, got 0"),
         ("encode file -m mini --cache new --storage int4", "--storage must be one of ('native', 'int8'), got 'int4'"),
         (
