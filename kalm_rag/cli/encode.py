@@ -9,17 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from kalm_rag.cli.engine_options import (
+    AddressOption,
+    EngineOption,
+    GpusPerWorkerOption,
+    ShardOption,
+    WorkersOption,
+)
 from kalm_rag.cli.estimates import estimate, groups, show_estimate
 from kalm_rag.cli.options import (
-    AddressOption,
     BaseRatioOption,
     CacheOption,
     DeviceOption,
     DryRunOption,
     DtypeOption,
-    EngineOption,
     FormatOption,
-    GpusPerWorkerOption,
     IdFieldOption,
     JsonOption,
     KeepOption,
@@ -30,12 +34,10 @@ from kalm_rag.cli.options import (
     MaxWindowsOption,
     ModelOption,
     RevisionOption,
-    ShardOption,
     StorageOption,
     TextFieldOption,
     WindowOverlapOption,
     WindowTokensOption,
-    WorkersOption,
     limit_bytes,
 )
 from kalm_rag.cli.output import note_mini, passages_text, print_json, show, show_notes
