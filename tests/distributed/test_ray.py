@@ -33,7 +33,7 @@ TWO = Plan(workers=2, cpus=1, gpus=0, machines=1)
 def cluster() -> Iterator[Any]:
     """A cluster of this machine for all tests; it takes seconds to start."""
     ray = pytest.importorskip("ray", reason="Ray is not installed")
-    os.environ["RAY_worker_niceness"] = "0"  # else its workers wait for every other process of the machine
+    os.environ.setdefault("RAY_worker_niceness", "0")  # else its workers wait for every other process of the machine
     ray.init(
         address="local",
         num_cpus=2,
