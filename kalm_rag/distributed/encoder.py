@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kalm_rag.cache import DiskStore, PassageCache
 from kalm_rag.distributed.columns import read_columns
@@ -19,9 +19,6 @@ from kalm_rag.utils import forks
 from kalm_rag.utils.checks import check_ratio, check_text
 from kalm_rag.utils.display import short_repr, visible_line
 from kalm_rag.utils.paths import DEFAULT, passages_dir, user_path
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
 
 _RESULTS = ("keys", "status", "truncated", "message")
 
@@ -139,12 +136,13 @@ class PassageEncoder:
         [ids] = read_columns(batch, (self.id_column,))
         return self._result(ids, [Outcome("failed", message=message)] * len(ids))
 
-    def map_in_pandas(self, frames: Iterable[DataFrame]) -> Iterator[DataFrame]:
-        """Encode data frames one by one: what Spark's `DataFrame.mapInPandas` takes, with `spark_schema()`."""
-        from pandas import DataFrame
+    def map_in_pandas(self, frames: Iterable[Any]) -> Iterator[Any]:
+        """Encode data frames of pandas one by one and yield a data frame of results for each.
 
+        It is what Spark's `DataFrame.mapInPandas` takes, with `spark_schema()`.
+        """
         for frame in frames:
-            yield DataFrame(self(frame))
+            yield type(frame)(self(frame))
 
     def spark_schema(self, id_type: str = "string") -> str:
         """Return the schema of the results for Spark.

@@ -122,7 +122,7 @@ def connect(address: str | None) -> Any:
         # Ray would let other processes of the machine go first, such as those that the plain command competes with.
         os.environ.setdefault("RAY_worker_niceness", "0")
         own = {"include_dashboard": False, "object_store_memory": _OBJECTS}
-    ray.init(address=address, logging_level="ERROR", **own)
+    ray.init(address=address, logging_level=logging.ERROR, **own)
     return ray
 
 
