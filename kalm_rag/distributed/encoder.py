@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kalm_rag.cache import DiskStore, PassageCache
+from kalm_rag.cache.remote.opening import secret_or_environment
 from kalm_rag.distributed.columns import read_columns
 from kalm_rag.distributed.outcomes import Encoding, Outcome
 from kalm_rag.documents import repair_text
@@ -157,8 +158,7 @@ class PassageEncoder:
     def folder(self) -> Path | None:
         """The folder of one machine that holds everything this encodes; None if the cache is not only that."""
         cache = self._make().cache
-        is_shared = getattr(cache, "remote", None) is not None
-        return cache.store.folder if isinstance(cache.store, DiskStore) and not is_shared else None
+        return cache.store.folder if isinstance(cache.store, DiskStore) and cache.remote is None else None
 
     def close(self) -> None:
         """Free the model that this process loaded for it, and close the cache. A later call loads it again."""
@@ -221,6 +221,7 @@ def _cache_arguments(cache: object, ratio: Any) -> dict[str, Any]:
         raise TypeError(msg)
     given = {"where": DEFAULT, "base_ratio": base_ratio(1 if ratio is None else check_ratio("ratio", ratio)), **given}
     given["memory"] = 0
+    given["secret"] = secret_or_environment(given.get("secret"))  # workers may have another environment
     where = given["where"]
     if given.get("remote") is None:
         # Workers may run in another folder and with another environment.

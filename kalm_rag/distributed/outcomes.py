@@ -111,7 +111,7 @@ class Encoding:
                 cut |= {part: states.truncated for part, states in scorer.states.find(lacking, ratio).items()}
             if cut.keys() >= set(distinct):
                 break
-        lost = self._cache.stats().prefilled.write_failed - stats.prefilled.write_failed
+        lost = self._not_kept(scorer, texts, stats.prefilled.write_failed)
         self._check_evicted(scorer, [part for part in new if part in cut])
         found = []
         for text in texts:
@@ -124,10 +124,26 @@ class Encoding:
             if not own <= cut.keys():
                 outcome = replace(outcome, status="not kept", message="the cache did not keep it; the log says why")
             elif lost:
-                message = f"the cache did not keep {lost} prefilled passages of its batch; the log says why"
-                outcome = replace(outcome, status="not kept", message=message)
+                outcome = replace(outcome, status="not kept", message=lost)
             found.append(outcome)
         return found
+
+    def _not_kept(self, scorer: Scorer, texts: Sequence[str], before: int) -> str:
+        """Say what of a batch is not where it belongs, although the store has its states; empty if nothing.
+
+        Args:
+            scorer: of the model.
+            texts: the batch.
+            before: prefilled passages that were not kept before it.
+        """
+        failed = self._cache.stats().prefilled.write_failed - before
+        if failed:
+            return f"the cache did not keep {failed} prefilled passages of its batch; the log says why"
+        try:
+            unshared = scorer.share(texts)
+        except StoreError as error:
+            return f"the shared tier does not keep its batch: {error}"
+        return f"the shared tier does not hold {unshared} passages of its batch; the log says why" if unshared else ""
 
     def _each_alone(self, scorer: Scorer, texts: Sequence[str], first: Exception) -> list[Outcome]:
         found = []

@@ -233,6 +233,39 @@ for start in range(0, 400, 4):
         assert again["status"][told + 4 :] == ["encoded"] * 4
 
 
+class TestSharedTier:
+    """Workers with a folder each, or without one, and a tier that all of them reach."""
+
+    def test_a_passage_is_encoded_once_in_all(self, checkpoint: Path, tmp_path: Path, passages: list[str]) -> None:
+        tier = MemoryStore(1 << 30)
+        caches = [
+            {"where": where, "remote": tier, "secret": SECRET} for where in (tmp_path / "a", tmp_path / "b", None)
+        ]
+        first, second, third = (PassageEncoder(checkpoint, cache=cache, device="cpu") for cache in caches)
+        assert first(batch(passages[:8]))["status"] == ["encoded"] * 8
+        assert second(batch(passages[:12]))["status"] == ["known"] * 8 + ["encoded"] * 4
+        assert third(batch(passages[:16]))["status"] == ["known"] * 12 + ["encoded"] * 4
+        assert len(KaLMReranker(checkpoint, cache=PassageCache(**caches[0]), device="cpu").unknown(passages[:20])) == 4
+        assert first.folder is None, "it is not the folder of one machine that holds everything"
+
+    def test_what_only_the_folder_keeps_is_told(self, checkpoint: Path, tmp_path: Path, passages: list[str]) -> None:
+        cache = {"where": tmp_path, "remote": PartialStore(), "unauthenticated": True}
+        found = PassageEncoder(checkpoint, cache=cache, device="cpu")(batch(passages[:3]))
+        assert found["status"] == ["not kept"] * 3
+        assert found["message"][0].startswith("the shared tier does not ")
+
+    def test_workers_have_the_secret_of_the_environment_of_the_driver(
+        self, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("KALM_RAG_CACHE_SECRET", SECRET)
+        encoder = PassageEncoder(checkpoint, cache={"where": tmp_path}, device="cpu")
+        data = pickle.dumps(encoder)
+        monkeypatch.delenv("KALM_RAG_CACHE_SECRET")
+        assert pickle.loads(data)(batch(["a passage"]))["status"] == ["encoded"]
+        monkeypatch.setenv("KALM_RAG_CACHE_SECRET", SECRET)
+        assert KaLMReranker(checkpoint, cache=tmp_path, device="cpu").unknown(["a passage"]) == []
+
+
 class TestArguments:
     def test_a_pickle_opens_the_same_folder_and_hides_credentials(
         self, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
