@@ -46,7 +46,7 @@ class PassageEncoder:
         keys: a list for each row, the cache's keys of its encoder states: one, or with `long_passages="windows"` one
             for each window. Empty if the row failed.
         status: `encoded`, now and kept; `known`, the cache held it before, or an earlier row of the batch has the same
-            text; `not kept`, the model encoded it and the cache did not keep it (a full disk, a store that is gone);
+            text; `not kept`, the cache, or the shared tier behind it, did not keep it or others of its batch;
             `failed`, the row holds no text, or the model cannot encode it.
         truncated: whether the tail of the passage was not read, as in `RankedPassage`.
         message: why it is `failed` or `not kept`, or that half a surrogate pair was read as U+FFFD; else empty.
@@ -54,8 +54,9 @@ class PassageEncoder:
     Args:
         model: as in `KaLMReranker`.
         cache: where encoded passages are kept: a folder, or the arguments of `PassageCache` by name, its folder under
-            `where`. A `PassageCache` gives its arguments. Workers on several machines need a cache that all of them
-            reach. Workers keep no passages in memory. Default: the folder that `KALM_RAG_CACHE` names, else the user's.
+            `where`, a shared tier under `remote`. A `PassageCache` gives its arguments. Workers on several machines
+            need a tier. Workers keep no passages in memory. Default: the folder that `KALM_RAG_CACHE` names, else the
+            user's.
         id_column: the column with the ids of passages, of any type.
         text_column: the column with their texts.
         options: further arguments of `KaLMReranker`, such as `dtype`, `ratio`, `max_length` or `long_passages`. Those

@@ -155,7 +155,7 @@ def check_shared(encoder: PassageEncoder, machines: int) -> None:
     if machines > 1 and encoder.folder is not None:
         msg = (
             f"the Ray cluster has {machines} machines, and the cache in {str(encoder.folder)!r} is a folder of one of "
-            "them: name a cache that all machines share (remote), or give each machine a part of the corpus (--shard)"
+            "them: name a tier that all of them share (remote), or let each machine encode a shard of the corpus"
         )
         raise ValueError(msg)
 
