@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kalm_rag.reranker import KaLMReranker
     from kalm_rag.retrieval.corpus import Record
 
+_FIRST = 32
 _NAMED = 10
 """Passages that a message names."""
 
@@ -145,11 +146,15 @@ class RayRun:
         show(f"{facts['held']} of {facts['passages']} {passages_text(self._shard)} held")
 
 
-def _batches(records: Iterator[Record], encoder: PassageEncoder, size: int) -> Iterator[dict[str, list[Any]]]:
-    """Group passages into columns; one without an id is named by its place."""
-    numbered = enumerate(records, start=1)
+def _batches(records: Iterator[Record], encoder: PassageEncoder, most: int) -> Iterator[dict[str, list[Any]]]:
+    """Group passages into columns; one without an id is named by its place.
+
+    The first groups are small: they show soon whether workers and cache work.
+    """
+    numbered, size = enumerate(records, start=1), min(_FIRST, most)
     while some := list(islice(numbered, size)):
         yield {
             encoder.id_column: [f"#{place}" if record.id is None else record.id for place, record in some],
             encoder.text_column: [record.text for _, record in some],
         }
+        size = min(most, 2 * size)

@@ -263,6 +263,7 @@ class RayWorkers:
             except self._ray.exceptions.RayError:
                 break
             del worker.held[answer]
+            self._deaths = 0
             yield result
         if not worker.held:
             return
