@@ -117,11 +117,11 @@ def encode(
     reranker = KaLMReranker(model, cache=passages, **options)
 
     def records(*, count: bool = False) -> Iterator[Record]:
-        for record in read_passages(corpus, file_format, text_field, id_field):
+        for place, record in enumerate(read_passages(corpus, file_format, text_field, id_field), start=1):
             text, changed = repair_text(record.text)
             if part is None or part.holds(text):
                 reranker.repairs.add(changed if count else 0)
-                yield Record(record.id, text)
+                yield Record(record.id or f"#{place}", text)
 
     def texts(*, count: bool = False) -> Iterator[str]:
         return (record.text for record in records(count=count))

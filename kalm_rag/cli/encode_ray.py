@@ -147,14 +147,11 @@ class RayRun:
 
 
 def _batches(records: Iterator[Record], encoder: PassageEncoder, most: int) -> Iterator[dict[str, list[Any]]]:
-    """Group passages into columns; one without an id is named by its place.
-
-    The first groups are small: they show soon whether workers and cache work.
-    """
-    numbered, size = enumerate(records, start=1), min(_FIRST, most)
-    while some := list(islice(numbered, size)):
+    """Group passages into columns; the first groups are small, to show soon whether workers and cache work."""
+    size = min(_FIRST, most)
+    while some := list(islice(records, size)):
         yield {
-            encoder.id_column: [f"#{place}" if record.id is None else record.id for place, record in some],
-            encoder.text_column: [record.text for _, record in some],
+            encoder.id_column: [record.id for record in some],
+            encoder.text_column: [record.text for record in some],
         }
         size = min(most, 2 * size)
