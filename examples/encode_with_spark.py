@@ -1,5 +1,8 @@
 """Spark encodes a corpus with `mapInPandas`; then any process ranks with what its workers wrote."""
 
+import os
+import sys
+
 from common import CACHE, PASSAGES, QUESTIONS, model, show_statuses, timed
 from pyspark.sql import SparkSession
 
@@ -9,6 +12,7 @@ from kalm_rag.distributed import PassageEncoder
 name, cache = model(), CACHE / "passages"
 encoder = PassageEncoder(name, cache={"where": cache})
 
+os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # the Python of the workers, which import kalm-rag
 spark = (
     SparkSession.builder.master("local[2]")  # two Python workers, each with a model of its own
     .config("spark.ui.enabled", "false")

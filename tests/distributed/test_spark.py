@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ def spark() -> Iterator[Any]:
 
     if shutil.which("java") is None:
         pytest.skip("Spark needs Java, which is not installed (Debian: default-jre-headless)")
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # the Python of the workers
     session = (
         SparkSession.builder.master("local[2]")
         .config("spark.ui.enabled", "false")
