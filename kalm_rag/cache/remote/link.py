@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -10,6 +11,8 @@ from kalm_rag.cache.remote.breaker import Breaker
 from kalm_rag.cache.remote.requests import Requests
 from kalm_rag.cache.store import RefusedError, Store, StoreError
 from kalm_rag.utils import forks
+
+logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
@@ -37,6 +40,7 @@ class Link:
         self.shown = shown
         self.breaker = Breaker(shown)
         self.requests = Requests()
+        self._is_refused = False  # of the last write
         forks.watch(self.breaker)
         if hasattr(store, "after_fork_in_child"):
             forks.watch(store)
@@ -87,6 +91,25 @@ class Link:
         except Exception as error:
             self.failed(error)
             raise
+        self.breaker.succeeded()
+        return found
+
+    def written(self, action: Callable[[], R]) -> R | None:
+        """Run a write, and let the breaker know how it went; None if it is refused.
+
+        A refusal is a line in the log, once, and tells the breaker nothing: the same user may be allowed to read.
+        """
+        try:
+            found = action()
+        except RefusedError as error:
+            if not self._is_refused:
+                logger.warning("nothing is written to the shared tier: %s", error)
+            self._is_refused = True
+            return None
+        except Exception as error:
+            self.failed(error)
+            raise
+        self._is_refused = False
         self.breaker.succeeded()
         return found
 

@@ -25,8 +25,12 @@ _AT_ONCE = 32
 _CONNECT_SECONDS, _ANSWER_SECONDS = 2, 5
 _RETRIES = 2
 _MISSING = ("NoSuchBucket", "PermanentRedirect", "ContainerNotFound", "The specified bucket does not exist")
-_LASTING = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken")
+_REFUSED = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken")
 """Marks of errors that stay until somebody changes something."""
+
+_used_by = 0
+"""The process that has used obstore first. Its threads do not survive a fork, and a child would wait for them forever
+(obstore#441, tokio#4301)."""
 
 
 class ObjectStore:
@@ -36,6 +40,9 @@ class ObjectStore:
     store can spread requests. Credentials, region and endpoint come from the environment, as each provider's own tools
     read them (`AWS_*`, `GOOGLE_*`, `AZURE_*`). A user of S3 must be allowed to list the bucket: without it, S3 answers
     for a missing object as for a forbidden one.
+
+    A process that was forked after its parent had used an object store cannot use one, and is told so: fork first, or
+    start processes with the method `spawn`.
 
     Args:
         url: `s3://bucket/prefix`, `gs://...`, `az://container/...`, or `file:///folder`, which must exist.
@@ -269,7 +276,12 @@ class _Bucket:
             store = self._opened()
             if len(keys) < 2 or self._threads is None:
                 return [one(store, key) for key in keys]
-            return list(self._threads.map(lambda key: one(store, key), keys))
+            try:
+                return list(self._threads.map(lambda key: one(store, key), keys))
+            except RuntimeError as error:
+                if "shutdown" not in str(error):
+                    raise
+                return [one(store, key) for key in keys]  # the interpreter is ending, and starts no thread
 
         return self._run(what, run)
 
@@ -280,21 +292,31 @@ class _Bucket:
             return action()
         except StoreError:
             raise
-        except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
-            msg = (
-                f"{self._shown} refuses this user ({type(error).__name__}): check the credentials, and that they allow "
-                f"to list, read and write below {self.prefix or 'its root'}/"
-            )
-            raise RefusedError(msg) from error
         except (exceptions.BaseError, OSError, RuntimeError, ValueError) as error:
             text = " ".join(str(error).split())
+            reason = next((mark for mark in _REFUSED if mark in text), None)
+            if reason or isinstance(error, (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError)):
+                msg = (
+                    f"{self._shown} refuses this user ({reason or type(error).__name__}): check the credentials, and "
+                    f"that they allow to list, read and write below {self.prefix or 'its root'}/"
+                )
+                raise RefusedError(msg) from error
             if any(mark in text for mark in _MISSING):
                 msg = f"{self._shown} does not exist, or is in another region: create the bucket, or mend the URL"
                 raise RefusedError(msg) from error
             msg = f"cannot {what} {self._shown}: {type(error).__name__}: {text:.200}"
-            raise (RefusedError if any(mark in text for mark in _LASTING) else StoreError)(msg) from error
+            raise StoreError(msg) from error
 
     def _opened(self) -> Any:
+        global _used_by
+        if _used_by not in (0, os.getpid()):
+            msg = (
+                f"{self._shown} cannot be reached from this process: it was forked after its parent had used an object "
+                "store, whose client does not survive that; open the cache after the fork, or start processes with the "
+                "method 'spawn'"
+            )
+            raise RefusedError(msg)
+        _used_by = os.getpid()
         with self._lock:
             if self._made is None or self._owner != os.getpid():
                 self._made = self._make()

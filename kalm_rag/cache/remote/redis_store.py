@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,8 @@ from kalm_rag.utils import forks
 
 if TYPE_CHECKING:
     from redis import Redis
+
+logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
@@ -78,12 +81,15 @@ class RedisStore:
     def put_many(self, items: Mapping[str, bytes]) -> int:
         """Store values, replacing older ones; return how many are kept, fewer if the server's memory is full.
 
+        A full server is a line in the log and no error, because it still answers reads.
+
         Raises:
-            StoreError: none was kept.
+            StoreError: none was kept, for another reason.
         """
         kept = 0
         for part in by_bytes(items, _WRITE_BYTES):
             kept += self._server.run("write to", partial(_put, prefix=self._prefix, items=part))
+        self._server.note_room(kept == len(items))
         return kept
 
     def add(self, key: str, value: bytes) -> bool:
@@ -191,6 +197,7 @@ class _Server:
 
     def __init__(self, address: Address) -> None:
         self._address = address
+        self._has_room = True
         self._lock = forks.Lock()  # of the next two lines
         self._client: Redis | None = None
         self._owner = 0
@@ -216,6 +223,16 @@ class _Server:
             msg = f"cannot {what} {self._address.shown}: {_first_line(error)}"
             kind = RefusedError if any(mark in str(error) for mark in _LASTING) else StoreError
             raise kind(msg) from error
+
+    def note_room(self, has_room: bool) -> None:
+        """Log once when the server has no memory left."""
+        if self._has_room and not has_room:
+            logger.warning(
+                "%s has no memory left and keeps no more passages: raise its maxmemory, or let it evict "
+                "(maxmemory-policy allkeys-lru)",
+                self._address.shown,
+            )
+        self._has_room = has_room
 
     def keeper(self, prefix: str) -> Callable[[Mapping[str, bytes]], None]:
         """Return what stores values that are no entries."""
@@ -256,6 +273,8 @@ class _Server:
 
 
 def _put(client: Redis, prefix: str, items: Mapping[str, bytes]) -> int:
+    from redis.exceptions import OutOfMemoryError
+
     with client.pipeline(transaction=False) as pipe:
         for key, value in items.items():
             pipe.strlen(prefix + key)
@@ -265,7 +284,7 @@ def _put(client: Redis, prefix: str, items: Mapping[str, bytes]) -> int:
     failure: Exception | None = None
     for before, done, value in zip(answers[0::2], answers[1::2], items.values(), strict=True):
         if isinstance(done, Exception):
-            failure = done
+            failure = failure if isinstance(done, OutOfMemoryError) else done
             continue
         kept += 1
         older = 0 if isinstance(before, Exception) else int(before)

@@ -41,12 +41,17 @@ class Requests:
                 done.set()
 
         if not self.start(run):
-            return StoreError(f"{_MOST_WAITING} requests before this one are without an answer")
+            return StoreError(
+                f"{_MOST_WAITING} requests before this one are without an answer, or the process is ending"
+            )
         done.wait(seconds)
         return answer[0] if answer else None
 
     def start(self, run: Callable[[], None]) -> bool:
-        """Run something in the background; returns False if too many requests are without an answer."""
+        """Run something in the background; returns False if too many requests are without an answer.
+
+        An interpreter that is ending may start no thread either.
+        """
         with self._lock:
             if self._waiting >= _MOST_WAITING:
                 return False
@@ -60,5 +65,10 @@ class Requests:
                     self._waiting = max(0, self._waiting - 1)  # a forked child begins at 0
 
         # A daemon: a server that never answers must not keep the process from ending.
-        threading.Thread(target=counted, name="kalm-rag-remote", daemon=True).start()
+        try:
+            threading.Thread(target=counted, name="kalm-rag-remote", daemon=True).start()
+        except RuntimeError:
+            with self._lock:
+                self._waiting -= 1
+            return False
         return True

@@ -120,7 +120,7 @@ class RemoteTier:
         """Write entries in the background; never waits."""
 
         def put() -> None:
-            size, kept = bytes_of(items), self.link.noted(lambda: self.link.store.put_many(items))
+            size, kept = bytes_of(items), self.link.written(lambda: self.link.store.put_many(items)) or 0
             self.count(written=kept, write_failed=len(items) - kept, bytes_written=size * kept // len(items))
             with self._lock:
                 for key in items:
@@ -132,7 +132,7 @@ class RemoteTier:
     def later(self, action: Callable[[], object]) -> None:
         """Run something on its store in the background, between the writes; it handles its errors itself."""
         if self.writes:
-            self._queue.submit(partial(self.link.noted, action), 0, 0)
+            self._queue.submit(partial(self.link.written, action), 0, 0)
 
     def add(self, key: str, value: bytes, seconds: float) -> bool:
         """Store a value unless there is one already; returns whether it answered in time."""
