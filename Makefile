@@ -7,7 +7,7 @@ SOURCES := $(shell find kalm_rag integrations -type f -not -path '*/tests/*' -no
   pyproject.toml hatch_build.py README.md CHANGELOG.md CITATION.cff LICENSE SECURITY.md
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test bench faults test-lowest test-newest test-floors test-spark lint types docs dist check clean
+.PHONY: demo test servers bench faults test-lowest test-newest test-floors test-spark lint types docs dist check clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/kalm-rag demo
@@ -16,13 +16,19 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
 
+# The servers that tests of a shared tier start; without them these tests are skipped. Debian and Ubuntu.
+servers:
+	command -v redis-server || { sudo apt-get update && sudo apt-get install --yes redis-server; }
+	command -v azurite-blob || npm install --global azurite
+
 # Every figure of the documentation; takes hours on 2 cores.
 bench: $(VENV)/.dev
 	for name in replay startup warm encoder memory compact eviction repeats many_queries refine windows highlight sizing cache precision peers adapters; do $(VENV)/bin/python benchmarks/$$name.py $(BENCH) || exit 1; done
 
-# The fault tests with large counts: at least 1,000 kills and 10,000 bit flips.
+# The fault tests with large counts: at least 1,000 kills, 10,000 bit flips and 5,000 queries to a shared tier that fails.
 faults: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest tests/cache/test_faults.py tests/cache/test_store_*.py tests/cache/test_power_loss.py --faults 85 --timeout 7200
+	$(VENV)/bin/python -m pytest tests/cache/test_faults.py tests/cache/test_store_*.py tests/cache/test_power_loss.py \
+	  tests/remote/test_remote_faults.py --faults 85 --timeout 7200
 
 # The oldest transformers that pyproject.toml allows.
 test-lowest: $(VENV)-lowest/.ready

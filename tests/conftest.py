@@ -19,6 +19,7 @@ import pytest
 from kalm_rag import KaLMReranker
 from kalm_rag.demo_data import load_demo
 
+pytest.register_assert_rewrite("storekit")
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
