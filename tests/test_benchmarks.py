@@ -52,6 +52,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
             "latency.py",
             "sizing.py",
             "distributed.py",
+            "remote.py",
         ),
     ],
 )
@@ -86,6 +87,11 @@ def test_script(script: str, tmp_path: Path, run: Callable[..., dict[str, Any]])
         ]
         assert all(item["scored"] == 1.0 for item in found["results"] if item["budget_ms"] is None)
         assert len(found["small_calls"]) == 3
+    if script == "remote.py":
+        found = json.loads(written.read_text())
+        assert all(item["wrong"] == item["raised"] == 0 for item in found["faults"])
+        assert all(item["from_tier"] + item["misses"] == item["passages"] for item in found["faults"])
+        assert {"own encoding", "local disk"} <= found["first_query_ms"].keys()
     if script == "many_queries.py":
         found = json.loads(written.read_text())["results"]
         assert len(found) == 5
