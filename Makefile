@@ -90,7 +90,7 @@ $(VENV)-lowest/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-lowest
 	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
 	$(VENV)-lowest/bin/pip install --quiet --disable-pip-version-check \
-	  torch==2.13.0 transformers==5.3.0 --editable '.[demo,eval]' --group test
+	  torch==2.13.0 transformers==5.3.0 --editable '.[demo,eval,tune,redis,objects,serve]' --group test
 	touch $@
 
 dist/.ready: $(VENV)/.dev $(SOURCES)

@@ -23,7 +23,9 @@ R = TypeVar("R")
 _AT_ONCE = 32
 """Requests under way: obstore answers all of them on one thread, where many more would time out (obstore#475)."""
 _CONNECT_SECONDS, _ANSWER_SECONDS = 2, 5
-_RETRIES = 2
+_RETRIES = 1
+_PAUSE = {"init_backoff": timedelta(milliseconds=10), "max_backoff": timedelta(milliseconds=50), "base": 2}
+"""Before a request is tried again: short, since a query waits. Writes are tried again by `RemoteWrites`."""
 _MISSING = ("NoSuchBucket", "PermanentRedirect", "ContainerNotFound", "The specified bucket does not exist")
 _REFUSED = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken")
 """Marks of errors that stay until somebody changes something."""
@@ -338,7 +340,11 @@ def _open(url: str) -> Any:
         "timeout": timedelta(seconds=_ANSWER_SECONDS),
         "connect_timeout": timedelta(seconds=_CONNECT_SECONDS),
     }
-    retries: Any = {"max_retries": _RETRIES, "retry_timeout": timedelta(seconds=_ANSWER_SECONDS)}
+    retries: Any = {
+        "max_retries": _RETRIES,
+        "backoff": _PAUSE,
+        "retry_timeout": timedelta(seconds=_ANSWER_SECONDS),
+    }
     endpoint = next(
         (os.environ[name] for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL") if name in os.environ), ""
     )

@@ -24,7 +24,9 @@ logger = logging.getLogger(__name__)
 R = TypeVar("R")
 
 _CONNECT_SECONDS, _ANSWER_SECONDS = 2.0, 5.0
-_RETRIES = 2
+_RETRIES = 1
+"""At once, for a connection that the server has closed meanwhile. Pauses would keep a query waiting for a server that
+refuses; writes are tried again by `RemoteWrites`."""
 _WRITE_BYTES = 4_000_000
 """Bytes of one round of writes: a server serves nobody else meanwhile."""
 _LASTING = ("CERTIFICATE_VERIFY_FAILED", "WRONG_VERSION_NUMBER", "NOAUTH", "DB index")
@@ -251,7 +253,7 @@ class _Server:
 
     def _connected(self) -> Redis:
         from redis import Redis
-        from redis.backoff import ExponentialBackoff
+        from redis.backoff import NoBackoff
         from redis.retry import Retry
 
         with self._lock:
@@ -262,7 +264,7 @@ class _Server:
                         self._address.url,
                         socket_connect_timeout=_CONNECT_SECONDS,
                         socket_timeout=_ANSWER_SECONDS,
-                        retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), _RETRIES),
+                        retry=Retry(NoBackoff(), _RETRIES),
                         decode_responses=False,
                     )
                 except (ValueError, TypeError) as error:
