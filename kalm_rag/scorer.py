@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -114,6 +115,18 @@ class Scorer:
             place = resolve_device(device)
             loaded = load_model(checkpoint, settings=settings, device=place, dtype=dtype, encoder_later=True)
             return cls(loaded, checkpoint, settings, cache)
+
+    def reading(self, settings: Settings) -> Scorer:
+        """Return a scorer of the same model that reads long passages as other settings say, and shares all else.
+
+        Args:
+            settings: those of this scorer, with other windows.
+        """
+        other = copy.copy(self)
+        other.settings = settings
+        other.windows = WindowSource(self.loaded.tokenizer, settings)
+        forks.watch(other)
+        return other
 
     def after_fork_in_child(self) -> None:
         """Note the fork: the model is usable in the child only on a CPU."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from kalm_rag._version import __version__
-from kalm_rag.cli import cache, compare, demo, doctor, encode, evaluate, forget, info, rank, size, tune, warm
+from kalm_rag.cli import cache, compare, demo, doctor, encode, evaluate, forget, info, rank, serve, size, tune, warm
 from kalm_rag.cli.options import with_flags
 from kalm_rag.cli.output import make_log_visible, replace_what_a_stream_cannot_hold
 from kalm_rag.errors import KaLMError
@@ -32,6 +32,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("compare")(compare.compare)
 app.command("tune")(tune.tune)
 app.command("size")(size.size)
+app.command("serve")(serve.serve)
 app.command("demo")(demo.demo)
 app.command("info")(info.info)
 app.command("doctor")(doctor.doctor)

@@ -180,6 +180,26 @@ class KaLMReranker(RankingModel):
         lora = "" if self._arguments["lora"] is None else f"lora={str(self._arguments['lora'])!r}, "
         return f"KaLMReranker({str(self.model)!r}, {lora}ratio={self.settings.ratio}, {state})"
 
+    def reading(self, long_passages: LongPassages) -> KaLMReranker:
+        """Return an instance that reads long passages in another way, with this one's model and cache; loads the model.
+
+        It takes no memory of its own, and is not to be closed. Settings of windows that do not apply to it are left
+        out.
+
+        Args:
+            long_passages: as in the arguments of the class.
+
+        Raises:
+            CheckpointError: the model cannot be found or used.
+            ValueError: there is no such way.
+        """
+        changed: dict[str, Any] = {"long_passages": long_passages, "cache": self.cache}
+        if long_passages == "truncate":
+            changed |= {"window_tokens": None, "window_overlap": None, "max_windows": DEFAULT_MAX_WINDOWS}
+        made = KaLMReranker(**{**self._arguments, **changed})
+        made._scorer = self.scorer.reading(made.settings)
+        return made
+
     def predict(
         self,
         pairs: Iterable[Sequence[Any]],

@@ -1,0 +1,252 @@
+"""Runs requests on the model: so many side by side, so many waiting, the rest refused."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
+
+from kalm_rag.latency.limit import budget_left
+from kalm_rag.serving.asked import Answered, Ask, Asked, Outcome, Truncation
+from kalm_rag.serving.limits import BusyError, Limits, ServingError
+from kalm_rag.serving.tokens import Cut, TokenCounter
+from kalm_rag.settings import LongPassages
+from kalm_rag.utils.async_calls import AsyncCalls
+from kalm_rag.utils.checks import check_choice
+
+if TYPE_CHECKING:
+    from kalm_rag.reranker import KaLMReranker
+    from kalm_rag.thresholds import ThresholdLike
+
+T = TypeVar("T")
+
+_LONGEST_RETRY = 30.0
+_FIRST_GUESS = 1.0
+"""Seconds of a request, before any has ended."""
+_SHARE = 0.1
+"""What one request changes the mean duration by."""
+
+
+class Queue:
+    """Places for requests. It is used on the event loop alone.
+
+    Args:
+        limits: how many are worked on, and how many may wait.
+
+    Attributes:
+        running: requests that are worked on.
+        waiting: requests that wait for a place.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._places = asyncio.Semaphore(limits.running)
+        self._seconds = _FIRST_GUESS
+        self.running = 0
+        self.waiting = 0
+
+    def check(self) -> None:
+        """Refuse a further request.
+
+        Raises:
+            BusyError: too many wait already.
+        """
+        if self._places.locked() and self.waiting >= self._limits.waiting:
+            msg = (
+                f"the server works on {self.running} requests, and {self.waiting} wait, which is the limit: try again "
+                "after the seconds in Retry-After"
+            )
+            raise BusyError(msg, self.retry_after)
+
+    @contextlib.asynccontextmanager
+    async def place(self, *, refused: bool = True) -> AsyncIterator[None]:
+        """Wait for a place and hold it.
+
+        Args:
+            refused: whether this is refused if too many wait; what was let in before is not.
+
+        Raises:
+            BusyError: too many wait already.
+        """
+        if refused:
+            self.check()
+        self.waiting += 1
+        try:
+            await self._places.acquire()
+        finally:
+            self.waiting -= 1
+        self.running += 1
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._seconds += _SHARE * (time.monotonic() - began - self._seconds)
+            self.running -= 1
+            self._places.release()
+
+    @property
+    def retry_after(self) -> float:
+        """Seconds after which half of what is here now should have ended, 30 at most."""
+        return min(_LONGEST_RETRY, self._seconds * (1 + self.waiting / self._limits.running) / 2)
+
+
+class Work:
+    """What the endpoints ask of the model.
+
+    Args:
+        reranker: the model and its cache. `load()` is called by who makes it.
+        limits: what one request may ask for.
+        threshold: of requests that name none.
+    """
+
+    def __init__(self, reranker: KaLMReranker, limits: Limits, threshold: ThresholdLike | None = None) -> None:
+        self.reranker = reranker
+        self.limits = limits
+        self.queue = Queue(limits)
+        self._threshold = threshold
+        self._calls = AsyncCalls()
+        self._lock = threading.Lock()  # of the next two
+        self._reading: dict[str, KaLMReranker] = {reranker.settings.long_passages: reranker}
+        self._counter: TokenCounter | None = None
+
+    async def rank(self, asked: Asked, request_id: str, model: str, began: float) -> Outcome:
+        """Rank what is asked for. If the task is cancelled, the work ends at its next batch.
+
+        Args:
+            asked: what is asked for.
+            request_id: for the response.
+            model: the real name of the model.
+            began: when the request came, in seconds of `time.monotonic`; its budget counts from there.
+
+        Raises:
+            ServingError: a limit is exceeded, or the queue is full.
+            TypeError, ValueError: a field is wrong; the message names it.
+            ScoringError: the model gave non-finite numbers.
+        """
+        self._check(asked)
+        async with self.queue.place():
+            return await self._calls.run("rank", self._rank, asked, request_id, model, began)
+
+    async def run(self, action: Callable[..., T], *arguments: Any, refused: bool = True) -> T:
+        """Run a method of the reranker in a thread, in a place of the queue; `refused` as in `Queue.place`."""
+        async with self.queue.place(refused=refused):
+            return await self._calls.run("encode", action, *arguments)
+
+    async def ask(self, action: Callable[[], T]) -> T:
+        """Run something short in a thread, past the queue."""
+        return await self._calls.run("short", action)
+
+    @property
+    def counter(self) -> TokenCounter:
+        """Counts tokens; loads the model if necessary."""
+        with self._lock:
+            if self._counter is None:
+                settings, scorer = self.reranker.settings, self.reranker.scorer
+                most = max(settings.max_length, settings.query_max_length) * settings.max_windows
+                self._counter = TokenCounter(scorer.loaded.tokenizer, most)
+            return self._counter
+
+    def rereading(self, long_passages: str | None) -> KaLMReranker:
+        """Return the reranker that reads long passages in this way.
+
+        Raises:
+            ValueError: there is no such way.
+        """
+        if long_passages is None:
+            return self.reranker
+        check_choice("long_passages", long_passages, get_args(LongPassages))
+        with self._lock:
+            if long_passages not in self._reading:
+                self._reading[long_passages] = self.reranker.reading(long_passages)  # type: ignore[arg-type]
+            return self._reading[long_passages]
+
+    def _check(self, asked: Asked) -> None:
+        self.limits.check_documents(asked.passages)
+        if asked.instruction is not None:
+            self.limits.check_text("instruction", asked.instruction)
+        for ask in asked.asks:
+            self.limits.check_text("query", ask.query)
+            for place, text in enumerate(ask.texts):
+                self.limits.check_text(f"documents[{place}]", text)
+
+    def _rank(self, asked: Asked, request_id: str, model: str, began: float) -> Outcome:
+        reranker = self.rereading(asked.long_passages)
+        answers, tokens = [], 0
+        for ask in asked.asks:
+            answer, read = self._rank_one(reranker, ask, asked, began)
+            answers.append(answer)
+            tokens += read
+        return Outcome(answers, model, request_id, tokens)
+
+    def _rank_one(self, reranker: KaLMReranker, ask: Ask, asked: Asked, began: float) -> tuple[Answered, int]:
+        query, texts = self._cut(ask, asked.truncation, reranker)
+        threshold = self._threshold if asked.threshold is None else asked.threshold
+        within: dict[str, Any] = {
+            "budget_ms": budget_left(asked.budget_ms, began),
+            "on_unknown": asked.on_unknown,
+        }
+        ranking = reranker.rank(
+            query.text,
+            [text.text for text in texts],
+            asked.top_n,
+            asked.instruction,
+            asked.ratio,
+            None if ask.places is not None else threshold,
+            False,
+            **within,
+        )
+        most_query, most_passage = self._most(reranker)
+        [(own, _)] = self.counter.count([query.text])
+        counts = self.counter.count([text.text for text in texts])
+        read = sum(min(count, most_passage) for count, _ in counts) + min(own, most_query) * len(texts)
+        cut = {place: text.start for place, text in enumerate(texts) if text.is_cut}
+        return Answered(ask, ranking, cut, query.is_cut), read
+
+    def _most(self, reranker: KaLMReranker) -> tuple[int, int]:
+        """Return how many tokens are read of a query and of a passage."""
+        settings = reranker.settings
+        windows = settings.max_windows if settings.splits else 1
+        return settings.query_max_length, windows * (settings.window[0] - self.counter.prefix)
+
+    def _cut(self, ask: Ask, truncation: Truncation, reranker: KaLMReranker) -> tuple[Cut, list[Cut]]:
+        """Cut the texts to what the request allows; what the model does not read either way is left to it.
+
+        Raises:
+            ServingError: a text is longer, and the request refuses that.
+        """
+        if truncation == Truncation():
+            return Cut(ask.query), [Cut(text) for text in ask.texts]
+        most_query, most_passage = self._most(reranker)
+        query_limit = min(most_query, truncation.query_tokens or most_query)
+        limit = min(most_passage, truncation.passage_tokens or most_passage)
+        counter = self.counter
+        if truncation.chunks is not None and reranker.settings.splits:
+            limit = min(limit, truncation.chunks * (reranker.settings.window[0] - counter.prefix))
+        if truncation.pair_tokens is not None:
+            [(own, _)] = counter.count([ask.query])
+            limit = max(1, min(limit, truncation.pair_tokens - min(own, query_limit)))
+        query = Cut(ask.query)
+        if self._is_longer(ask.query, query_limit, "query", truncation):
+            query = counter.cut(ask.query, query_limit, truncation.side)
+        texts = []
+        for place, (text, (count, _)) in enumerate(zip(ask.texts, counter.count(ask.texts), strict=True)):
+            is_longer = count > limit
+            if is_longer and truncation.refused:
+                raise _refused(f"documents[{place}]", limit)
+            must = is_longer and (truncation.side == "left" or limit < most_passage)
+            texts.append(counter.cut(text, limit, truncation.side) if must else Cut(text))
+        return query, texts
+
+    def _is_longer(self, text: str, limit: int, name: str, truncation: Truncation) -> bool:
+        [(count, _)] = self.counter.count([text])
+        if count > limit and truncation.refused:
+            raise _refused(name, limit)
+        return count > limit
+
+
+def _refused(name: str, limit: int) -> ServingError:
+    msg = f"{name} has more than the {limit} tokens that are read: shorten it, or let the server truncate it"
+    return ServingError(413, msg)
