@@ -165,7 +165,7 @@ class CachedSource(ABC, Generic[R, W, T]):
                 known = self.cached.recall([keys[place] for place in batch], request)
                 rest = [place for place in batch if keys[place] not in known]
                 new = self._run([inputs[place] for place in rest], request) if rest else []
-                turn.size = sum(self._size(inputs[place], request) for place in rest)
+                turn.size, turn.rows = sum(self._size(inputs[place], request) for place in rest), len(rest)
                 self._loaded.files.check()
                 made = dict(zip([keys[place] for place in rest], new, strict=True))
                 made, sealed = self.cached.put_in_memory(made, request)

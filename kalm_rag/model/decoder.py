@@ -92,6 +92,7 @@ class Decoder:
             with self._turns.of("score") as turn:
                 margins = run_halving(self._forward, [pairs[position] for position in batch])
                 turn.size = sum(len(pairs[position].prompt.ids) for position in batch)
+                turn.rows = len(batch)
             for position, margin in zip(batch, margins, strict=True):
                 found[position] = margin
             if progress is not None:

@@ -146,6 +146,7 @@ class PrefilledDecoder:
                 rows = [pairs[place] for place in batch]
                 margins = run_halving(lambda rows: self._forward(prefix_length, rows, reference), rows)
                 turn.size = sum(score_size(len(row.prompt.ids) - prefix_length, row.passage.positions) for row in rows)
+                turn.rows = len(rows)
             for place, margin in zip(batch, margins, strict=True):
                 found[place] = margin
         return found

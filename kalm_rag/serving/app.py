@@ -65,8 +65,13 @@ def create_app(
     @contextlib.asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
         await asyncio.to_thread(reranker.load)
-        with _on_hangup(keys, work):
-            yield
+        turns = reranker.scorer.turns
+        turns.watchers = (*turns.watchers, metrics.stepped)
+        try:
+            with _on_hangup(keys, work):
+                yield
+        finally:
+            turns.watchers = tuple(watch for watch in turns.watchers if watch != metrics.stepped)
         await asyncio.to_thread(reranker.flush, limits.drain_seconds)
 
     app = FastAPI(

@@ -13,7 +13,9 @@ from kalm_rag.serving.asked import Outcome
 
 if TYPE_CHECKING:
     from kalm_rag.reranker import KaLMReranker
-    from kalm_rag.serving.work import Work
+    from kalm_rag.serving.work import Work as ServedWork
+    from kalm_rag.utils.costs import Work
+    from kalm_rag.utils.turns import Turn
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _ROWS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
@@ -26,10 +28,10 @@ class Metrics:
     """The metrics of one server; names begin with `kalm_`, and end with their unit.
 
     Args:
-        work: what the endpoints ask of the model.
+        served: what the endpoints ask of the model.
     """
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, served: ServedWork) -> None:
         self.registry = CollectorRegistry()
         own: dict[str, Any] = {"registry": self.registry}
         self._requests = Counter("kalm_requests", "Requests that ended.", ["dialect", "status"], **own)
@@ -52,13 +54,19 @@ class Metrics:
         }
         self._rows = Histogram("kalm_request_passages", "Passages of a request.", buckets=_ROWS, **own)
         self._tokens = Histogram("kalm_request_tokens", "Tokens of a request.", buckets=_TOKENS, **own)
+        self._batch_rows = Histogram(
+            "kalm_batch_rows", "Passages or pairs of a step of the model.", ["work"], buckets=_ROWS, **own
+        )
+        self._batch_tokens = Histogram(
+            "kalm_batch_tokens", "Tokens of a step of the model.", ["work"], buckets=_TOKENS, **own
+        )
         self._refused = Counter("kalm_refused_requests", "Requests refused because the queue was full.", **own)
         self._gone = Counter("kalm_abandoned_requests", "Requests whose client went away.", **own)
         self._truncated = Counter("kalm_truncated_texts", "Passages and queries not read to their end.", **own)
         self._skipped = Counter("kalm_skipped_passages", "Passages left without a score.", **own)
-        Gauge("kalm_running_requests", "Requests that are worked on.", **own).set_function(lambda: work.queue.running)
-        Gauge("kalm_waiting_requests", "Requests that wait.", **own).set_function(lambda: work.queue.waiting)
-        self.registry.register(_CacheCollector(work.reranker))
+        Gauge("kalm_running_requests", "Requests that are worked on.", **own).set_function(lambda: served.queue.running)
+        Gauge("kalm_waiting_requests", "Requests that wait.", **own).set_function(lambda: served.queue.waiting)
+        self.registry.register(_CacheCollector(served.reranker))
 
     def ended(self, dialect: str, status: int, seconds: float) -> None:
         """Count a request."""
@@ -79,6 +87,12 @@ class Metrics:
         self._tokens.observe(outcome.tokens)
         self._truncated.inc(outcome.truncated + outcome.queries_truncated)
         self._skipped.inc(sum(ranking.counts.skipped for ranking in rankings if ranking.counts is not None))
+
+    def stepped(self, work: Work, turn: Turn) -> None:
+        """Count a step of the model."""
+        if turn.rows:
+            self._batch_rows.labels(work).observe(turn.rows)
+            self._batch_tokens.labels(work).observe(turn.size)
 
     def text(self) -> bytes:
         """Return all in Prometheus's text format; reads the cache's size, so call it in a thread."""

@@ -8,7 +8,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -54,9 +54,11 @@ class Turn:
 
     Attributes:
         size: tokens that it ran; 0 is not learned from.
+        rows: passages or pairs that it ran.
     """
 
     size: float = 0
+    rows: int = 0
 
 
 _POLL_SECONDS = 0.2
@@ -122,10 +124,12 @@ class Turns:
 
     Attributes:
         costs: what turns have cost so far.
+        watchers: are called with each turn that has ended and its kind, for metrics.
     """
 
     def __init__(self) -> None:
         self.costs = Costs()
+        self.watchers: tuple[Callable[[Work, Turn], None], ...] = ()
         self.after_fork_in_child()
         forks.watch(self)
 
@@ -172,6 +176,8 @@ class Turns:
         add_seconds("queue", began - asked)
         add_seconds(work, seconds)
         self.costs.learn(work, turn.size, seconds)
+        for watch in self.watchers:
+            watch(work, turn)
 
     def __enter__(self) -> None:
         check_stopped()

@@ -177,7 +177,7 @@ def about(asked: Asked, outcome: Outcome) -> dict[str, Any]:
     if left:
         found["unscored"] = left
     if asked.details:
-        found["rankings"] = [
+        found["calls"] = [
             {"counts": plain(answer.ranking.counts), "timings": plain(answer.ranking.timings)}
             for answer in outcome.answers
         ]
