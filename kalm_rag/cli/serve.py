@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, NoReturn, cast
 
 import typer
 
@@ -201,6 +202,8 @@ def serve(
         )
         reranker.load()  # an error of the model is told before the port is taken
         _log_as_json()
+        # uvicorn raises the signal that ended it once more when it is done; then the cache must be closed still.
+        signal.signal(signal.SIGTERM, _end)
         uvicorn.run(
             app,
             host=host,
@@ -210,6 +213,10 @@ def serve(
             server_header=False,
             timeout_graceful_shutdown=limits.drain_seconds,
         )
+
+
+def _end(*_: object) -> NoReturn:
+    raise SystemExit(0)
 
 
 def _number_or_file(given: str | None) -> Any:

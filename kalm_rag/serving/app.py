@@ -37,6 +37,7 @@ def create_app(
     threshold: ThresholdLike | None = None,
     strict_model: bool = False,
     cors_origins: Sequence[str] = (),
+    joins: bool = True,
 ) -> FastAPI:
     """Return an ASGI application that serves a reranker, in the dialects of other rerankers.
 
@@ -50,13 +51,14 @@ def create_app(
         threshold: of requests that name none, as in `KaLMReranker.rank`.
         strict_model: whether a request that names another model is refused.
         cors_origins: pages of other origins that may call it from a browser.
+        joins: whether small requests that wait at the same time share calls of the model; their scores stay the same.
 
     Attributes of its `state`:
         work: what endpoints ask of the model.
         metrics: that Prometheus reads.
     """
     limits, keys = limits or Limits(), keys or Keys()
-    work = Work(reranker, limits, threshold)
+    work = Work(reranker, limits, threshold, joins=joins)
     metrics = Metrics(work)
     own = OwnEndpoints(work, metrics, limits, strict_model=strict_model)
     endpoints = Endpoints(work, metrics, own.model, strict_model=strict_model)

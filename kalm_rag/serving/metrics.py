@@ -83,7 +83,7 @@ class Metrics:
         timings = [ranking.timings for ranking in rankings if ranking.timings is not None]
         for part, histogram in self._parts.items():
             histogram.observe(sum(getattr(timing, part) for timing in timings))
-        self._rows.observe(sum(ranking.counts.passages for ranking in rankings if ranking.counts is not None))
+        self._rows.observe(sum(len(answer.ask.texts) for answer in outcome.answers))
         self._tokens.observe(outcome.tokens)
         self._truncated.inc(outcome.truncated + outcome.queries_truncated)
         self._skipped.inc(sum(ranking.counts.skipped for ranking in rankings if ranking.counts is not None))

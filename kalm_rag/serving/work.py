@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from kalm_rag.latency.limit import budget_left
 from kalm_rag.serving.asked import Answered, Ask, Asked, Outcome, Truncation
+from kalm_rag.serving.joining import Joiner
 from kalm_rag.serving.limits import BusyError, Limits, ServingError
 from kalm_rag.serving.tokens import Cut, TokenCounter
 from kalm_rag.settings import LongPassages
@@ -19,6 +20,7 @@ from kalm_rag.utils.checks import check_choice
 
 if TYPE_CHECKING:
     from kalm_rag.reranker import KaLMReranker
+    from kalm_rag.results import PartialRanking, Ranking
     from kalm_rag.thresholds import ThresholdLike
 
 T = TypeVar("T")
@@ -100,12 +102,17 @@ class Work:
         reranker: the model and its cache. `load()` is called by who makes it.
         limits: what one request may ask for.
         threshold: of requests that name none.
+        joins: whether small requests share calls.
     """
 
-    def __init__(self, reranker: KaLMReranker, limits: Limits, threshold: ThresholdLike | None = None) -> None:
+    def __init__(
+        self, reranker: KaLMReranker, limits: Limits, threshold: ThresholdLike | None = None, *, joins: bool = True
+    ) -> None:
         self.reranker = reranker
         self.limits = limits
         self.queue = Queue(limits)
+        settings = reranker.settings
+        self.joiner = Joiner(settings.batch_size if joins else 0, settings.batch_tokens)
         self._threshold = threshold
         self._calls = AsyncCalls()
         self._lock = threading.Lock()  # of the next two
@@ -183,27 +190,35 @@ class Work:
 
     def _rank_one(self, reranker: KaLMReranker, ask: Ask, asked: Asked, began: float) -> tuple[Answered, int]:
         query, texts = self._cut(ask, asked.truncation, reranker)
-        threshold = self._threshold if asked.threshold is None else asked.threshold
+        most_query, most_passage = self._most(reranker)
+        [(own, _)] = self.counter.count([query.text])
+        counts = [min(count, most_passage) for count, _ in self.counter.count([text.text for text in texts])]
+        ranking = self._ranking(reranker, ask, asked, query.text, [text.text for text in texts], sum(counts), began)
+        cut = {place: text.start for place, text in enumerate(texts) if text.is_cut}
+        return Answered(ask, ranking, cut, query.is_cut), sum(counts) + min(own, most_query) * len(texts)
+
+    def _ranking(
+        self,
+        reranker: KaLMReranker,
+        ask: Ask,
+        asked: Asked,
+        query: str,
+        texts: list[str],
+        tokens: int,
+        began: float,
+    ) -> Ranking[str] | PartialRanking[str]:
+        threshold = None if ask.places is not None else self._threshold if asked.threshold is None else asked.threshold
+        is_plain = threshold is None and asked.budget_ms is None and asked.on_unknown is None
+        if is_plain and not reranker.settings.refine and self.joiner.fits(len(texts), tokens):
+            return self.joiner.rank(reranker, query, texts, tokens, asked.instruction, asked.ratio)[: asked.top_n]
         within: dict[str, Any] = {
             "budget_ms": budget_left(asked.budget_ms, began),
             "on_unknown": asked.on_unknown,
         }
-        ranking = reranker.rank(
-            query.text,
-            [text.text for text in texts],
-            asked.top_n,
-            asked.instruction,
-            asked.ratio,
-            None if ask.places is not None else threshold,
-            False,
-            **within,
+        found: Ranking[str] | PartialRanking[str] = reranker.rank(
+            query, texts, asked.top_n, asked.instruction, asked.ratio, threshold, False, **within
         )
-        most_query, most_passage = self._most(reranker)
-        [(own, _)] = self.counter.count([query.text])
-        counts = self.counter.count([text.text for text in texts])
-        read = sum(min(count, most_passage) for count, _ in counts) + min(own, most_query) * len(texts)
-        cut = {place: text.start for place, text in enumerate(texts) if text.is_cut}
-        return Answered(ask, ranking, cut, query.is_cut), read
+        return found
 
     def _most(self, reranker: KaLMReranker) -> tuple[int, int]:
         """Return how many tokens are read of a query and of a passage."""

@@ -22,7 +22,7 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
-from kalm_rag import KaLMReranker
+from kalm_rag import KaLMReranker, cli
 from kalm_rag.cache.store import StoreError
 from kalm_rag.serving.app import create_app
 from kalm_rag.serving.gate import Gate
@@ -338,7 +338,7 @@ class TestMetricsAndLogs:
         def fail(*_: object, **__: object) -> None:
             raise RuntimeError("Zaphod")
 
-        monkeypatch.setattr(mini, "rank", fail)
+        monkeypatch.setattr(mini, "rank_each", fail)
         with serving(mini) as client:
             response = client.post("/v2/rerank", json=BODY, headers={"x-request-id": "abc-1"})
         assert response.status_code == 500
@@ -425,9 +425,9 @@ def holding(mini: KaLMReranker) -> Iterator[None]:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen within 30 seconds"
+        assert time.monotonic() < deadline, "it did not happen within two minutes"
         time.sleep(0.01)
 
 
@@ -453,7 +453,7 @@ class TestTheProcess:
             "--cache",
             str(cache),
         ]
-        documents = [f"Passage number {number} tells of Beijing and its streets. " * 8 for number in range(200)]
+        documents = [f"Passage number {number} tells of Beijing and its streets. " * 8 for number in range(60)]
         environment = {**os.environ, "KALM_RAG_API_KEY": KEY}
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
             try:
@@ -478,30 +478,34 @@ class TestTheProcess:
                 client.join(60)
             finally:
                 process.kill()
-        assert process.returncode in (0, -signal.SIGTERM)
+        assert process.returncode == 0
         assert [answer.status_code for answer in answers] == [200]
-        assert len(answers[0].json()["results"]) == 200
+        assert len(answers[0].json()["results"]) == 60
         for line in log.splitlines()[1:]:  # the first one is the note about mini
             json.loads(line)
         assert "Beijing" not in log
         with KaLMReranker("mini", device="cpu", cache=cache, show_progress=False) as reranker:
             assert reranker.unknown(documents) == []
 
-    def test_wrong_arguments_are_told_before_the_model_loads(self, tmp_path: Path) -> None:
-        for arguments, message in (
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
             (["--port", "70000"], "--port must be between 0 and 65535"),
-            (["--api-key-file", str(tmp_path / "nowhere")], "nowhere"),
+            (["--api-key-file", "/nowhere/keys"], "/nowhere/keys"),
             (["--max-running", "17"], "at most 16"),
+            (["--max-body", "none"], "number of bytes"),
             (["--threshold", "2"], "threshold must be"),
-        ):
-            done = subprocess.run(
-                [sys.executable, "-m", "kalm_rag", "serve", "--model", "mini", *arguments],
-                capture_output=True,
-                text=True,
-            )
-            assert done.returncode == 2
-            assert message in done.stderr
-            assert "Traceback" not in done.stderr
+            (["--model", "/nowhere/model"], "/nowhere/model"),
+        ],
+    )
+    def test_wrong_arguments_are_told_before_it_listens(
+        self, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(sys, "argv", ["kalm-rag", "serve", "--model", "mini", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err
 
 
 def is_up(url: str, process: subprocess.Popen[str]) -> bool:
