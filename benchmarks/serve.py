@@ -50,7 +50,7 @@ def server(model: str, cache: str, *flags: str) -> Iterator[tuple[int, int]]:
         cache,
         *flags,
     ]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen([*command, *flags], stderr=subprocess.DEVNULL) as process:
         try:
             while True:
                 if process.poll() is not None:
@@ -182,7 +182,7 @@ def main() -> None:
 
     texts = list(load_demo().passages.values())[: 12 if options.small else None]
     results: list[dict[str, Any]] = []
-    rows = []
+    rows: list[list[str]] = []
 
     def keep(name: str, clients: int, found: list[dict[str, Any]], **more: Any) -> None:
         best = max(found, key=lambda one: one["per_second"])
@@ -226,6 +226,7 @@ def main() -> None:
         over = [load(2 * (16 + 8) if not options.small else 4, options.seconds, ways["server"])]
         keep("server, overload", 48, over, resident_before=before, resident_after=resident(process))
     summary = {"environment": environment(), "results": results}
+    print(summary["environment"])
     print_table(["", "clients", "requests/s", "p50 ms", "p95 ms", "p99 ms", "refused"], rows)
     if options.output:
         options.output.write_text(json.dumps(summary, indent=1))

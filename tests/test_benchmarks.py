@@ -53,6 +53,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
             "sizing.py",
             "distributed.py",
             "remote.py",
+            "serve.py",
         ),
     ],
 )
