@@ -10,10 +10,11 @@ from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from kalm_rag.latency.limit import budget_left
-from kalm_rag.serving.asked import Answered, Ask, Asked, Outcome, Truncation
+from kalm_rag.serving.asked import Answered, Ask, Asked, Outcome
+from kalm_rag.serving.cutting import cut, most_tokens
 from kalm_rag.serving.joining import Joiner
-from kalm_rag.serving.limits import BusyError, Limits, ServingError
-from kalm_rag.serving.tokens import Cut, TokenCounter
+from kalm_rag.serving.limits import BusyError, Limits
+from kalm_rag.serving.tokens import TokenCounter
 from kalm_rag.settings import LongPassages
 from kalm_rag.utils.async_calls import AsyncCalls
 from kalm_rag.utils.checks import check_choice
@@ -189,13 +190,14 @@ class Work:
         return Outcome(answers, model, request_id, tokens)
 
     def _rank_one(self, reranker: KaLMReranker, ask: Ask, asked: Asked, began: float) -> tuple[Answered, int]:
-        query, texts = self._cut(ask, asked.truncation, reranker)
-        most_query, most_passage = self._most(reranker)
-        [(own, _)] = self.counter.count([query.text])
-        counts = [min(count, most_passage) for count, _ in self.counter.count([text.text for text in texts])]
+        settings, counter = reranker.settings, self.counter
+        query, texts = cut(ask, asked.truncation, settings, counter)
+        most_query, most_passage = most_tokens(settings, counter)
+        [(own, _)] = counter.count([query.text])
+        counts = [min(count, most_passage) for count, _ in counter.count([text.text for text in texts])]
         ranking = self._ranking(reranker, ask, asked, query.text, [text.text for text in texts], sum(counts), began)
-        cut = {place: text.start for place, text in enumerate(texts) if text.is_cut}
-        return Answered(ask, ranking, cut, query.is_cut), sum(counts) + min(own, most_query) * len(texts)
+        places = {place: text.start for place, text in enumerate(texts) if text.is_cut}
+        return Answered(ask, ranking, places, query.is_cut), sum(counts) + min(own, most_query) * len(texts)
 
     def _ranking(
         self,
@@ -219,49 +221,3 @@ class Work:
             query, texts, asked.top_n, asked.instruction, asked.ratio, threshold, False, **within
         )
         return found
-
-    def _most(self, reranker: KaLMReranker) -> tuple[int, int]:
-        """Return how many tokens are read of a query and of a passage."""
-        settings = reranker.settings
-        windows = settings.max_windows if settings.splits else 1
-        return settings.query_max_length, windows * (settings.window[0] - self.counter.prefix)
-
-    def _cut(self, ask: Ask, truncation: Truncation, reranker: KaLMReranker) -> tuple[Cut, list[Cut]]:
-        """Cut the texts to what the request allows; what the model does not read either way is left to it.
-
-        Raises:
-            ServingError: a text is longer, and the request refuses that.
-        """
-        if truncation == Truncation():
-            return Cut(ask.query), [Cut(text) for text in ask.texts]
-        most_query, most_passage = self._most(reranker)
-        query_limit = min(most_query, truncation.query_tokens or most_query)
-        limit = min(most_passage, truncation.passage_tokens or most_passage)
-        counter = self.counter
-        if truncation.chunks is not None and reranker.settings.splits:
-            limit = min(limit, truncation.chunks * (reranker.settings.window[0] - counter.prefix))
-        if truncation.pair_tokens is not None:
-            [(own, _)] = counter.count([ask.query])
-            limit = max(1, min(limit, truncation.pair_tokens - min(own, query_limit)))
-        query = Cut(ask.query)
-        if self._is_longer(ask.query, query_limit, "query", truncation):
-            query = counter.cut(ask.query, query_limit, truncation.side)
-        texts = []
-        for place, (text, (count, _)) in enumerate(zip(ask.texts, counter.count(ask.texts), strict=True)):
-            is_longer = count > limit
-            if is_longer and truncation.refused:
-                raise _refused(f"documents[{place}]", limit)
-            must = is_longer and (truncation.side == "left" or limit < most_passage)
-            texts.append(counter.cut(text, limit, truncation.side) if must else Cut(text))
-        return query, texts
-
-    def _is_longer(self, text: str, limit: int, name: str, truncation: Truncation) -> bool:
-        [(count, _)] = self.counter.count([text])
-        if count > limit and truncation.refused:
-            raise _refused(name, limit)
-        return count > limit
-
-
-def _refused(name: str, limit: int) -> ServingError:
-    msg = f"{name} has more than the {limit} tokens that are read: shorten it, or let the server truncate it"
-    return ServingError(413, msg)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -249,7 +250,7 @@ class TestTruncation:
         ):
             response = post(path, **body)
             assert response.status_code == 413
-            assert "1021 tokens" in response.json()["message"].replace("1023", "1021")
+            assert re.search(r"more than the 10\d\d tokens", response.json()["message"])
 
     def test_a_limit_of_the_pair_and_of_the_query(self, post: Post) -> None:
         answer = post("/rerank", query=QUERY, documents=[LONG], truncate_prompt_tokens=30).json()
