@@ -1,7 +1,7 @@
 """What HTTP costs beside the library, and what many clients, a long request and overload do to a server.
 
 A server runs in a process of its own; this process sends requests over connections that stay open, or calls the library
-in as many threads. Library and server take turns, and each number is of the best round: other programs run too. Each
+in as many threads, with and without joining small calls. The ways take turns, and each number is of the best round: other programs run too. Each
 query is asked once, so that no score is remembered.
 
     python benchmarks/serve.py [--model mini] [--passages 10] [--clients 1 2 4 8 16] [--seconds S] [--small]
@@ -29,6 +29,8 @@ from typing import Any
 from report import environment, percentiles, print_table
 
 _numbers = itertools.count()
+Make = Callable[[int, contextlib.ExitStack], Callable[[], int]]
+"""Makes what one client does, again and again; the stack closes what it opened."""
 
 
 @contextlib.contextmanager
@@ -55,8 +57,8 @@ def server(model: str, cache: str, *flags: str) -> Iterator[tuple[int, int]]:
             while True:
                 if process.poll() is not None:
                     raise RuntimeError("the server did not start")
-                with contextlib.suppress(OSError):
-                    if ask(connect(port), "GET", "/ready")[0] == 200:
+                with contextlib.suppress(OSError), contextlib.closing(connect(port)) as connection:
+                    if ask(connection, "GET", "/ready")[0] == 200:
                         break
                 time.sleep(0.1)
             yield port, process.pid
@@ -85,7 +87,7 @@ def request_of(texts: list[str], count: int, draw: random.Random) -> dict[str, A
     return {"query": query, "documents": draw.sample(texts, min(count, len(texts)))}
 
 
-def load(clients: int, seconds: float, make: Callable[[int], Callable[[], int]]) -> dict[str, Any]:
+def load(clients: int, seconds: float, make: Make) -> dict[str, Any]:
     """Let clients call as fast as they can; returns the calls of each status a second, and milliseconds of the good."""
     statuses: list[int] = []
     took: list[float] = []
@@ -94,13 +96,14 @@ def load(clients: int, seconds: float, make: Callable[[int], Callable[[], int]])
 
     def run(number: int) -> None:
         try:
-            call = make(number)
-            while time.monotonic() < end:
-                began = time.perf_counter()
-                status = call()
-                statuses.append(status)
-                if status == 200:
-                    took.append(1000 * (time.perf_counter() - began))
+            with contextlib.ExitStack() as stack:
+                call = make(number, stack)
+                while time.monotonic() < end:
+                    began = time.perf_counter()
+                    status = call()
+                    statuses.append(status)
+                    if status == 200:
+                        took.append(1000 * (time.perf_counter() - began))
         except BaseException as error:  # noqa: BLE001 - told by the main thread
             failures.append(error)
 
@@ -117,25 +120,44 @@ def load(clients: int, seconds: float, make: Callable[[int], Callable[[], int]])
     return {"per_second": len(took) / spent, "refused": refused, "asked": len(statuses), "samples_ms": took}
 
 
-def over_http(port: int, texts: list[str], count: int) -> Callable[[int], Callable[[], int]]:
+def over_http(port: int, texts: list[str], count: int) -> Make:
     """Clients of the server."""
 
-    def make(number: int) -> Callable[[], int]:
-        connection, draw = connect(port), random.Random(number)
+    def make(number: int, stack: contextlib.ExitStack) -> Callable[[], int]:
+        connection, draw = stack.enter_context(contextlib.closing(connect(port))), random.Random(number)
         return lambda: ask(connection, "POST", "/v2/rerank", request_of(texts, count, draw))[0]
 
     return make
 
 
-def in_process(reranker: Any, texts: list[str], count: int) -> Callable[[int], Callable[[], int]]:
+def in_process(reranker: Any, texts: list[str], count: int) -> Make:
     """Callers of the library."""
 
-    def make(number: int) -> Callable[[], int]:
+    def make(number: int, _: contextlib.ExitStack) -> Callable[[], int]:
         draw = random.Random(number)
 
         def call() -> int:
             one = request_of(texts, count, draw)
             reranker.rank(one["query"], one["documents"])
+            return 200
+
+        return call
+
+    return make
+
+
+def joined(reranker: Any, texts: list[str], count: int) -> Make:
+    """Callers of the library whose small calls are joined, as the server joins requests."""
+    from kalm_rag.serving.joining import Joiner
+
+    joiner = Joiner(reranker.settings.batch_size, reranker.settings.batch_tokens)
+
+    def make(number: int, _: contextlib.ExitStack) -> Callable[[], int]:
+        draw = random.Random(number)
+
+        def call() -> int:
+            one = request_of(texts, count, draw)
+            joiner.rank(reranker, one["query"], one["documents"], 0, None, None)
             return 200
 
         return call
@@ -195,10 +217,11 @@ def main() -> None:
         server(options.model, cache, "--max-waiting", "8") as (port, process),
     ):
         library.load().rank("the first query prefills", texts)
-        first = connect(port)
-        ask(first, "POST", "/v2/rerank", {"query": "the first query prefills", "documents": texts})
+        with contextlib.closing(connect(port)) as first:
+            ask(first, "POST", "/v2/rerank", {"query": "the first query prefills", "documents": texts})
         ways = {
             "library": in_process(library, texts, options.passages),
+            "library, joined": joined(library, texts, options.passages),
             "server": over_http(port, texts, options.passages),
         }
         for clients in options.clients:
@@ -212,9 +235,9 @@ def main() -> None:
         many = {"query": "", "documents": [f"{text} ({number})" for number in range(8) for text in texts][:1000]}
 
         def long_ones() -> None:
-            connection = connect(port)
-            while not stop.is_set():
-                ask(connection, "POST", "/v2/rerank", many | {"query": f"long question {next(_numbers)}"})
+            with contextlib.closing(connect(port)) as connection:
+                while not stop.is_set():
+                    ask(connection, "POST", "/v2/rerank", many | {"query": f"long question {next(_numbers)}"})
 
         thread = threading.Thread(target=long_ones)
         thread.start()

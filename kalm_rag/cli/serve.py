@@ -31,6 +31,10 @@ from kalm_rag.cli.output import note_mini
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
+def _memory(text: str | int) -> int | str:
+    return "auto" if text == "auto" else read_bytes(text)
+
+
 def serve(
     model: ModelOption = "nano",
     host: Annotated[
@@ -137,6 +141,16 @@ def serve(
             parser=whole_number,
         ),
     ] = 30,
+    prefill_memory: Annotated[
+        Any,
+        typer.Option(
+            "--prefill-memory",
+            help="Keep prefilled passages of this many bytes in memory, such as 2GB, or auto for a quarter of what is "
+            "free when the model is loaded.",
+            metavar="BYTES",
+            parser=_memory,
+        ),
+    ] = "auto",
     cache: CacheOption = "default",
     revision: RevisionOption = None,
     lora: LoraOption = None,
@@ -190,6 +204,7 @@ def serve(
         window_tokens=window_tokens,
         window_overlap=window_overlap,
         max_windows=max_windows,
+        prefill_memory=prefill_memory,
         show_progress=False,
     ) as reranker:
         app = create_app(

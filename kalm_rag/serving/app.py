@@ -14,6 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse, Response
 
 from kalm_rag._version import __version__
+from kalm_rag.serving.about import AboutEndpoints, model_name
 from kalm_rag.serving.dialects import DIALECTS, Dialect
 from kalm_rag.serving.endpoints import Endpoints
 from kalm_rag.serving.gate import Gate, error_response
@@ -21,7 +22,7 @@ from kalm_rag.serving.keys import Keys
 from kalm_rag.serving.limits import Limits, ServingError
 from kalm_rag.serving.metrics import Metrics
 from kalm_rag.serving.openapi import docs_page, inline_schema
-from kalm_rag.serving.own import OwnEndpoints
+from kalm_rag.serving.own import PassageEndpoints
 from kalm_rag.serving.work import Work
 
 if TYPE_CHECKING:
@@ -60,9 +61,8 @@ def create_app(
     limits, keys = limits or Limits(), keys or Keys()
     work = Work(reranker, limits, threshold, joins=joins)
     metrics = Metrics(work)
-    own = OwnEndpoints(work, metrics, limits, strict_model=strict_model)
-    endpoints = Endpoints(work, metrics, own.model, strict_model=strict_model)
-    own.endpoints = endpoints
+    model = model_name(reranker)
+    endpoints = Endpoints(work, metrics, model, strict_model=strict_model)
 
     @contextlib.asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
@@ -87,7 +87,8 @@ def create_app(
     app.state.work, app.state.metrics = work, metrics
     for path in sorted({path for dialect in DIALECTS for path in dialect.paths}):
         _add_dialects(app, path, [dialect for dialect in DIALECTS if path in dialect.paths], endpoints)
-    own.add_to(app)
+    PassageEndpoints(work, limits, endpoints).add_to(app)
+    AboutEndpoints(work, metrics, limits, model, strict_model=strict_model).add_to(app)
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> Response:

@@ -259,7 +259,7 @@ class TestOwnEndpoints:
         def fail(_: object) -> None:
             raise StoreError("/secret/folder is full")
 
-        monkeypatch.setattr("kalm_rag.serving.own.check_writable", fail)
+        monkeypatch.setattr("kalm_rag.serving.about.check_writable", fail)
         monkeypatch.setattr(mini.cache, "store", object())
         with serving(mini) as client:
             refused = client.get("/ready")
