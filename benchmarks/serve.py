@@ -1,8 +1,8 @@
 """What HTTP costs beside the library, and what many clients, a long request and overload do to a server.
 
 A server runs in a process of its own; this process sends requests over connections that stay open, or calls the library
-in as many threads, with and without joining small calls. The ways take turns, and each number is of the best round: other programs run too. Each
-query is asked once, so that no score is remembered.
+in as many threads, with and without joining small calls as the server does. The ways take turns, and each number is of
+the best round: other programs run too. Each query is asked once, so that no score is remembered.
 
     python benchmarks/serve.py [--model mini] [--passages 10] [--clients 1 2 4 8 16] [--seconds S] [--small]
 """

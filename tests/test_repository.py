@@ -24,4 +24,4 @@ def test_workflow_steps_are_make_targets() -> None:
     for step in steps:
         command, *names = step.split()
         assert command == "make"
-        assert set(names) <= targets
+        assert {name for name in names if "=" not in name} <= targets
