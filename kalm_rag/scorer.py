@@ -116,18 +116,6 @@ class Scorer:
             loaded = load_model(checkpoint, settings=settings, device=place, dtype=dtype, encoder_later=True)
             return cls(loaded, checkpoint, settings, cache)
 
-    def reading(self, settings: Settings) -> Scorer:
-        """Return a scorer of the same model that reads long passages as other settings say, and shares all else.
-
-        Args:
-            settings: those of this scorer, with other windows.
-        """
-        other = copy.copy(self)
-        other.settings = settings
-        other.windows = WindowSource(self.loaded.tokenizer, settings)
-        forks.watch(other)
-        return other
-
     def after_fork_in_child(self) -> None:
         """Note the fork: the model is usable in the child only on a CPU."""
         self._was_forked = True
@@ -260,6 +248,20 @@ class Scorer:
         prompts = {query: self.prompts.prompt(query, instruction) for query in queries}
         self.prompts.unknown.add(sum(prompt.unknown for prompt in prompts.values()))
         return [Score(prompts[query], self.loaded.tokenizer.clean(text)) for query, text in pairs]
+
+
+def reading(scorer: Scorer, settings: Settings) -> Scorer:
+    """Return a scorer of the same model that reads long passages as other settings say, and shares all else.
+
+    Args:
+        scorer: of the model.
+        settings: those of the scorer, with other windows.
+    """
+    other = copy.copy(scorer)
+    other.settings = settings
+    other.windows = WindowSource(scorer.loaded.tokenizer, settings)
+    forks.watch(other)
+    return other
 
 
 def _check_lengths(loaded: LoadedModel, settings: Settings) -> None:

@@ -27,6 +27,15 @@ from kalm_rag.cli.options import (
     whole_number,
 )
 from kalm_rag.cli.output import note_mini
+from kalm_rag.cli.remote import (
+    NamespaceOption,
+    RemoteModeOption,
+    RemoteOption,
+    RemoteTimeoutOption,
+    SecretFileOption,
+    UnauthenticatedOption,
+    shared_tier,
+)
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -152,6 +161,12 @@ def serve(
         ),
     ] = "auto",
     cache: CacheOption = "default",
+    remote: RemoteOption = None,
+    remote_mode: RemoteModeOption = "read-write",
+    namespace: NamespaceOption = "default",
+    secret_file: SecretFileOption = None,
+    unauthenticated: UnauthenticatedOption = False,
+    remote_timeout_ms: RemoteTimeoutOption = None,
     revision: RevisionOption = None,
     lora: LoraOption = None,
     device: DeviceOption = None,
@@ -170,10 +185,11 @@ def serve(
         from kalm_rag.errors import MissingExtraError
 
         raise MissingExtraError(error.name or "fastapi", "serve") from error
+    from kalm_rag.cache import PassageCache
     from kalm_rag.reranker import KaLMReranker
     from kalm_rag.serving.keys import Keys
     from kalm_rag.serving.limits import Limits
-    from kalm_rag.settings import DEFAULT_INSTRUCTION
+    from kalm_rag.settings import DEFAULT_INSTRUCTION, base_ratio
 
     if not 0 <= port <= 65535:
         msg = f"--port must be between 0 and 65535, got {port}"
@@ -190,23 +206,27 @@ def serve(
     note_mini(model)
     if host not in _LOOPBACK and not keys.required:
         typer.echo(f"note: anyone who reaches {host} can use this server: set KALM_RAG_API_KEY", err=True)
-    with KaLMReranker(
-        model,
-        revision=revision,
-        lora=lora,
-        device=device,
-        dtype=dtype,
-        max_length=max_length,
-        ratio=ratio,
-        instruction=DEFAULT_INSTRUCTION if instruction is None else instruction,
-        cache=cache,
-        long_passages=cast("Any", long_passages),
-        window_tokens=window_tokens,
-        window_overlap=window_overlap,
-        max_windows=max_windows,
-        prefill_memory=prefill_memory,
-        show_progress=False,
-    ) as reranker:
+    tier = shared_tier(remote, remote_mode, namespace, secret_file, unauthenticated, remote_timeout_ms)
+    with (
+        PassageCache(cache, base_ratio=base_ratio(ratio), **tier) as kept,
+        KaLMReranker(
+            model,
+            revision=revision,
+            lora=lora,
+            device=device,
+            dtype=dtype,
+            max_length=max_length,
+            ratio=ratio,
+            instruction=DEFAULT_INSTRUCTION if instruction is None else instruction,
+            cache=kept,
+            long_passages=cast("Any", long_passages),
+            window_tokens=window_tokens,
+            window_overlap=window_overlap,
+            max_windows=max_windows,
+            prefill_memory=prefill_memory,
+            show_progress=False,
+        ) as reranker,
+    ):
         app = create_app(
             reranker,
             limits=limits,

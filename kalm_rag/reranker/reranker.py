@@ -194,11 +194,13 @@ class KaLMReranker(RankingModel):
             CheckpointError: the model cannot be found or used.
             ValueError: there is no such way.
         """
+        from kalm_rag.scorer import reading
+
         changed: dict[str, Any] = {"long_passages": long_passages, "cache": self.cache}
         if long_passages == "truncate":
             changed |= {"window_tokens": None, "window_overlap": None, "max_windows": DEFAULT_MAX_WINDOWS}
         made = KaLMReranker(**{**self._arguments, **changed})
-        made._scorer = self.scorer.reading(made.settings)
+        made._scorer = reading(self.scorer, made.settings)
         return made
 
     def predict(

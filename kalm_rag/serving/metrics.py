@@ -21,7 +21,7 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 _ROWS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
 _TOKENS = (64, 256, 1024, 4096, 16384, 65536, 262144, 1048576)
 _PARTS = ("queue", "read", "encode", "prefill", "score")
-_SOURCES = ("remembered", "prefilled", "stored", "states", "encoded")
+_SOURCES = ("remembered", "prefilled", "stored", "states", "remote", "encoded")
 
 
 class Metrics:
@@ -117,7 +117,13 @@ class _CacheCollector(Collector):
         for source in _SOURCES:
             sources.add_metric([source], getattr(stats.counts, source))
         yield sources
-        levels = {"memory": cache.memory.counters, "store": cache.store.counters, "prefilled_store": cache.prefilled}
+        levels: dict[str, Any] = {
+            "memory": cache.memory.counters,
+            "store": cache.store.counters,
+            "prefilled_store": cache.prefilled,
+        }
+        if cache.remote is not None:
+            levels["remote"] = cache.remote.counters
         for name, fields, text in (
             ("hits", ("hits",), "Entries found and verified."),
             ("misses", ("misses",), "Entries not found."),
