@@ -185,6 +185,9 @@ def serve(
         from kalm_rag.errors import MissingExtraError
 
         raise MissingExtraError(error.name or "fastapi", "serve") from error
+    from kalm_rag.serving.memory import keep_little
+
+    keep_little()
     from kalm_rag.cache import PassageCache
     from kalm_rag.reranker import KaLMReranker
     from kalm_rag.serving.keys import Keys

@@ -20,6 +20,7 @@ from kalm_rag.serving.endpoints import Endpoints
 from kalm_rag.serving.gate import Gate, error_response
 from kalm_rag.serving.keys import Keys
 from kalm_rag.serving.limits import Limits, ServingError
+from kalm_rag.serving.memory import giving_back
 from kalm_rag.serving.metrics import Metrics
 from kalm_rag.serving.openapi import docs_page, inline_schema
 from kalm_rag.serving.own import PassageEndpoints
@@ -70,8 +71,9 @@ def create_app(
         turns = reranker.scorer.turns
         turns.watchers = (*turns.watchers, metrics.stepped)
         try:
-            with _on_hangup(keys, work):
-                yield
+            async with giving_back():
+                with _on_hangup(keys, work):
+                    yield
         finally:
             turns.watchers = tuple(watch for watch in turns.watchers if watch != metrics.stepped)
         await asyncio.to_thread(reranker.flush, limits.drain_seconds)
