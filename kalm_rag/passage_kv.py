@@ -29,7 +29,7 @@ from kalm_rag.source import CachedSource, Patience, ValueCache
 from kalm_rag.states import StatesSource
 from kalm_rag.utils import forks
 from kalm_rag.utils.budget import LEAST, MemoryBudget, memory_budget
-from kalm_rag.utils.recording import add_count
+from kalm_rag.utils.recording import add_count, add_sources
 from kalm_rag.utils.refining import ErrorBounds
 from kalm_rag.utils.turns import Room, Turns
 
@@ -113,6 +113,7 @@ class PassageKVCache(ValueCache[BehindPrefix, Prefilled]):
         for key, passage in stored.items():
             if isinstance(passage, PassageKV):  # the other form needs its states first
                 self.memory.put(key, passage)
+        add_sources(memory=found)
         self.count(hits=len(found), stored=len(stored), misses=len(missing) - len(stored))
         return found | stored
 

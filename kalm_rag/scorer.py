@@ -30,7 +30,7 @@ from kalm_rag.settings import AT_ONCE, Settings
 from kalm_rag.states import StatesSource, key_space
 from kalm_rag.utils import forks
 from kalm_rag.utils.progress import Progress
-from kalm_rag.utils.recording import add_count
+from kalm_rag.utils.recording import add_count, add_sources
 from kalm_rag.utils.refining import Wanted
 from kalm_rag.utils.turns import Turns
 from kalm_rag.windows.source import WindowSource
@@ -201,6 +201,7 @@ class Scorer:
         if wanted is not None:
             wanted = wanted.beside([found[0] for found in known if found is not None])
         add_count("remembered", len(scores) - len(new))
+        add_sources(remembered=[score.passage for score, found in zip(scores, known, strict=True) if found is not None])
         with self.turns.call(), one_query():
             if limit is None:
                 left = self.paths.from_prefix(new, instruction, ratio, progress, wanted)

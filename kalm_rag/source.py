@@ -16,7 +16,7 @@ from kalm_rag.cache.frame import Frame
 from kalm_rag.cache.spaces import Kind, Space
 from kalm_rag.model.loading import LoadedModel
 from kalm_rag.utils.costs import Work
-from kalm_rag.utils.recording import add_count, timed
+from kalm_rag.utils.recording import add_count, add_sources, rename_sources, timed
 from kalm_rag.utils.turns import Turns, time_left
 
 R = TypeVar("R")
@@ -131,6 +131,7 @@ class CachedSource(ABC, Generic[R, W, T]):
         patience = partial(self._patience, keys)
         with timed("read"):
             found = {keys[key]: value for key, value in self.cached.get_many(list(keys), request, patience).items()}
+        rename_sources(keys.items())
         self._use(request, kept=bool(found))
         return found
 
@@ -170,6 +171,8 @@ class CachedSource(ABC, Generic[R, W, T]):
                 made = dict(zip([keys[place] for place in rest], new, strict=True))
                 made, sealed = self.cached.put_in_memory(made, request)
             add_count(self._work, len(rest))
+            new_texts = [texts[place] for place in rest] if self._work == "encode" else []
+            add_sources(encoded=new_texts, memory=[texts[place] for place in batch if keys[place] in known])
             self.cached.put_in_store(made, sealed)
             both = known | made
             yield {texts[place]: both[keys[place]] for place in batch}, len(rest)

@@ -29,7 +29,7 @@ from kalm_rag.cache.writer import WriteBehind
 from kalm_rag.utils import forks
 from kalm_rag.utils.checks import check_bytes, check_choice, check_flag, check_positive, check_ratio, check_secret
 from kalm_rag.utils.paths import DEFAULT
-from kalm_rag.utils.recording import add_count
+from kalm_rag.utils.recording import add_count, add_sources
 
 if TYPE_CHECKING:
     from kalm_rag.results import Document
@@ -231,10 +231,10 @@ class PassageCache:
         store = self.store
         if store is not None and self._keeps_here(kind):
             stored, data = self._read(store.get_many, counters, missing, decode)
-        missing = [key for key in missing if key not in stored]
-        shared, more = self._read_remote(kind, missing, decode, patience)
+        shared, more = self._read_remote(kind, [key for key in missing if key not in stored], decode, patience)
         if kind == "states":
             self._memory.put_many(data | more)
+        add_sources(memory=found, store=stored, remote=shared)
         return found | stored | shared
 
     def _read_remote(

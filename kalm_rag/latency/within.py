@@ -11,6 +11,7 @@ from kalm_rag.model.pooling import PassageStates
 from kalm_rag.model.prefill import PrefilledPair, score_size
 from kalm_rag.passage_kv import BehindPrefix, Prefilled
 from kalm_rag.utils.costs import Work
+from kalm_rag.utils.recording import add_sources
 from kalm_rag.utils.turns import LateError, until
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class LimitedRun:
         keys = dict(zip(source.keys(texts, self._request), texts, strict=True))
         ready = {keys[key]: found for key, found in source.cached.recall(list(keys), self._request).items()}
         source.cached.count(hits=len(ready))
+        add_sources(memory=ready)
         self._steps(list(ready.items()), self._score_prefilled, self._pairs.size_prefilled)
         self.unknown = left = [text for text in texts if text not in ready]
         if not source.cached.cache.keeps("passage_kv"):

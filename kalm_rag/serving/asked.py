@@ -68,6 +68,7 @@ class Asked:
         long_passages: as in `KaLMReranker`; None is the server's.
         return_margin: whether each result has a margin too.
         details: whether each result has all that the library says of it.
+        return_source: whether each result says where its passage came from.
     """
 
     asks: Sequence[Ask]
@@ -85,6 +86,7 @@ class Asked:
     long_passages: str | None = None
     return_margin: bool = False
     details: bool = False
+    return_source: bool = False
 
     @property
     def passages(self) -> int:
@@ -101,12 +103,15 @@ class Answered:
         ranking: of its passages.
         cut: which passages were cut by the request's own limits, and where what was read of them begins.
         query_cut: whether the query was.
+        sources: where each passage came from, as in `recording_sources`, None if it is not known; empty unless it was
+            asked for.
     """
 
     ask: Ask
     ranking: Ranking[str] | PartialRanking[str]
     cut: dict[int, int]
     query_cut: bool
+    sources: Sequence[str | None] = ()
 
 
 @dataclass(frozen=True, slots=True)

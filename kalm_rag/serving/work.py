@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
+from kalm_rag.documents import repair_text
 from kalm_rag.latency.limit import budget_left
 from kalm_rag.serving.asked import Answered, Ask, Asked, Outcome
 from kalm_rag.serving.cutting import cut, most_tokens
@@ -18,6 +19,7 @@ from kalm_rag.serving.tokens import TokenCounter
 from kalm_rag.settings import LongPassages
 from kalm_rag.utils.async_calls import AsyncCalls
 from kalm_rag.utils.checks import check_choice
+from kalm_rag.utils.recording import recording_sources
 
 if TYPE_CHECKING:
     from kalm_rag.reranker import KaLMReranker
@@ -195,9 +197,13 @@ class Work:
         most_query, most_passage = most_tokens(settings, counter)
         [(own, _)] = counter.count([query.text])
         counts = [min(count, most_passage) for count, _ in counter.count([text.text for text in texts])]
-        ranking = self._ranking(reranker, ask, asked, query.text, [text.text for text in texts], sum(counts), began)
+        read = [text.text for text in texts]
+        with contextlib.ExitStack() as stack:
+            found = stack.enter_context(recording_sources()) if asked.return_source else {}
+            ranking = self._ranking(reranker, ask, asked, query.text, read, sum(counts), began)
+        sources = [found.get(repair_text(text)[0]) for text in read] if asked.return_source else []
         places = {place: text.start for place, text in enumerate(texts) if text.is_cut}
-        return Answered(ask, ranking, places, query.is_cut), sum(counts) + min(own, most_query) * len(texts)
+        return Answered(ask, ranking, places, query.is_cut, sources), sum(counts) + min(own, most_query) * len(texts)
 
     def _ranking(
         self,
@@ -210,7 +216,9 @@ class Work:
         began: float,
     ) -> Ranking[str] | PartialRanking[str]:
         threshold = None if ask.places is not None else self._threshold if asked.threshold is None else asked.threshold
+        # A shared call does not tell whose passages it read.
         is_plain = threshold is None and asked.budget_ms is None and asked.on_unknown is None
+        is_plain = is_plain and not asked.return_source
         if is_plain and not reranker.settings.refine and self.joiner.fits(len(texts), tokens):
             return self.joiner.rank(reranker, query, texts, tokens, asked.instruction, asked.ratio)[: asked.top_n]
         within: dict[str, Any] = {

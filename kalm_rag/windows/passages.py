@@ -12,6 +12,7 @@ from kalm_rag.scorer import Scorer
 from kalm_rag.scoring.score import Score
 from kalm_rag.settings import AT_ONCE
 from kalm_rag.utils.progress import Progress
+from kalm_rag.utils.recording import rename_sources
 from kalm_rag.utils.refining import Wanted
 from kalm_rag.windows.source import Windows
 
@@ -52,7 +53,9 @@ def score_passages(
         for start in range(0, len(unique), at_once):
             some = unique[start : start + at_once]
             found.update(zip(some, scorer.score(some, instruction, ratio, progress, wanted, limit), strict=True))
-    return [_best([found[query, part] for part in split[text].texts], split[text]) for query, text in pairs]
+    best = [_best([found[query, part] for part in split[text].texts], split[text]) for query, text in pairs]
+    rename_sources((score.passage, text) for score, (_, text) in zip(best, pairs, strict=True))
+    return best
 
 
 def _best(scores: Sequence[Score], windows: Windows) -> Score:

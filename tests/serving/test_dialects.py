@@ -72,7 +72,8 @@ class TestEveryDialect:
         path, body = REQUESTS[dialect]
         nulls = dict.fromkeys(
             ("model", "top_n", "instruction", "ratio", "budget_ms", "long_passages", "return_margin", "details",
-             "max_tokens_per_doc", "truncate", "truncation_direction", "raw_scores", "return_documents", "user")
+             "max_tokens_per_doc", "truncate", "truncation_direction", "raw_scores", "return_documents", "user",
+             "return_source")
         )  # fmt: skip
         assert post(path, **{**nulls, "top_k": 3, "encoding": {"a": [1]}, **body}).status_code == 200
 
@@ -95,6 +96,14 @@ class TestEveryDialect:
             assert result["margin"] == pytest.approx(hit.margin, abs=1e-5)
             for name in ("passage_truncated", "query_truncated", "passage_repaired", "query_repaired", "exact"):
                 assert result[name] is getattr(hit, name)
+
+    @every_dialect
+    def test_the_level_that_passages_came_from(self, dialect: str, post: Post) -> None:
+        path, body = REQUESTS[dialect]
+        for expected in ({"encoded", "memory", "remembered"}, {"remembered"}):
+            found = {result["source"] for result in results_of(post(path, **body, return_source=True).json())}
+            assert found <= expected
+        assert not [result for result in results_of(post(path, **body).json()) if "source" in result]
 
     @every_dialect
     def test_what_is_not_read_is_reported(self, dialect: str, post: Post) -> None:

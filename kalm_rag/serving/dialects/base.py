@@ -60,6 +60,7 @@ class Extensions(BaseModel):
     long_passages: Text | None = Field(None, description="`truncate`, or `windows`, of which the best one counts.")
     return_margin: Flag = Field(False, description="Give each result its margin too.")
     details: Flag = Field(False, description="Give each result all that the library says of it.")
+    return_source: Flag = Field(False, description="Give each result the cache level that its passage came from.")
 
     def asked(self, asks: Sequence[Ask], **others: Any) -> Asked:
         """Return what is asked for, with the fields that every dialect has."""
@@ -75,6 +76,7 @@ class Extensions(BaseModel):
                 "long_passages",
                 "return_margin",
                 "details",
+                "return_source",
             )
         }
         return Asked(asks, **own, **others)
@@ -148,6 +150,8 @@ def extras(answer: Answered, hit: RankedPassage[str], asked: Asked) -> dict[str,
         if hit.span is not None:
             start = answer.cut.get(hit.index, 0)
             found["span"] = [hit.span[0] + start, hit.span[1] + start]
+    if answer.sources and (source := answer.sources[hit.index]) is not None:
+        found["source"] = source
     return found
 
 
