@@ -24,6 +24,7 @@ from kalm_rag.serving.memory import giving_back
 from kalm_rag.serving.metrics import Metrics
 from kalm_rag.serving.openapi import docs_page, inline_schema
 from kalm_rag.serving.own import PassageEndpoints
+from kalm_rag.serving.page import add_page
 from kalm_rag.serving.work import Work
 
 if TYPE_CHECKING:
@@ -91,6 +92,8 @@ def create_app(
         _add_dialects(app, path, [dialect for dialect in DIALECTS if path in dialect.paths], endpoints)
     PassageEndpoints(work, limits, endpoints).add_to(app)
     AboutEndpoints(work, metrics, limits, model, strict_model=strict_model).add_to(app)
+
+    add_page(app)
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> Response:
