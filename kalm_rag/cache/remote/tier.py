@@ -28,6 +28,8 @@ _ABSENT_SECONDS = 5.0
 _MOST_ABSENT = 100_000
 _SPENT_SECONDS = 0.05
 """A query with less than this left says nothing about the tier."""
+_WAITING_SHARE = 0.9
+"""Share of a read's time that is waited for; the rest is for verifying what came, so that the read ends in time."""
 _WINDOW = 64
 """Keys of one request to a store that does not say itself how many are right."""
 _AT_EXIT_SECONDS = 10.0
@@ -91,7 +93,7 @@ class RemoteTier:
                     seen.update(window)
             return True
 
-        answer = self.link.requests.ask(read, seconds)
+        answer = self.link.requests.ask(read, _WAITING_SHARE * seconds)
         with guard:
             values, absent = dict(found), seen - found.keys()
             left = len(asked) - len(seen)
