@@ -256,6 +256,18 @@ def print_places(title: str, found: dict[str, list[float]], megabytes: float) ->
     print()
 
 
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """Print no line for each fault."""
+    logger = logging.getLogger("kalm_rag")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -275,7 +287,6 @@ def main() -> None:
     from kalm_rag.retrieval.corpus import read_passages
     from kalm_rag.testing import build_checkpoint
 
-    logging.getLogger("kalm_rag").setLevel(logging.ERROR)  # each fault is a line, as it should be
     rounds = 1 if options.small else options.rounds
     count, tokens = (6, 40) if options.small else (CANDIDATES, TOKENS)
     texts = [record.text for record in read_passages(options.corpus)] if options.corpus else None
@@ -284,6 +295,7 @@ def main() -> None:
     for reason in filter(None, summary["missing"]):
         print(f"not measured: {reason}")
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        stack.enter_context(without_warnings())
         folder = Path(name)
         if options.only != "faults":
             bench = Bench(folder, texts, options.small, options.tokenizer)

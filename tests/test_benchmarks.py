@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import runpy
 import sys
 from collections.abc import Callable
@@ -28,9 +29,11 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     def call(script: str, *arguments: str) -> dict[str, Any]:
         monkeypatch.setattr(sys, "argv", [str(FOLDER / script), "--small", *arguments])
+        level = logging.getLogger("kalm_rag").level
         runpy.run_path(sys.argv[0], run_name="__main__")
         found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert found["environment"]["torch"]
+        assert logging.getLogger("kalm_rag").level == level, "later tests read the log"
         return found
 
     return call
