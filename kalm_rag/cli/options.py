@@ -230,6 +230,16 @@ LimitOption = Annotated[
         show_default="as it was, or 10",
     ),
 ]
+RatioOption = Annotated[
+    int,
+    typer.Option(
+        "--ratio",
+        "-r",
+        help="Compress each passage this many times: 1, 2, 4, 8, 16 or 32.",
+        metavar="N",
+        parser=whole_number,
+    ),
+]
 BaseRatioOption = Annotated[
     int,
     typer.Option(

@@ -20,6 +20,7 @@ from kalm_rag.cli.options import (
     LoraOption,
     MaxWindowsOption,
     ModelOption,
+    RatioOption,
     RevisionOption,
     TextFieldOption,
     WindowOverlapOption,
@@ -64,16 +65,7 @@ def rank(
         ),
     ] = None,
     instruction: InstructionOption = None,
-    ratio: Annotated[
-        int,
-        typer.Option(
-            "--ratio",
-            "-r",
-            help="Compress each passage this many times: 1, 2, 4, 8, 16 or 32.",
-            metavar="N",
-            parser=whole_number,
-        ),
-    ] = 4,
+    ratio: RatioOption = 4,
     threshold: Annotated[
         str | None,
         typer.Option(

@@ -122,6 +122,7 @@ class Joiner:
             for ticket, ranking in zip(both, rankings, strict=True):
                 ticket.ranking = ranking
         except Exception:
+            # One bad request must not fail those that share its call: each is then run by itself.
             if not others:
                 raise
         finally:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from kalm_rag.cache.keys import KEY_PATTERN
 from kalm_rag.sizing.bytes import FORMS, Form, entry_bytes, folder_bytes, redis_bytes
 from kalm_rag.sizing.costs import Costs
 from kalm_rag.sizing.shapes import Shape
@@ -13,16 +12,14 @@ from kalm_rag.utils.checks import check_choice, check_flag, check_positive, chec
 
 S3_READS = 5500.0
 """GET requests a second for each prefix of S3 (its user guide, "Optimizing Amazon S3 performance")."""
-PREFIXES = 256
-"""Prefixes that entries are spread over: see `ObjectStore`."""
+PREFIXES = 16**2
+"""Prefixes that entries are spread over, two hexadecimal digits: see `ObjectStore`."""
 LINK_BYTES = 1.25e9
 """Bytes a second of a 10 Gbit link, which one Redis server has."""
 REDIS_READS = 100_000.0
 """Keys a second of one Redis server at small values (`redis-benchmark`); at larger ones its link ends first."""
 BUSY = 0.7
 """Share of its time that a replica is planned to work: above, waiting grows without bound (queueing)."""
-
-assert KEY_PATTERN.pattern.startswith("[0-9a-f]")  # noqa: S101 - two hexadecimal digits make 256 prefixes
 
 
 @dataclass(frozen=True, slots=True)

@@ -504,3 +504,19 @@ def test_writes_are_divided_by_bytes() -> None:
     assert [len(part) for part in found] == [2, 2, 1, 1]
     assert {key for part in found for key in part} == set(items)
     assert list(by_bytes({}, 100)) == []
+
+
+def test_what_the_documentation_says_of_waiting_and_room() -> None:
+    from kalm_rag.cache import passage_cache
+    from kalm_rag.cache.remote import breaker, tier, writes
+
+    page = " ".join((Path(__file__).parents[2] / "docs/how-to/shared-tier.md").read_text("utf-8").split())
+    assert (patience.LEAST_SECONDS, patience.MOST_SECONDS) == (0.1, 2.0)
+    assert "at least 100 ms and at most 2 s" in page
+    assert (breaker._FAILURES, breaker._FIRST_WAIT, breaker._LONGEST_WAIT) == (3, 1.0, 30.0)
+    assert "After three failures in a row" in page
+    assert "after one second, then two, up to half a minute" in page
+    assert (tier._ABSENT_SECONDS, writes._TRIES, writes.PENDING_BYTES) == (5.0, 3, 256_000_000)
+    assert "not asked for again for five seconds. Writes are tried three times; 256 MB may wait" in page
+    assert passage_cache._CLOSING_SECONDS == tier._AT_EXIT_SECONDS == 10.0
+    assert "wait for ten seconds" in page

@@ -13,8 +13,10 @@ from rawframes import key_of, value_of
 
 from kalm_rag import KaLMReranker, PassageCache
 from kalm_rag.cache import DiskStore
+from kalm_rag.cache.remote.object_store import ObjectStore
 from kalm_rag.cli import main
 from kalm_rag.sizing import Costs, Workload, entry_bytes, folder_bytes, measure_costs, plan, redis_bytes
+from kalm_rag.sizing.plan import PREFIXES
 from kalm_rag.sizing.shapes import RELEASES, Shape, shape_of
 
 
@@ -81,6 +83,13 @@ def test_what_a_query_reads_depends_on_the_form() -> None:
     assert plans["prefilled"].reads_per_second == plans["states"].reads_per_second, "they hold all that a query needs"
     assert plans["states"].read_bytes_per_second < plans["compact"].read_bytes_per_second
     assert plans["compact"].read_bytes_per_second < plans["prefilled"].read_bytes_per_second
+
+
+def test_objects_are_spread_over_as_many_prefixes_as_sizing_says(tmp_path: Path) -> None:
+    key = key_of(1)
+    ObjectStore(f"file://{tmp_path}", "place").put_many({key: b"x"})
+    assert (tmp_path / "place" / key[:2] / key).is_file()
+    assert 16 ** len(key[:2]) == PREFIXES
 
 
 def test_nothing_is_made_up() -> None:

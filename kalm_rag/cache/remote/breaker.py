@@ -41,7 +41,7 @@ class Breaker:
         self.after_fork_in_child()
 
     def after_fork_in_child(self) -> None:
-        """Begin anew: the probe of the parent is not this process's."""
+        """Start over: the parent's probe runs in the parent only."""
         self._state: State = "closed"
         self._failures = 0
         self._wait = _FIRST_WAIT

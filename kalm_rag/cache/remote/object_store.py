@@ -173,7 +173,7 @@ class ObjectStore:
         self._bucket.names(most=1)
 
     def close(self) -> None:
-        """Save counts and end the threads. A later call begins anew."""
+        """Save counts and end the threads. A later call opens the store again."""
         with contextlib.suppress(StoreError):
             self._totals.save()
         self._bucket.close()
@@ -251,7 +251,7 @@ class _Bucket:
         return self._run("list", listed)
 
     def close(self) -> None:
-        """End the threads; a later call begins anew."""
+        """End the threads. A later call starts new ones."""
         with self._lock:
             threads, self._threads, self._made = self._threads, None, None
         if threads is not None and self._owner == os.getpid():

@@ -24,7 +24,7 @@ class Requests:
         forks.watch(self)
 
     def after_fork_in_child(self) -> None:
-        """Begin anew: requests of other threads did not survive."""
+        """Start over: the threads of earlier requests exist in the parent only."""
         self._waiting = 0
 
     def ask(self, action: Callable[[], R], seconds: float) -> R | Exception | None:
