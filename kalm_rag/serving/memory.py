@@ -1,4 +1,4 @@
-"""Gives memory back that the allocator and oneDNN would keep: no two batches of a server are alike."""
+"""Gives memory back that the allocator would keep: no two batches of a server are alike."""
 
 from __future__ import annotations
 
@@ -12,17 +12,14 @@ from collections.abc import AsyncIterator, Callable
 _ARENAS = 2
 _M_ARENA_MAX = -8
 """`M_ARENA_MAX` of glibc's `mallopt`."""
-_PRIMITIVES = "128"
-"""Compiled kernels that oneDNN keeps, one for each shape; by default 1024."""
 _SECONDS = 5.0
 
 
 def keep_little() -> None:
-    """Bound what the allocator and oneDNN keep, in this process, before torch is imported.
+    """Bound what the allocator keeps in this process, before threads start.
 
     It changes nothing that a user has set, and nothing where there is no glibc.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _PRIMITIVES)
     mallopt = _of_glibc("mallopt")
     if mallopt is not None and "MALLOC_ARENA_MAX" not in os.environ:
         mallopt(_M_ARENA_MAX, _ARENAS)

@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -314,6 +315,7 @@ def test_slow_float16_is_said(checkpoint: Path, monkeypatch: Any, caplog: pytest
 
 _OLD_PROCESSOR = """
 import sys
+import textwrap
 from kalm_rag import KaLMReranker
 from kalm_rag.model import cpu_kernels as kernels
 for dtype in ("float32", "bfloat16"):
@@ -564,3 +566,40 @@ def test_checking_and_measuring_leave_the_random_numbers_of_others_alone(nothing
     kernels.optimize_for_cpu(model)
     assert len(kernels.choices()) == 2
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@needs_x86
+def test_a_process_keeps_few_kernels() -> None:
+    """oneDNN compiles one for each number of rows, and would keep 1,024 of them; a user's own number stays."""
+    script = """
+        import os
+        import torch
+        from kalm_rag.model.cpu_weights import PackedWeight
+
+        def resident():
+            return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+        matrix = PackedWeight(torch.nn.Linear(64, 64, bias=False))
+        with torch.inference_mode():
+            matrix.product(torch.zeros(1, 64))
+            before = resident()
+            for rows in range(2, 402):
+                matrix.product(torch.zeros(rows, 64))
+        print(resident() - before)
+    """
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("reads resident memory from /proc")
+    grown = []
+    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    inherited = {name: value for name, value in os.environ.items() if name not in names}
+    for asked in ({}, dict.fromkeys(names, "1024")):
+        run = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(script)],
+            env={**inherited, **asked},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        grown.append(int(run.stdout))
+    few, many = grown
+    assert few < 0.6 * many
