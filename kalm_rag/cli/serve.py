@@ -173,6 +173,7 @@ def serve(
         import uvicorn
 
         from kalm_rag.serving.app import create_app
+        from kalm_rag.serving.headers import bounding_headers
     except ModuleNotFoundError as error:
         from kalm_rag.errors import MissingExtraError
 
@@ -238,6 +239,8 @@ def serve(
             app,
             host=host,
             port=port,
+            http=bounding_headers(limits),
+            ws="none",
             log_config=None,
             access_log=False,
             server_header=False,

@@ -42,6 +42,8 @@ class Limits:
         running: requests that are worked on side by side; they take turns batch by batch. 16 at most.
         waiting: requests that wait for one of these places. Further ones are refused.
         held_bytes: of all bodies that are being read, wait or are worked on.
+        header_bytes: of the headers of one request.
+        header_seconds: that a client may take to send them.
         body_seconds: that a client may take to send a body.
         send_seconds: that a client may take to accept a part of a response.
         drain_seconds: that running requests get when the server is told to stop.
@@ -56,6 +58,8 @@ class Limits:
     running: int = 16
     waiting: int = 64
     held_bytes: int = 256_000_000
+    header_bytes: int = 65_536
+    header_seconds: int = 10
     body_seconds: int = 30
     send_seconds: int = 30
     drain_seconds: int = 30

@@ -461,6 +461,9 @@ class TestTheProcess:
                 wait_for(lambda: is_up(url, process))
                 headers = {"authorization": f"Bearer {KEY}"}
                 assert httpx.post(f"{url}/v2/rerank", json=BODY).status_code == 401
+                with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+                    connection.sendall(b"GET /health HTTP/1.1\r\nx-long: " + b"x" * 70_000)
+                    assert connection.recv(100).startswith(b"HTTP/1.1 431 ")
                 if hasattr(signal, "SIGHUP"):
                     process.send_signal(signal.SIGHUP)
                     time.sleep(0.2)
