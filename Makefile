@@ -7,7 +7,7 @@ SOURCES := $(shell find kalm_rag integrations -type f -not -path '*/tests/*' -no
   pyproject.toml hatch_build.py README.md CHANGELOG.md CITATION.cff LICENSE SECURITY.md
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test servers bench faults soak test-lowest test-newest test-floors test-spark lint types docs dist check clean
+.PHONY: demo test servers bench faults soak test-ray-serve test-lowest test-newest test-floors test-spark lint types docs dist check clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/kalm-rag demo
@@ -23,7 +23,7 @@ servers:
 
 # Every figure of the documentation; takes hours on 2 cores.
 bench: $(VENV)/.dev
-	for name in replay startup warm encoder memory compact eviction repeats many_queries refine windows highlight sizing cache remote precision peers adapters serve; do $(VENV)/bin/python benchmarks/$$name.py $(BENCH) || exit 1; done
+	for name in replay startup warm encoder memory compact eviction repeats many_queries refine windows highlight sizing cache remote precision peers adapters serve ray_serve; do $(VENV)/bin/python benchmarks/$$name.py $(BENCH) || exit 1; done
 
 # The fault tests with large counts: at least 1,000 kills, 10,000 bit flips and 5,000 queries to a shared tier that fails.
 faults: $(VENV)/.dev
@@ -34,6 +34,10 @@ faults: $(VENV)/.dev
 SOAK ?= 30
 soak: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest tests/serving/test_fuzz.py tests/serving/test_soak.py --bodies 10000 --soak $(SOAK) --timeout 7200 -s
+
+# The server on Ray Serve: two replicas on a Ray of this machine.
+test-ray-serve: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/serving/test_ray_serve.py --ray-serve
 
 # The oldest transformers that pyproject.toml allows.
 test-lowest: $(VENV)-lowest/.ready

@@ -108,6 +108,15 @@ def test_script(script: str, tmp_path: Path, run: Callable[..., dict[str, Any]])
         assert [item["changed"] for item in json.loads(written.read_text())["quality"]] == [0]
 
 
+def test_routes_of_ray_serve(run: Callable[..., dict[str, Any]]) -> None:
+    found = run("ray_serve.py", "--no-cost", "--forms", "states")["routes"]
+    assert [one["route"] for one in found] == ["any", "query", "passage"]
+    for one in found:
+        sources = sum(one[name] for name in ("remembered", "prefilled", "stored", "states", "encoded"))
+        assert (sources, one["encoded"]) == (pytest.approx(1), 0)
+    assert found[0]["remembered"] < found[1]["remembered"] == pytest.approx(found[2]["remembered"])
+
+
 def test_tuning(run: Callable[..., dict[str, Any]]) -> None:
     pytest.importorskip("peft", reason="the extra tune is not installed")
     found = run("tuning.py", "--full")["runs"]

@@ -40,7 +40,7 @@ SKIPPED = {
     "docs/how-to/doctor.md": {LONG: 1, WEIGHTS: 1},
     "docs/how-to/evaluate.md": {INSTALLS: 2, DOWNLOADS: 1, LONG: 1, OTHERS: 1},
     "docs/how-to/offline.md": {DOWNLOADS: 1},
-    "docs/how-to/serve.md": {INSTALLS: 1},
+    "docs/how-to/serve.md": {INSTALLS: 2, ENGINE: 1},
     "docs/how-to/thresholds.md": {INSTALLS: 1},
     "docs/how-to/shared-tier.md": {INSTALLS: 1},
     "docs/how-to/tune.md": {INSTALLS: 1},

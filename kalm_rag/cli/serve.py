@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import signal
-import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, cast
 
@@ -264,11 +263,8 @@ def _number_or_file(given: str | None) -> Any:
 
 
 def _log_as_json() -> None:
-    from kalm_rag.serving.logs import JsonFormatter
+    from kalm_rag.serving.logs import json_handler
 
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter())
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
+    logging.getLogger().handlers[:] = [json_handler()]
     for name in ("kalm_rag", "uvicorn"):
         logging.getLogger(name).setLevel(logging.INFO)

@@ -23,7 +23,7 @@ from kalm_rag.serving.limits import Limits, ServingError
 from kalm_rag.serving.memory import giving_back
 from kalm_rag.serving.metrics import Metrics
 from kalm_rag.serving.openapi import docs_page, inline_schema
-from kalm_rag.serving.own import PassageEndpoints
+from kalm_rag.serving.own import Forget, PassageEndpoints
 from kalm_rag.serving.page import add_page
 from kalm_rag.serving.work import Work
 
@@ -41,6 +41,7 @@ def create_app(
     strict_model: bool = False,
     cors_origins: Sequence[str] = (),
     joins: bool = True,
+    forget: Forget | None = None,
 ) -> FastAPI:
     """Return an ASGI application that serves a reranker, in the dialects of other rerankers.
 
@@ -55,6 +56,7 @@ def create_app(
         strict_model: whether a request that names another model is refused.
         cors_origins: pages of other origins that may call it from a browser.
         joins: whether small requests that wait at the same time share calls of the model; their scores stay the same.
+        forget: what `/v1/forget` does with the texts, and returns. Default: the reranker forgets them.
 
     Attributes of its `state`:
         work: what endpoints ask of the model.
@@ -90,7 +92,7 @@ def create_app(
     app.state.work, app.state.metrics = work, metrics
     for path in sorted({path for dialect in DIALECTS for path in dialect.paths}):
         _add_dialects(app, path, [dialect for dialect in DIALECTS if path in dialect.paths], endpoints)
-    PassageEndpoints(work, limits, endpoints).add_to(app)
+    PassageEndpoints(work, limits, endpoints, forget).add_to(app)
     AboutEndpoints(work, metrics, limits, model, strict_model=strict_model).add_to(app)
 
     add_page(app)

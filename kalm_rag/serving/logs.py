@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import time
 import traceback
 from typing import Any
@@ -27,6 +28,13 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info and record.exc_info[0] is not None:
             line["exception"] = record.exc_info[0].__name__  # the message of an exception may hold text
         return json.dumps(line)
+
+
+def json_handler() -> logging.Handler:
+    """Return a handler that writes such lines to standard error."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    return handler
 
 
 def log_request(

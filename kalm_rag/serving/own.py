@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 _AT_ONCE = 32
 """Passages of a line of progress."""
 
+Forget = Callable[[list[str]], Coroutine[Any, Any, dict[str, Any]]]
+"""Deletes what is kept of texts, and returns what `/v1/forget` answers."""
+
 
 class DocumentsBody(Extensions):
     """Passages."""
@@ -38,12 +41,14 @@ class PassageEndpoints:
         work: what the endpoints ask of the model.
         limits: what is accepted.
         endpoints: those of the dialects, which tell errors in the same way.
+        forget: how passages are forgotten. Default: by the reranker of this process.
     """
 
-    def __init__(self, work: Work, limits: Limits, endpoints: Endpoints) -> None:
+    def __init__(self, work: Work, limits: Limits, endpoints: Endpoints, forget: Forget | None = None) -> None:
         self._work = work
         self._limits = limits
         self._endpoints = endpoints
+        self._forget = forget or self._forget_here
 
     def add_to(self, app: FastAPI) -> None:
         """Add the routes."""
@@ -84,10 +89,13 @@ class PassageEndpoints:
         """Delete what is kept of passages, in memory and in the store."""
         try:
             _, texts = await self._documents(request)
-            report = await while_connected(request, self._work.run(self._work.reranker.forget, texts))
+            report = await while_connected(request, self._forget(texts))
         except Exception as error:  # noqa: BLE001 - an unexpected one is logged
             return self._endpoints.failed(request, error)
-        return AsciiJSON(asdict(report))
+        return AsciiJSON(report)
+
+    async def _forget_here(self, texts: list[str]) -> dict[str, Any]:
+        return asdict(await self._work.run(self._work.reranker.forget, texts))
 
     async def _documents(self, request: Request) -> tuple[DocumentsBody, list[str]]:
         body = read_model(DocumentsBody, await read_json(request))
