@@ -29,6 +29,8 @@ from kalm_rag.serving.limits import ServingError
 from kalm_rag.serving.logs import json_handler
 from kalm_rag.serving.memory import keep_little
 
+logger = logging.getLogger(__name__)
+
 NAME = "Reranker"
 """The deployment's name, for `deployments:` in Ray Serve's YAML."""
 _BY_SESSION = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
@@ -48,10 +50,10 @@ class Replica:
 
     def __init__(self, arguments: ReplicaArguments) -> None:
         keep_little()
-        logger = logging.getLogger("kalm_rag")
-        logger.handlers[:] = [json_handler()]
-        logger.setLevel(logging.INFO)
-        logger.propagate = False  # Ray's own handlers would write each line once more
+        own = logging.getLogger("kalm_rag")
+        own.handlers[:] = [json_handler()]
+        own.setLevel(logging.INFO)
+        own.propagate = False  # Ray's own handlers would write each line once more
         self._reranker = arguments.reranker()
         self._app = create_app(
             self._reranker,
@@ -76,18 +78,27 @@ class Replica:
         """Forget texts in every replica: each has a memory of its own, and each machine a folder.
 
         Raises:
-            ServingError: a replica was not reached, and may still hold them.
+            ServingError: a replica was not reached, or failed, and may still hold them.
+            Exception: as of `KaLMReranker.forget`.
         """
+        # This one goes first: it empties the tier, from which several at once would delete the same entries.
+        first = await self.forget(texts)
         own = serve.get_replica_context()
         handle = serve.get_deployment_handle(own.deployment, own.app_name)
         answers = handle.broadcast("forget", texts)
-        found = await answers.results_async(timeout_s=_FORGET_SECONDS, return_exceptions=True)
+        try:
+            found = await answers.results_async(timeout_s=_FORGET_SECONDS, return_exceptions=True)
+        except TimeoutError as error:
+            found = [error]
         reports = [one for one in found if isinstance(one, ForgetReport)]
         expected = max(serve.get_replica_context().world_size, len(found))
         if len(reports) < expected:
+            # The message of an exception may hold text.
+            faults = [type(one).__name__ for one in found if not isinstance(one, ForgetReport)]
+            logger.warning("%d of %d replicas have forgotten passages; the others: %s", len(reports), expected, faults)
             msg = f"{len(reports)} of {expected} replicas have forgotten the passages: send the same request again"
             raise ServingError(503, msg, 1.0)
-        return asdict(together(reports)) | {"replicas": len(reports)}
+        return asdict(together([first, *reports])) | {"replicas": len(reports)}
 
     async def __del__(self) -> None:
         """End, after Ray Serve has waited for running requests and has run the end of the application."""
@@ -95,7 +106,7 @@ class Replica:
 
 
 def together(reports: Sequence[ForgetReport]) -> ForgetReport:
-    """Return the counts of several replicas that were told to forget the same texts.
+    """Return the counts of all that were told to forget the same texts, one after the other or at once.
 
     Entries add up. What was searched is the same everywhere, or nearly: the most that one replica says.
     """

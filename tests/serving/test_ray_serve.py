@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -14,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -123,6 +125,34 @@ class TestArguments:
         other = ForgetReport(texts=2, memory=memory, store=Forgotten(), spaces=4, unrecorded=1)
         expected = ForgetReport(texts=2, memory=Forgotten(states=2, scores=4), store=store, spaces=4, unrecorded=1)
         assert together([one, other]) == expected
+
+    @pytest.mark.parametrize("answers", ["one fails", "one is not reached", "none in time"])
+    def test_a_replica_that_has_not_forgotten_is_told(
+        self, answers: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        pytest.importorskip("ray.serve", reason="Ray is not installed")
+        from kalm_rag.serving import ray as application
+        from kalm_rag.serving.limits import ServingError
+
+        report = ForgetReport(texts=1, memory=Forgotten(), store=Forgotten(), spaces=1)
+
+        async def results(**_: Any) -> list[Any]:
+            if answers == "none in time":
+                raise TimeoutError
+            return [report, OSError("Zaphod")] if answers == "one fails" else [report]
+
+        async def forget(_: list[str]) -> ForgetReport:
+            return report
+
+        handle = SimpleNamespace(broadcast=lambda method, texts: SimpleNamespace(results_async=results))
+        context = SimpleNamespace(deployment="Reranker", app_name="kalm-rag", world_size=2)
+        monkeypatch.setattr(application.serve, "get_replica_context", lambda: context)
+        monkeypatch.setattr(application.serve, "get_deployment_handle", lambda deployment, app: handle)
+        with pytest.raises(ServingError, match="of 2 replicas have forgotten the passages: send") as caught:
+            asyncio.run(application.Replica._forget_everywhere(SimpleNamespace(forget=forget), ["Zaphod"]))
+        assert (caught.value.status, caught.value.retry_after) == (503, 1)
+        assert "of 2 replicas" in caplog.text
+        assert "Zaphod" not in caplog.text
 
 
 def free_port() -> int:
