@@ -47,7 +47,8 @@ class ReplicaArguments(BaseModel):
         ValidationError: an argument is unknown, or wrong; the message names it, its value and the rule.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # A message must not show what was given as a whole: it may hold a credential.
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     model: str = "nano"
     revision: str | None = None
