@@ -18,10 +18,10 @@ from kalm_rag import KaLMReranker, PassageCache
 from kalm_rag.cache import StoreError, StoreStats
 from kalm_rag.cache.remote import patience
 from kalm_rag.cache.remote.address import read_address
-from kalm_rag.cache.remote.breaker import Breaker
 from kalm_rag.cache.remote.tier import RemoteTier
 from kalm_rag.cache.remote.windows import Windows, by_bytes
 from kalm_rag.cache.remote.writes import RemoteWrites
+from kalm_rag.utils.breaker import Breaker
 
 SECRET = "s" * 32
 QUERY = "which animal purrs?"
@@ -305,7 +305,7 @@ class TestFaults:
 
     def test_a_query_never_waits_for_a_probe(self) -> None:
         now = [0.0]
-        breaker = Breaker("it", lambda: now[0])
+        breaker = Breaker("it", "nothing happens", clock=lambda: now[0])
         for _ in range(3):
             breaker.failed("away")
         assert breaker.state == "open"
@@ -508,7 +508,8 @@ def test_writes_are_divided_by_bytes() -> None:
 
 def test_what_the_documentation_says_of_waiting_and_room() -> None:
     from kalm_rag.cache import passage_cache
-    from kalm_rag.cache.remote import breaker, tier, writes
+    from kalm_rag.cache.remote import tier, writes
+    from kalm_rag.utils import breaker
 
     page = " ".join((Path(__file__).parents[2] / "docs/how-to/shared-tier.md").read_text("utf-8").split())
     assert (patience.LEAST_SECONDS, patience.MOST_SECONDS) == (0.1, 2.0)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kalm_rag.cache.remote.breaker import State
 from kalm_rag.cache.store import StoreStats
+from kalm_rag.utils.breaker import State
 from kalm_rag.utils.display import Shown
 
 

@@ -7,10 +7,10 @@ import logging
 from collections.abc import Callable
 from typing import TypeVar
 
-from kalm_rag.cache.remote.breaker import Breaker
 from kalm_rag.cache.remote.requests import Requests
 from kalm_rag.cache.store import RefusedError, Store, StoreError
 from kalm_rag.utils import forks
+from kalm_rag.utils.breaker import Breaker
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Link:
     def __init__(self, store: Store, shown: str) -> None:
         self.store = store
         self.shown = shown
-        self.breaker = Breaker(shown)
+        self.breaker = Breaker(f"the shared tier at {shown}", "passages that only it holds are encoded here")
         self.requests = Requests()
         self._is_refused = False  # of the last write
         forks.watch(self.breaker)

@@ -1,4 +1,4 @@
-"""Leaves a shared tier alone that does not answer, and finds out in the background when it does again.
+"""Leaves a server alone that does not answer, and finds out when it does again.
 
 `pybreaker` was looked at: it holds a lock while it waits for an answer, so that one slow read would hold up all others.
 """
@@ -25,17 +25,31 @@ _PROBE_SECONDS = 10.0
 
 
 class Breaker:
-    """A circuit breaker: closed while the tier answers, open after three failures, half-open while a probe runs.
+    """A circuit breaker: closed while the server answers, open after three failures, half-open while a probe runs.
 
-    Queries never wait for a probe. Each change of state is one line in the log.
+    Who asks `wants_probe` and gets True runs the probe, in the background or as one call of many. Each change of state
+    is one line in the log.
 
     Args:
-        shown: the tier's address without credentials.
+        shown: what the server is called in the log, without credentials.
+        meanwhile: what happens while it is left alone, for the log.
+        longest_wait: seconds between two probes at most.
         clock: never set back.
+
+    Attributes:
+        opened: how often it was opened.
     """
 
-    def __init__(self, shown: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        shown: str,
+        meanwhile: str,
+        longest_wait: float = _LONGEST_WAIT,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._shown = shown
+        self._meanwhile = meanwhile
+        self._longest_wait = longest_wait
         self._clock = clock
         self._lock = forks.Lock()  # of all below
         self.after_fork_in_child()
@@ -50,11 +64,11 @@ class Breaker:
 
     @property
     def state(self) -> State:
-        """Whether reads and writes go through."""
+        """Whether requests go through."""
         return self._state
 
     def wants_probe(self) -> bool:
-        """Whether it is time to ask whether the tier answers; whoever asks must do so, and say how it went."""
+        """Whether it is time to try whether it answers; whoever asks must do so, and say how it went."""
         with self._lock:
             if self._state == "closed" or self._clock() < self._again:
                 return False
@@ -68,7 +82,7 @@ class Breaker:
             was, self._state = self._state, "closed"
             self._failures, self._wait = 0, _FIRST_WAIT
         if was != "closed":
-            logger.warning("the shared tier at %s answers again", self._shown)
+            logger.warning("%s answers again", self._shown)
 
     def failed(self, reason: str, *, lasting: bool = False) -> None:
         """Note a failure.
@@ -84,14 +98,9 @@ class Breaker:
                 return
             self._state = "open"
             self._again = self._clock() + self._wait * random.uniform(0.8, 1.2)  # noqa: S311 - so that replicas spread
-            self._wait = min(2 * self._wait, _LONGEST_WAIT)
+            self._wait = min(2 * self._wait, self._longest_wait)
             self.opened += was == "closed"
         if was == "closed":
-            logger.warning(
-                "the shared tier at %s is left alone until it answers again (%s): passages that only it holds are "
-                "encoded here",
-                self._shown,
-                reason,
-            )
+            logger.warning("%s is left alone until it answers again (%s): %s", self._shown, reason, self._meanwhile)
         else:
-            logger.debug("the shared tier at %s does not answer yet (%s)", self._shown, reason)
+            logger.debug("%s does not answer yet (%s)", self._shown, reason)
