@@ -81,8 +81,8 @@ class AboutEndpoints:
         return AsciiJSON({"object": "list", "data": [one]})
 
     async def info(self) -> Response:
-        """Return what identifies model and settings: two servers that agree in `digest` give the same scores."""
-        return AsciiJSON(await self._work.ask(self._info))
+        """Return what identifies the model and its settings: servers that agree in both give the same scores."""
+        return AsciiJSON(await self._work.ask(self._info), headers=self._work.identity)
 
     def _info(self) -> dict[str, Any]:
         reranker = self._work.reranker

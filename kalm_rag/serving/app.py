@@ -117,7 +117,7 @@ def create_app(
             allow_origins=list(cors_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["authorization", "content-type", "x-request-id"],
-            expose_headers=["x-request-id", "x-kalm-truncated", "x-kalm-unscored", "retry-after"],
+            expose_headers=["x-request-id", "x-kalm-digest", "x-kalm-truncated", "x-kalm-unscored", "retry-after"],
         )
     names = {route.path: route.name for route in app.routes if hasattr(route, "path") and hasattr(route, "name")}
     app.add_middleware(Gate, limits=limits, keys=keys, metrics=metrics, names=names)

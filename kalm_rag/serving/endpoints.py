@@ -154,7 +154,7 @@ class Endpoints:
             asked, outcome = await while_connected(request, self._run(dialect, content, state))
         except Exception as error:  # noqa: BLE001 - an unexpected one is logged
             return self.failed(request, error, content, 503 if dialect is None else dialect.busy)
-        headers = {}
+        headers = self._work.identity
         for name, count in (("truncated", outcome.truncated), ("unscored", outcome.unscored)):
             if count:
                 headers[f"x-kalm-{name}"] = str(count)

@@ -65,7 +65,8 @@ class PassageEndpoints:
             reranker = await self._work.ask(lambda: self._work.rereading(body.long_passages))
         except Exception as error:  # noqa: BLE001 - an unexpected one is logged
             return self._endpoints.failed(request, error)
-        return StreamingResponse(self._encode(reranker, texts, request), media_type="application/x-ndjson")
+        lines = self._encode(reranker, texts, request)
+        return StreamingResponse(lines, headers=self._work.identity, media_type="application/x-ndjson")
 
     async def _encode(self, reranker: KaLMReranker, texts: list[str], request: Request) -> AsyncIterator[str]:
         done = {"total": len(texts), "done": 0, "new": 0, "known": 0, "truncated": 0, "repaired": 0}
@@ -92,7 +93,7 @@ class PassageEndpoints:
             report = await while_connected(request, self._forget(texts))
         except Exception as error:  # noqa: BLE001 - an unexpected one is logged
             return self._endpoints.failed(request, error)
-        return AsciiJSON(report)
+        return AsciiJSON(report, headers=self._work.identity)
 
     async def _forget_here(self, texts: list[str]) -> dict[str, Any]:
         return asdict(await self._work.run(self._work.reranker.forget, texts))

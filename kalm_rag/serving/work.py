@@ -150,6 +150,11 @@ class Work:
         return await self._calls.run("short", action)
 
     @property
+    def identity(self) -> dict[str, str]:
+        """The header that names the model with its adapter, for each answer that is its doing."""
+        return {"x-kalm-digest": self.reranker.scorer.identity.mark}
+
+    @property
     def counter(self) -> TokenCounter:
         """Counts tokens; loads the model if necessary."""
         with self._lock:

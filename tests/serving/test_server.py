@@ -242,6 +242,24 @@ class TestOwnEndpoints:
             empty = json.loads(client.post("/v1/encode", json={"documents": []}).text)
             assert (empty["total"], empty["finished"]) == (0, True)
 
+    @pytest.mark.parametrize(
+        ("path", "body"),
+        [
+            ("/v2/rerank", {"query": "a", "documents": ["b"]}),
+            ("/rerank", {"query": "a", "texts": ["b"]}),
+            ("/v1/score", {"queries": "a", "documents": ["b"]}),
+            ("/v1/encode", {"documents": ["b"]}),
+            ("/v1/forget", {"documents": ["b"]}),
+            ("/info", None),
+        ],
+    )
+    def test_an_answer_names_the_digest_of_its_model(
+        self, server: TestClient, mini: KaLMReranker, path: str, body: dict[str, Any] | None
+    ) -> None:
+        response = server.get(path) if body is None else server.post(path, json=body)
+        assert response.status_code == 200
+        assert response.headers["x-kalm-digest"] == mini.scorer.identity.mark == server.get("/info").json()["digest"]
+
     def test_info_names_the_model_and_no_folder(self, server: TestClient, mini: KaLMReranker) -> None:
         info = server.get("/info").json()
         assert info["digest"] == mini.scorer.identity.mark
