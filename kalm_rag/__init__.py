@@ -21,6 +21,7 @@ from kalm_rag._version import __version__
 if TYPE_CHECKING:
     from kalm_rag.adapters import Options
     from kalm_rag.cache import PassageCache
+    from kalm_rag.client import RerankerClient
     from kalm_rag.reranker import KaLMReranker
     from kalm_rag.reranker.rankings import Rankings
     from kalm_rag.results import EncodeReport, PartialRanking, RankedPassage, Ranking, UnscoredPassage
@@ -37,6 +38,7 @@ __all__ = [
     "RankedPassage",
     "Ranking",
     "Rankings",
+    "RerankerClient",
     "ThresholdProfile",
     "UnscoredPassage",
     "__version__",
@@ -52,6 +54,7 @@ _HOMES = {
     "RankedPassage": "kalm_rag.results",
     "Ranking": "kalm_rag.results",
     "Rankings": "kalm_rag.reranker.rankings",
+    "RerankerClient": "kalm_rag.client",
     "ThresholdProfile": "kalm_rag.thresholds",
     "UnscoredPassage": "kalm_rag.results",
 }

@@ -34,3 +34,36 @@ class MissingExtraError(KaLMError, ImportError):
 
 class ForkError(KaLMError, RuntimeError):
     """A forked process cannot use the model that its parent loaded; the message names the way out."""
+
+
+class ServerError(KaLMError, RuntimeError):
+    """A server refused a request, or has another model; the message names the way out.
+
+    Args:
+        message: for people.
+        status: of the response; None if there is none.
+
+    Attributes:
+        status: as given.
+    """
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class ServerUnavailableError(ServerError):
+    """A server is away, too slow or busy, or its answer cannot be read: the same request may succeed later.
+
+    Args:
+        message: for people.
+        status: as in `ServerError`.
+        retry_after: seconds after which the server wants to be asked again; None if it did not say.
+
+    Attributes:
+        retry_after: as given.
+    """
+
+    def __init__(self, message: str, status: int | None = None, retry_after: float | None = None) -> None:
+        super().__init__(message, status)
+        self.retry_after = retry_after

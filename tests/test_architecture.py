@@ -14,7 +14,7 @@ MODULES = {
     for path in ROOT.rglob("*.py")
 }
 TREES = {name: ast.parse(path.read_text("utf-8")) for name, path in MODULES.items()}
-MANY_METHODS = {"DiskStore", "KaLMReranker", "PassageCache"}
+MANY_METHODS = {"DiskStore", "KaLMReranker", "PassageCache", "RerankerClient"}
 """Classes whose further methods are a call each."""
 
 

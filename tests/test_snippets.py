@@ -30,6 +30,7 @@ INSTALLS, DOWNLOADS = "installs packages", "downloads from the hub"
 LONG, WEIGHTS = "takes half a minute", "needs the released weights"
 ENGINE = "starts an engine"  # the programs in examples/ run it
 OTHERS = "needs the run of another reranker"
+SERVER = "needs a server"
 SKIPPED = {
     "README.md": {INSTALLS: 2},
     "docs/frameworks/haystack.md": {INSTALLS: 1},
@@ -40,7 +41,7 @@ SKIPPED = {
     "docs/how-to/doctor.md": {LONG: 1, WEIGHTS: 1},
     "docs/how-to/evaluate.md": {INSTALLS: 2, DOWNLOADS: 1, LONG: 1, OTHERS: 1},
     "docs/how-to/offline.md": {DOWNLOADS: 1},
-    "docs/how-to/serve.md": {INSTALLS: 2, ENGINE: 1},
+    "docs/how-to/serve.md": {INSTALLS: 2, ENGINE: 1, SERVER: 1},
     "docs/how-to/thresholds.md": {INSTALLS: 1},
     "docs/how-to/shared-tier.md": {INSTALLS: 1},
     "docs/how-to/tune.md": {INSTALLS: 1},

@@ -29,11 +29,12 @@ from kalm_rag import (
     RankedPassage,
     Ranking,
     Rankings,
+    RerankerClient,
     ThresholdProfile,
     UnscoredPassage,
 )
 from kalm_rag.cache import DiskStore, MemoryStore, Store
-from kalm_rag.errors import CheckpointError, ScoringError
+from kalm_rag.errors import CheckpointError, ScoringError, ServerError, ServerUnavailableError
 
 
 @dataclass
@@ -98,6 +99,25 @@ async def asynchronous(reranker: KaLMReranker) -> None:
     assert_type(await reranker.arank_many(["query"], [Row("one")], text="body"), Rankings[Row])
     assert_type(await reranker.apredict([("query", "one")]), list[float])
     assert_type(await reranker.aencode(["one"]), EncodeReport)
+
+
+async def client() -> float:
+    """The client of a server: its rankings may lack scores."""
+    with RerankerClient("http://127.0.0.1:8000", model="nano", retries=1, on_failure="keep-order") as reranker:
+        try:
+            found = reranker.load().rank("query", [Row("one")], top_k=1, text="body")
+        except ServerUnavailableError as error:
+            return error.retry_after or 0.0
+        except ServerError as error:
+            return float(error.status or 0)
+        assert_type(found, Ranking[Row] | PartialRanking[Row])
+        assert_type(found[0].document, Row)
+        assert_type(found[0].score, float | None)
+        assert_type(reranker.rank_many(["query"], ["one"]), Rankings[str])
+        assert_type(await reranker.arank("query", ["one"]), Ranking[str] | PartialRanking[str])
+        assert_type(reranker.predict([("query", "one")]), list[float])
+        assert_type(await reranker.aencode(["one"]), EncodeReport)
+        return found[0].score or reranker.forget(["one"]).total
 
 
 def errors(reranker: KaLMReranker) -> bool:
