@@ -151,7 +151,9 @@ def check_options(reranker: KaLMReranker) -> None:
 
 def test_every_option_is_tried() -> None:
     names = {option.name for option in dataclasses.fields(Options)}
-    assert names == {*CHANGED, "token", "cache_secret"}
+    of_a_server = {name for name in names if name.startswith("server_")}  # see test_adapters_server.py
+    assert names == {*CHANGED, *of_a_server, "token", "cache_secret"}
+    assert len(of_a_server) == 4
     default = Options()
     same = [name for name, value in CHANGED.items() if value == getattr(default, name)]
     assert same == ["cache_read_only"], "a read-only folder must exist"

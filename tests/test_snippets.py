@@ -34,6 +34,7 @@ SERVER = "needs a server"
 SKIPPED = {
     "README.md": {INSTALLS: 2},
     "docs/frameworks/haystack.md": {INSTALLS: 1},
+    "docs/frameworks/index.md": {SERVER: 1},
     "docs/frameworks/langchain.md": {INSTALLS: 1},
     "docs/frameworks/llama-index.md": {INSTALLS: 1},
     "docs/how-to/compare.md": {INSTALLS: 1},

@@ -6,13 +6,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias, get_args
 
-from kalm_rag.adapters.options import Options, OptionsLike
+from kalm_rag.adapters.options import SERVER, Options, OptionsLike
 from kalm_rag.cache import PassageCache, Store
 from kalm_rag.cache.passage_cache import Keep
+from kalm_rag.client.server import check_url
 from kalm_rag.latency.limit import check_milliseconds, check_on_unknown
 from kalm_rag.model.checkpoint import clean_token
 from kalm_rag.thresholds import ThresholdLike, ThresholdProfile, check_threshold
 from kalm_rag.utils.checks import check_choice, check_dtype, check_flag, check_positive, check_text
+from kalm_rag.utils.paths import DEFAULT
 
 CacheLike: TypeAlias = str | Path | PassageCache | Store | None
 """What an adapter takes as its cache: a folder, a ready-made cache or store, or None for memory only."""
@@ -47,6 +49,45 @@ def check_cache(cache: object, keep: object, options: OptionsLike = None) -> Non
             msg = (
                 f"options.{name} applies only when cache= is a folder or None, got cache={cache!r:.80}; "
                 f"pass cache=PassageCache(..., {name.removeprefix('cache_')}=...) instead"
+            )
+            raise ValueError(msg)
+
+
+_OF_A_MODEL: dict[str, object] = {
+    "revision": None,
+    "lora": None,
+    "cache": DEFAULT,
+    "keep": DEFAULT_KEEP,
+    "device": None,
+    "dtype": None,
+    "max_length": 1024,
+}
+"""Arguments that only a model in this process has, and their defaults."""
+
+
+def check_server(server: str | None, options: OptionsLike, given: Mapping[str, object]) -> None:
+    """Check that nothing is given that a server decides, or that applies only to a server where there is none.
+
+    Args:
+        server: the address, or None.
+        options: of the adapter.
+        given: its arguments `revision`, `lora`, `cache`, `keep`, `device`, `dtype` and `max_length`.
+
+    Raises:
+        ValueError: the message names the argument or the option.
+    """
+    for name in Options.of(options).changed():
+        if server is None and name.startswith(SERVER):
+            msg = f"options.{name} applies only with server=, got server=None; give the address of `kalm-rag serve`"
+            raise ValueError(msg)
+        if server is not None and not name.startswith(SERVER):
+            msg = f"options.{name} does not apply with server=, which has settings of its own; leave it out"
+            raise ValueError(msg)
+    for name, default in _OF_A_MODEL.items():
+        if server is not None and given[name] != default:
+            msg = (
+                f"{name} does not apply with server=, got {name}={given[name]!r:.80}; leave it out, and give it to "
+                "`kalm-rag serve`"
             )
             raise ValueError(msg)
 
@@ -94,6 +135,7 @@ def _or_none(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "model": _check_model,
     "revision": _or_none(check_text),
+    "server": _or_none(check_url),
     "lora": _or_none(_check_folder),
     "device": _or_none(check_text),
     "dtype": _or_none(_check_dtype),

@@ -12,6 +12,7 @@ from kalm_rag.cache.passage_cache import DEFAULT_MEMORY, Storage
 from kalm_rag.cache.remote.address import PASSWORD, read_address
 from kalm_rag.cache.remote.opening import DEFAULT_NAMESPACE, SECRET, check_namespace, check_timeout
 from kalm_rag.cache.remote.tier import RemoteMode
+from kalm_rag.client.server import DEFAULT_RETRIES, DEFAULT_TIMEOUT, KEY, OnFailure, check_key, check_seconds
 from kalm_rag.settings import (
     DEFAULT_MAX_WINDOWS,
     DEFAULT_PREFILL_MEMORY,
@@ -23,13 +24,24 @@ from kalm_rag.settings import (
     PrefillStorage,
     Settings,
 )
-from kalm_rag.utils.checks import check_bytes, check_choice, check_flag, check_positive, check_ratio, check_secret
+from kalm_rag.utils.checks import (
+    check_bytes,
+    check_choice,
+    check_count,
+    check_flag,
+    check_positive,
+    check_ratio,
+    check_secret,
+)
 
 _CACHE = "cache_"
-_CREDENTIALS = ("token", "cache_secret")
+SERVER = "server_"
+"""What the names of options begin with that are those of `RerankerClient`."""
+_CREDENTIALS = ("token", "cache_secret", "server_api_key")
 _WAYS_OUT = {
     "token": "set HF_TOKEN in the environment",
     "cache_secret": f"set {SECRET} in the environment",
+    "server_api_key": f"set {KEY} in the environment",
     "cache_remote": f"set {PASSWORD} in the environment and give the URL without it",
 }
 
@@ -38,9 +50,10 @@ _WAYS_OUT = {
 class Options:
     """Options of an adapter beside its arguments; a mapping of the same names does as well, for YAML and JSON.
 
-    Names that begin with `cache_` are those of `PassageCache`, and apply when `cache=` is a folder or None; the others
-    are those of `KaLMReranker`. Adapters with equal arguments and options share a loaded model; those that differ in
-    options of the scorer share the cache.
+    Names that begin with `cache_` are those of `PassageCache`, and apply when `cache=` is a folder or None; those
+    that begin with `server_` are those of `kalm_rag.RerankerClient`, and apply with `server=`, where no others do; the
+    others are those of `KaLMReranker`. Adapters with equal arguments and options share a loaded model; those that
+    differ in options of the scorer share the cache.
 
     Attributes:
         query_max_length: tokens of a query that are read.
@@ -76,6 +89,12 @@ class Options:
         cache_remote_prefilled: with `keep="prefilled"`, share the prefilled passages as well.
         cache_namespace: separates tenants that share it.
         cache_unauthenticated: share without `cache_secret`, where everybody who can write to it is trusted.
+        server_api_key: the server's key. Default: the first one in `KALM_RAG_API_KEY`. It is never written to JSON or
+            YAML; a pickle holds it.
+        server_timeout: seconds that a ranking may take, with all of its attempts.
+        server_retries: how often a request is sent again while the server is away or busy.
+        server_on_failure: `raise`; or `keep-order`, which returns passages in the order given and without a score while
+            the server is away.
 
     Raises:
         TypeError: an option has the wrong type; the message names it.
@@ -111,6 +130,10 @@ class Options:
     cache_remote_prefilled: bool = False
     cache_namespace: str = DEFAULT_NAMESPACE
     cache_unauthenticated: bool = False
+    server_api_key: str | None = field(default=None, repr=False)
+    server_timeout: float = DEFAULT_TIMEOUT
+    server_retries: int = DEFAULT_RETRIES
+    server_on_failure: OnFailure = "raise"
 
     def __post_init__(self) -> None:
         of_scorer = {name: getattr(self, name) for name in _names() & {field.name for field in fields(Settings)}}
@@ -125,6 +148,10 @@ class Options:
         check_choice("cache_storage", self.cache_storage, get_args(Storage))
         check_secret("cache_secret", self.cache_secret)
         self._check_remote()
+        checked["server_timeout"] = check_seconds("server_timeout", self.server_timeout)
+        checked["server_retries"] = check_count("server_retries", self.server_retries)
+        check_choice("server_on_failure", self.server_on_failure, get_args(OnFailure))
+        check_key("server_api_key", self.server_api_key)
         for name in ("local_files_only", "cache_read_only", "cache_remote_prefilled", "cache_unauthenticated"):
             check_flag(name, getattr(self, name))
         if self.show_progress is not None:
@@ -170,11 +197,15 @@ class Options:
 
     def of_reranker(self) -> dict[str, Any]:
         """Return the arguments of `KaLMReranker` among them."""
-        return {name: getattr(self, name) for name in sorted(_names()) if not name.startswith(_CACHE)}
+        return {name: getattr(self, name) for name in sorted(_names()) if not name.startswith((_CACHE, SERVER))}
 
     def of_cache(self) -> dict[str, Any]:
         """Return the arguments of `PassageCache` among them."""
         return {name.removeprefix(_CACHE): getattr(self, name) for name in sorted(_names()) if name.startswith(_CACHE)}
+
+    def of_client(self) -> dict[str, Any]:
+        """Return the arguments of `RerankerClient` among them."""
+        return {name.removeprefix(SERVER): getattr(self, name) for name in sorted(_names()) if name.startswith(SERVER)}
 
     def changed(self) -> dict[str, Any]:
         """Return what differs from the defaults, by name."""
@@ -218,6 +249,7 @@ _ARGUMENTS = frozenset(
         "lora",
         "cache",
         "keep",
+        "server",
         "device",
         "dtype",
         "max_length",

@@ -8,20 +8,25 @@ import os
 import threading
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from kalm_rag.adapters.arguments import DEFAULT_KEEP, CacheLike, check_cache
 from kalm_rag.adapters.options import Options
 from kalm_rag.cache import PassageCache
 from kalm_rag.cache.passage_cache import Keep
+from kalm_rag.client import RerankerClient
 from kalm_rag.model.lora import CONFIG, WEIGHTS
 from kalm_rag.reranker import KaLMReranker
 from kalm_rag.settings import base_ratio
 from kalm_rag.utils.checks import check_ratio
 from kalm_rag.utils.paths import DEFAULT, passages_dir, user_path
 
+AnyReranker: TypeAlias = KaLMReranker | RerankerClient
+"""What an adapter ranks with: a model in this process, or a server."""
+
 _rerankers: weakref.WeakValueDictionary[tuple[Any, ...], KaLMReranker] = weakref.WeakValueDictionary()
 _caches: weakref.WeakValueDictionary[tuple[Any, ...], PassageCache] = weakref.WeakValueDictionary()
+_clients: weakref.WeakValueDictionary[tuple[Any, ...], RerankerClient] = weakref.WeakValueDictionary()
 _handles: weakref.WeakSet[SharedHandle] = weakref.WeakSet()
 _lock = threading.Lock()
 """Held while one of these is looked up or changed, which loads nothing."""
@@ -83,6 +88,29 @@ def shared_reranker(
         return found
 
 
+def shared_client(
+    server: str, model: str | Path, *, options: Options | None = None, ratio: int | None = None
+) -> RerankerClient:
+    """Return this process's client for these arguments; the first call makes it, and connects to nothing.
+
+    Args:
+        server: as in `RerankerClient`.
+        model: as in `RerankerClient`.
+        options: holds its further arguments.
+        ratio: as in `RerankerClient`.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong.
+    """
+    arguments = {**(options or Options()).of_client(), "model": str(model), "ratio": ratio}
+    key = (server, *_comparable(arguments))
+    with _lock:
+        found = _clients.get(key)
+        if found is None:
+            found = _clients[key] = RerankerClient(server, **arguments)
+        return found
+
+
 def _place(cache: CacheLike) -> Any:
     """Return what tells a place from others."""
     if cache == DEFAULT:
@@ -112,7 +140,7 @@ def _lora_place(lora: str | Path | None) -> list[str]:
 
 def _comparable(arguments: dict[str, Any]) -> list[tuple[str, str]]:
     """Return arguments in a form that can be compared and shown; credentials cannot be read from it."""
-    hidden = ("token", "secret", "remote")
+    hidden = ("token", "secret", "remote", "api_key")
     return sorted((name, _digest(value) if name in hidden else str(value)) for name, value in arguments.items())
 
 
@@ -127,7 +155,7 @@ class SharedHandle:
     """
 
     def __init__(self) -> None:
-        self._held: list[KaLMReranker] = []
+        self._held: list[AnyReranker] = []
         with _lock:
             _handles.add(self)
 
@@ -138,11 +166,19 @@ class SharedHandle:
         cache: CacheLike = DEFAULT,
         keep: Keep = DEFAULT_KEEP,
         options: Options | None = None,
+        server: str | None = None,
         **arguments: Any,
-    ) -> KaLMReranker:
-        """Return the shared reranker for these arguments and keep it alive; arguments that are None are left out."""
-        given = {name: value for name, value in arguments.items() if value is not None}
-        found = shared_reranker(model, cache=cache, keep=keep, options=options, **given)
+    ) -> AnyReranker:
+        """Return the shared reranker for these arguments and keep it alive; arguments that are None are left out.
+
+        With `server`, it is a client, whose other arguments are in `ratio` and `options`.
+        """
+        found: AnyReranker
+        if server is None:
+            given = {name: value for name, value in arguments.items() if value is not None}
+            found = shared_reranker(model, cache=cache, keep=keep, options=options, **given)
+        else:
+            found = shared_client(server, model, options=options, ratio=arguments.get("ratio"))
         with _lock:
             if not any(held is found for held in self._held):
                 self._held.append(found)
@@ -157,10 +193,10 @@ class SharedHandle:
             held, self._held = self._held, []
             others = {id(found) for handle in _handles for found in handle._held}
         for found in held:
-            if id(found) in others:
-                found.cache.flush()
-            else:
+            if id(found) not in others:
                 found.close()
+            elif isinstance(found, KaLMReranker):
+                found.cache.flush()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedHandle:
         return SharedHandle()

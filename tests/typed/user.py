@@ -133,6 +133,7 @@ def langchain(folder: Path) -> None:
     """LangChain's classes."""
     options = Options(batch_size=8, cache_limit=10**9, control_tokens="allow", prefill_storage="int8")
     reranker = KalmReranker(model="mini", top_n=5, score_threshold=0.5, cache=folder, options=options)
+    KalmReranker(server="http://127.0.0.1:8000", options=Options(server_timeout=5.0, server_on_failure="keep-order"))
     KalmReranker(top_n=None, keep="prefilled", options={"batch_size": 8}, instruction="Find code.", ratio=8)
     found = reranker.compress_documents([LangChainDocument("one")], "query")
     print([document.metadata["relevance_score"] for document in found], reranker.reranker.cache)

@@ -22,14 +22,15 @@ from pydantic import (
     model_validator,
 )
 
-from kalm_rag import KaLMReranker
 from kalm_rag.adapters import (
+    AnyReranker,
     CacheLike,
     Options,
     OptionsLike,
     SharedHandle,
     check_arguments,
     check_cache,
+    check_server,
     serialisable_cache,
 )
 from kalm_rag.cache import ForgetReport
@@ -55,6 +56,9 @@ class KalmBase(BaseModel):
     keep: Keep = "states"
     """What a folder keeps: `states`, or `prefilled` to keep prefilled documents too, for fast first queries on a CPU
     at about 25 times the bytes. Encoder and reranker must name the same."""
+    server: str | None = None
+    """The address of `kalm-rag serve`, such as `http://127.0.0.1:8000`, which ranks instead of a model in this process;
+    its model must be `model`, an alias or the digest."""
     device: str | None = None
     """`cpu`, `cuda`, ...; by default the best there is."""
     dtype: str | None = None
@@ -92,6 +96,7 @@ class KalmBase(BaseModel):
     @model_validator(mode="after")
     def _check_cache(self) -> KalmBase:
         check_cache(self.cache, self.keep, self.options)
+        check_server(self.server, self.options, self.__dict__)
         return self
 
     @field_serializer("cache", when_used="json")
@@ -112,12 +117,13 @@ class KalmBase(BaseModel):
         return super().__getstate__()
 
     @property
-    def reranker(self) -> KaLMReranker:
-        """The shared `kalm_rag.KaLMReranker`."""
+    def reranker(self) -> AnyReranker:
+        """The shared `kalm_rag.KaLMReranker`, or with `server` the shared `kalm_rag.RerankerClient`."""
         return self._handle.get(
             self.model,
             cache=self.cache,
             keep=self.keep,
+            server=self.server,
             revision=self.revision,
             lora=self.lora,
             device=self.device,

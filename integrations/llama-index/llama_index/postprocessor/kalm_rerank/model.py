@@ -18,15 +18,16 @@ from llama_index.core.bridge.pydantic import (
 from llama_index.core.schema import BaseComponent, BaseNode, MetadataMode, NodeWithScore
 from pydantic import SecretBytes, SecretStr, SerializationInfo, SkipValidation
 
-from kalm_rag import KaLMReranker
 from kalm_rag.adapters import (
     HIT_KEYS,
+    AnyReranker,
     CacheLike,
     Options,
     OptionsLike,
     SharedHandle,
     check_arguments,
     check_cache,
+    check_server,
     serialisable_cache,
 )
 from kalm_rag.cache import ForgetReport
@@ -55,6 +56,11 @@ class KalmBase(BaseComponent):
         default="states",
         description="What a folder keeps: states, or prefilled to keep prefilled passages too, for fast first queries "
         "on a CPU at about 25 times the bytes. The same for all that share.",
+    )
+    server: str | None = Field(
+        default=None,
+        description="The address of `kalm-rag serve`, such as http://127.0.0.1:8000, which ranks instead of a model in "
+        "this process; its model must be `model`, an alias or the digest.",
     )
     device: str | None = Field(default=None, description="cpu, cuda, ...; by default the best there is.")
     dtype: str | None = Field(
@@ -99,6 +105,7 @@ class KalmBase(BaseComponent):
     @model_validator(mode="after")
     def _check_cache(self) -> KalmBase:
         check_cache(self.cache, self.keep, self.options)
+        check_server(self.server, self.options, self.__dict__)
         return self
 
     @field_serializer("cache", when_used="json")
@@ -133,12 +140,13 @@ class KalmBase(BaseComponent):
         return super().__getstate__()
 
     @property
-    def reranker(self) -> KaLMReranker:
-        """The shared `kalm_rag.KaLMReranker`."""
+    def reranker(self) -> AnyReranker:
+        """The shared `kalm_rag.KaLMReranker`, or with `server` the shared `kalm_rag.RerankerClient`."""
         return self._handle.get(
             self.model,
             cache=self.cache,
             keep=self.keep,
+            server=self.server,
             revision=self.revision,
             lora=self.lora,
             device=self.device,

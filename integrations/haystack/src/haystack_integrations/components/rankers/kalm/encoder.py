@@ -10,6 +10,7 @@ from haystack.utils import ComponentDevice, Secret
 from haystack_integrations.components.rankers.kalm.model import KalmBase
 from haystack_integrations.components.rankers.kalm.ranker import restored
 
+from kalm_rag import RerankerClient
 from kalm_rag.adapters import CacheLike, OptionsLike
 from kalm_rag.cache.passage_cache import Keep
 
@@ -29,6 +30,7 @@ class KalmPassageEncoder(KalmBase):
         lora: str | Path | None = None,
         cache: CacheLike = "default",
         keep: Keep = "states",
+        server: str | None = None,
         device: ComponentDevice | None = None,
         dtype: str | None = None,
         token: Secret | None = Secret.from_env_var(["HF_API_TOKEN", "HF_TOKEN"], strict=False),
@@ -47,6 +49,7 @@ class KalmPassageEncoder(KalmBase):
             lora=lora,
             cache=cache,
             keep=keep,
+            server=server,
             device=device,
             dtype=dtype,
             token=token,
@@ -58,8 +61,9 @@ class KalmPassageEncoder(KalmBase):
         )
 
     def warm_up(self) -> None:
-        """Load the model. Calling it again does nothing."""
-        _ = self.reranker.scorer  # loads the model
+        """Load the model, or check the server. Calling it again does nothing."""
+        reranker = self.reranker
+        _ = reranker.load() if isinstance(reranker, RerankerClient) else reranker.scorer  # loads the model
 
     @component.output_types(documents=list[Document], encoded=int, known=int, truncated=int)
     def run(self, documents: list[Document]) -> dict[str, Any]:

@@ -11,14 +11,15 @@ from haystack import Document
 from haystack.core.errors import SerializationError
 from haystack.utils import ComponentDevice, Secret
 
-from kalm_rag import KaLMReranker
 from kalm_rag.adapters import (
+    AnyReranker,
     CacheLike,
     Options,
     OptionsLike,
     SharedHandle,
     check_arguments,
     check_cache,
+    check_server,
     serialisable_cache,
 )
 from kalm_rag.cache import ForgetReport
@@ -37,6 +38,7 @@ class KalmBase:
         lora: str | Path | None,
         cache: CacheLike,
         keep: Keep,
+        server: str | None,
         device: ComponentDevice | None,
         dtype: str | None,
         token: Secret | None,
@@ -56,6 +58,7 @@ class KalmBase:
                 "model": model,
                 "revision": revision,
                 "lora": lora,
+                "server": server,
                 "dtype": dtype,
                 "max_length": max_length,
                 "ratio": ratio,
@@ -69,7 +72,10 @@ class KalmBase:
             # The message does not show it: it may be the token itself.
             msg = f"token must be a Secret, got {type(token).__name__}; use Secret.from_env_var('HF_TOKEN')"
             raise TypeError(msg)
+        local = {"revision": revision, "lora": lora, "cache": cache, "keep": keep, "device": device, "dtype": dtype}
+        check_server(checked["server"], self.options, {**local, "max_length": checked["max_length"]})
         self.model = str(model)
+        self.server: str | None = checked["server"]
         self.revision = revision
         self.lora = None if lora is None else str(lora)
         self.cache: CacheLike = str(cache) if isinstance(cache, Path) else cache
@@ -84,17 +90,18 @@ class KalmBase:
         self._handle = SharedHandle()
 
     @property
-    def reranker(self) -> KaLMReranker:
-        """The shared `kalm_rag.KaLMReranker`."""
+    def reranker(self) -> AnyReranker:
+        """The shared `kalm_rag.KaLMReranker`, or with `server` the shared `kalm_rag.RerankerClient`."""
         return self._handle.get(
             self.model,
             cache=self.cache,
             keep=self.keep,
+            server=self.server,
             revision=self.revision,
             lora=self.lora,
             device=None if self.device is None else self.device.to_torch_str(),
             dtype=self.dtype,
-            token=self._own_token(),
+            token=None if self.server is not None else self._own_token(),
             max_length=self.max_length,
             ratio=self.ratio,
             options=self.options,
@@ -154,6 +161,7 @@ class KalmBase:
             "lora": self.lora,
             "cache": cache,
             "keep": self.keep,
+            "server": self.server,
             "device": self.device,
             "dtype": self.dtype,
             "token": self.token,

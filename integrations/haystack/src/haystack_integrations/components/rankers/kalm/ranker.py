@@ -56,6 +56,7 @@ class KalmRanker(KalmBase):
         lora: str | Path | None = None,
         cache: CacheLike = "default",
         keep: Keep = "states",
+        server: str | None = None,
         device: ComponentDevice | None = None,
         dtype: str | None = None,
         token: Secret | None = Secret.from_env_var(["HF_API_TOKEN", "HF_TOKEN"], strict=False),
@@ -81,6 +82,8 @@ class KalmRanker(KalmBase):
                 ready-made `kalm_rag.PassageCache` or store is used as it is, shared with all that are given it.
             keep: what a folder keeps: `states`, or `prefilled` to keep prefilled documents too, for fast first queries
                 on a CPU at about 25 times the bytes. Encoder and ranker must name the same.
+            server: the address of `kalm-rag serve`, such as `http://127.0.0.1:8000`, which ranks instead of a model in
+                this process; its model must be `model`, an alias or the digest.
             device: by default the best there is.
             dtype: `float32`, `bfloat16`, `int8`, `int8-all`; by default bfloat16 on CUDA, else float32.
             token: hub token, if the model needs one.
@@ -113,6 +116,7 @@ class KalmRanker(KalmBase):
             lora=lora,
             cache=cache,
             keep=keep,
+            server=server,
             device=device,
             dtype=dtype,
             token=token,
@@ -143,7 +147,7 @@ class KalmRanker(KalmBase):
         self.on_unknown: OnUnknown | None = checked["on_unknown"]
 
     def warm_up(self) -> None:
-        """Load the model. Calling it again does nothing."""
+        """Load the model, or check the server. Calling it again does nothing."""
         self.reranker.load()
 
     @component.output_types(documents=list[Document])
