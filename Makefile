@@ -7,7 +7,8 @@ SOURCES := $(shell find kalm_rag integrations -type f -not -path '*/tests/*' -no
   pyproject.toml hatch_build.py README.md CHANGELOG.md CITATION.cff LICENSE SECURITY.md
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test servers bench faults soak test-ray-serve test-lowest test-newest test-floors test-spark lint types docs dist check clean
+.PHONY: demo test servers bench faults soak test-ray-serve test-lowest test-newest test-floors test-spark test-clients lint types docs
+.PHONY: dist check clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/kalm-rag demo
@@ -60,6 +61,17 @@ test-floors: $(VENV)-floors/.ready
 # The encoder on Spark, which needs Java 17 or newer (Debian: default-jre-headless).
 test-spark: $(VENV)-spark/.ready
 	OMP_NUM_THREADS=1 $(VENV)-spark/bin/python -m pytest tests/distributed/test_spark.py tests/test_examples.py -k spark
+
+# Real clients of `kalm-rag serve`, which runs in .venv. The clients are downloaded into environments of their own, without
+# torch; not all of them can be installed side by side.
+CLIENTS := cohere5 cohere7
+test-clients: $(VENV)/.dev $(CLIENTS:%=$(VENV)-clients-%/.ready) tests/clients/node_modules/.ready
+	for name in $(CLIENTS); do \
+	  $(VENV)-clients-$$name/bin/python -m pytest -c tests/clients/pytest.ini tests/clients --environment $$name \
+	    --kalm-rag $(VENV)/bin/kalm-rag || exit 1; \
+	done
+	$(VENV)-clients-cohere7/bin/python -m pytest -c tests/clients/pytest.ini tests/clients --environment node \
+	  --kalm-rag $(VENV)/bin/kalm-rag
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
@@ -139,5 +151,16 @@ $(VENV)-spark/.ready: pyproject.toml constraints.txt
 	  hypothesis pandas pyarrow pyspark pytest pytest-asyncio pytest-timeout
 	touch $@
 
+$(VENV)-clients-%/.ready: tests/clients/%.txt
+	$(PYTHON) -m venv $(VENV)-clients-$*
+	$(VENV)-clients-$*/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	touch $@
+
+tests/clients/node_modules/.ready: tests/clients/package.json tests/clients/package-lock.json
+	@command -v npm >/dev/null || { \
+	  echo "make test-clients needs Node.js 18 or newer, with npm, for clients in JavaScript (Debian: nodejs, npm)"; exit 1; }
+	npm ci --prefix tests/clients --no-audit --no-fund
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest $(VENV)-floors $(VENV)-spark dist site
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest $(VENV)-floors $(VENV)-spark $(VENV)-clients-* tests/clients/node_modules dist site

@@ -19,6 +19,8 @@ import pytest
 from kalm_rag import KaLMReranker
 from kalm_rag.demo_data import load_demo
 
+# Clients of the server run in environments of their own, where `make test-clients` collects them.
+collect_ignore = ["clients"]
 pytest.register_assert_rewrite("storekit")
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")

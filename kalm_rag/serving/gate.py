@@ -49,7 +49,7 @@ class Gate:
         limits: of bodies.
         keys: that open it.
         metrics: that count requests.
-        names: what metrics and logs call a path that is no dialect's.
+        names: the endpoints' paths, and what metrics and logs call those that are no dialect's.
     """
 
     def __init__(self, app: App, limits: Limits, keys: Keys, metrics: Metrics, names: dict[str, str]) -> None:
@@ -89,14 +89,19 @@ class Gate:
         status, seconds = state.get("status", exchange.status), time.monotonic() - exchange.began
         self._metrics.ended(name, status, seconds)
         method = exchange.scope["method"] if exchange.scope["method"] in _METHODS else "other"
-        log_request(exchange.request_id, name, method, status, seconds, state.get("facts", {}))
+        known = path if path in self._names else None
+        log_request(exchange.request_id, name, known, method, status, seconds, state.get("facts", {}))
 
     def _check_key(self, scope: Scope) -> None:
         path = scope["path"]
         if not self._keys.required or path in PUBLIC or path.startswith(ASSETS) or scope["method"] == "OPTIONS":
             return
-        if not self._keys.admits(header(scope, b"authorization")):
-            msg = "an API key is needed, in the header `Authorization: Bearer KEY`"
+        given = header(scope, b"authorization")
+        if not self._keys.admits(given):
+            if given is None or not given.lower().startswith("bearer "):
+                msg = "an API key is needed, in the header `Authorization: Bearer KEY`"
+            else:
+                msg = "the server does not know the API key that was sent: use one that it was started with"
             raise ServingError(401, msg)
 
     async def _body(self, scope: Scope, receive: Receive, reserved: list[int]) -> bytes:
@@ -126,7 +131,7 @@ class Gate:
                 raise _too_large(most)
             if self._held + len(part) > self._limits.held_bytes:
                 dialect = dialect_of(scope["path"])
-                msg = f"requests hold {self._limits.held_bytes} bytes, which is the limit: try again"
+                msg = f"requests hold {self._limits.held_bytes} bytes, which is the limit: try again in 1 s"
                 raise ServingError(503 if dialect is None else dialect.busy, msg, 1.0)
             self._held += len(part)
             reserved[0] += len(part)

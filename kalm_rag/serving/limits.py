@@ -25,10 +25,14 @@ class ServingError(Exception):
 
 
 class BusyError(ServingError):
-    """The queue is full. The status is the dialect's: 429 or 503."""
+    """The queue is full. The status is the dialect's: 429 or 503.
+
+    The message ends with the seconds after which to try again: most clients show it, and none shows the header.
+    """
 
     def __init__(self, message: str, retry_after: float) -> None:
         super().__init__(503, message, retry_after)
+        self.message += f": try again in {self.retry_after} s"
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,19 +38,22 @@ def json_handler() -> logging.Handler:
 
 
 def log_request(
-    request_id: str, endpoint: str, method: str, status: int, seconds: float, facts: dict[str, int]
+    request_id: str, endpoint: str, path: str | None, method: str, status: int, seconds: float, facts: dict[str, int]
 ) -> None:
     """Log a request that ended.
 
     Args:
         request_id: of the request.
-        endpoint: the dialect or the endpoint's name; never the path as it came.
+        endpoint: the dialect or the endpoint's name.
+        path: of an endpoint; None for any other, which is not logged as it came.
         method: of HTTP.
         status: of the response; 499 if the client went away.
         seconds: that it took.
         facts: counts and lengths.
     """
-    own = {"request_id": request_id, "endpoint": endpoint, "method": method, "status": status}
+    own: dict[str, Any] = {"request_id": request_id, "endpoint": endpoint, "method": method, "status": status}
+    if path is not None:
+        own["path"] = path
     level = logging.WARNING if status >= 500 else logging.INFO
     logger.log(level, "request", extra={"kalm": {**own, "ms": round(1000 * seconds, 1), **facts}})
 

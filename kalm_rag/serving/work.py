@@ -60,10 +60,7 @@ class Queue:
             BusyError: too many wait already.
         """
         if self._places.locked() and self.waiting >= self._limits.waiting:
-            msg = (
-                f"the server works on {self.running} requests, and {self.waiting} wait, which is the limit: try again "
-                "after the seconds in Retry-After"
-            )
+            msg = f"the server is full, {self.running} requests run and {self.waiting} wait, which is its limit"
             raise BusyError(msg, self.retry_after)
 
     @contextlib.asynccontextmanager
