@@ -38,7 +38,8 @@ soak: $(VENV)/.dev
 
 # The server on Ray Serve: two replicas on a Ray of this machine.
 test-ray-serve: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/serving/test_ray_serve.py --ray-serve
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/serving/test_ray_serve.py tests/test_benchmarks.py::test_routes_of_ray_serve \
+	  --ray-serve
 
 # The oldest transformers that pyproject.toml allows.
 test-lowest: $(VENV)-lowest/.ready

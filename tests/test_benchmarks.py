@@ -108,7 +108,9 @@ def test_script(script: str, tmp_path: Path, run: Callable[..., dict[str, Any]])
         assert [item["changed"] for item in json.loads(written.read_text())["quality"]] == [0]
 
 
-def test_routes_of_ray_serve(run: Callable[..., dict[str, Any]]) -> None:
+def test_routes_of_ray_serve(request: pytest.FixtureRequest, run: Callable[..., dict[str, Any]]) -> None:
+    if not request.config.getoption("--ray-serve"):
+        pytest.skip("runs under `make test-ray-serve`")
     found = run("ray_serve.py", "--no-cost", "--forms", "states")["routes"]
     assert [one["route"] for one in found] == ["any", "query", "passage"]
     for one in found:
