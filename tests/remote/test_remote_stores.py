@@ -176,6 +176,23 @@ class TestFolder(ObjectContract):
         yield store
         store.close()
 
+    def test_what_another_process_deletes_meanwhile_is_deleted(
+        self, store: Any, tmp_path: Path, monkeypatch: Any
+    ) -> None:
+        store.put_many(dict.fromkeys(KEYS[:3], b"value"))
+        sizes = store._bucket.sizes
+
+        def told_too_early(keys: list[str]) -> list[int | None]:
+            found: list[int | None] = sizes(keys)
+            (file,) = tmp_path.rglob(KEYS[0])
+            file.unlink()
+            return found
+
+        monkeypatch.setattr(store._bucket, "sizes", told_too_early)
+        assert store.delete(KEYS[:3]) == 3
+        monkeypatch.undo()
+        assert store.get_many(KEYS) == {}
+
 
 class TestMemory(ObjectContract):
     """As Google's: obstore has one code for both, and there is no server of Google's to test with."""

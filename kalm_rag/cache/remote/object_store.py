@@ -231,10 +231,23 @@ class _Bucket:
         return self._run("write to", put)
 
     def delete(self, keys: Sequence[str]) -> None:
-        """Delete objects."""
+        """Delete objects; one that another process deletes at the same time is deleted."""
         import obstore
+        from obstore.exceptions import NotFoundError
 
-        self._run("delete from", lambda: obstore.delete(self._opened(), [self._name(key) for key in keys]))
+        def delete() -> None:
+            store, names = self._opened(), [self._name(key) for key in keys]
+            try:
+                obstore.delete(store, names)
+            except (NotFoundError, FileNotFoundError) as error:
+                # A folder ends at the first file that is not there; the others are left.
+                if any(mark in str(error) for mark in _MISSING):
+                    raise
+                for name in names:
+                    with contextlib.suppress(NotFoundError, FileNotFoundError):
+                        obstore.delete(store, name)
+
+        self._run("delete from", delete)
 
     def names(self, most: int | None = None) -> list[str]:
         """Return the last parts of the names of all objects, or of so many."""
