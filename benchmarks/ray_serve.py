@@ -36,7 +36,7 @@ from typing import Any
 
 from replay import Stream, make_stream
 from report import environment, percentiles, print_table
-from serve import ask, connect, load, over_http, server
+from serve import ask, connect, known, load, over_http, server
 
 from kalm_rag import KaLMReranker, PassageCache
 from kalm_rag.demo_data import load_demo
@@ -111,7 +111,7 @@ def cost(options: argparse.Namespace) -> list[dict[str, Any]]:
             found: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
             for _, (name, (port, processes)) in itertools.product(range(options.rounds), ways.items()):
                 spent = cpu_seconds(processes)
-                one = load(clients, options.seconds, over_http(port, texts, options.passages))
+                one = load(clients, options.seconds, over_http(port, known(texts, options.passages)))
                 found[name].append(one | {"cpu_ms": 1000 * (cpu_seconds(processes) - spent) / one["asked"]})
             for name, rounds in found.items():
                 if any(one["refused"] for one in rounds):

@@ -2,7 +2,8 @@
 
 A server runs in a process of its own; this process sends requests over connections that stay open, or calls the library
 in as many threads, with and without joining small calls as the server does. The ways take turns, and each number is of
-the best round: other programs run too. Each query is asked once, so that no score is remembered.
+the best round: other programs run too. Each query is asked once, so that no score is remembered. Hot passages are
+prefilled in memory, cold ones are new, and those from disk were encoded before by another process and are read once.
 
     python benchmarks/serve.py [--model mini] [--passages 10] [--clients 1 2 4 8 16] [--seconds S] [--small]
 """
@@ -31,6 +32,8 @@ from report import environment, percentiles, print_table
 _numbers = itertools.count()
 Make = Callable[[int, contextlib.ExitStack], Callable[[], int]]
 """Makes what one client does, again and again; the stack closes what it opened."""
+Texts = Callable[[random.Random], list[str]]
+"""Gives the passages of one request."""
 
 
 @contextlib.contextmanager
@@ -52,7 +55,7 @@ def server(model: str, cache: str, *flags: str) -> Iterator[tuple[int, int]]:
         cache,
         *flags,
     ]
-    with subprocess.Popen([*command, *flags], stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         try:
             while True:
                 if process.poll() is not None:
@@ -81,10 +84,32 @@ def ask(connection: http.client.HTTPConnection, method: str, path: str, body: An
     return response.status, response.read()
 
 
-def request_of(texts: list[str], count: int, draw: random.Random) -> dict[str, Any]:
-    """A question that nobody asked before, about known passages."""
+def request_of(texts: Texts, draw: random.Random) -> dict[str, Any]:
+    """A question that nobody asked before."""
     query = f"how do I sort a list of pairs, question {next(_numbers)}"
-    return {"query": query, "documents": draw.sample(texts, min(count, len(texts)))}
+    return {"query": query, "documents": texts(draw)}
+
+
+def known(texts: list[str], count: int) -> Texts:
+    """Passages that come again and again."""
+    return lambda draw: draw.sample(texts, min(count, len(texts)))
+
+
+def new(texts: list[str], count: int) -> Texts:
+    """Passages that nobody has seen."""
+    return lambda draw: [f"{text} {next(_numbers)}" for text in known(texts, count)(draw)]
+
+
+def in_turn(texts: list[str], count: int) -> Texts:
+    """Each passage once, for all clients together; `StopIteration` at the end."""
+    parts = iter([texts[start : start + count] for start in range(0, len(texts), count)])
+    lock = threading.Lock()
+
+    def following(_: random.Random) -> list[str]:
+        with lock:
+            return next(parts)
+
+    return following
 
 
 def load(clients: int, seconds: float, make: Make) -> dict[str, Any]:
@@ -100,7 +125,10 @@ def load(clients: int, seconds: float, make: Make) -> dict[str, Any]:
                 call = make(number, stack)
                 while time.monotonic() < end:
                     began = time.perf_counter()
-                    status = call()
+                    try:
+                        status = call()
+                    except StopIteration:
+                        break
                     statuses.append(status)
                     if status == 200:
                         took.append(1000 * (time.perf_counter() - began))
@@ -120,24 +148,24 @@ def load(clients: int, seconds: float, make: Make) -> dict[str, Any]:
     return {"per_second": len(took) / spent, "refused": refused, "asked": len(statuses), "samples_ms": took}
 
 
-def over_http(port: int, texts: list[str], count: int) -> Make:
+def over_http(port: int, texts: Texts) -> Make:
     """Clients of the server."""
 
     def make(number: int, stack: contextlib.ExitStack) -> Callable[[], int]:
         connection, draw = stack.enter_context(contextlib.closing(connect(port))), random.Random(number)
-        return lambda: ask(connection, "POST", "/v2/rerank", request_of(texts, count, draw))[0]
+        return lambda: ask(connection, "POST", "/v2/rerank", request_of(texts, draw))[0]
 
     return make
 
 
-def in_process(reranker: Any, texts: list[str], count: int) -> Make:
+def in_process(reranker: Any, texts: Texts) -> Make:
     """Callers of the library."""
 
     def make(number: int, _: contextlib.ExitStack) -> Callable[[], int]:
         draw = random.Random(number)
 
         def call() -> int:
-            one = request_of(texts, count, draw)
+            one = request_of(texts, draw)
             reranker.rank(one["query"], one["documents"])
             return 200
 
@@ -146,7 +174,7 @@ def in_process(reranker: Any, texts: list[str], count: int) -> Make:
     return make
 
 
-def joined(reranker: Any, texts: list[str], count: int) -> Make:
+def joined(reranker: Any, texts: Texts) -> Make:
     """Callers of the library whose small calls are joined, as the server joins requests."""
     from kalm_rag.serving.joining import Joiner
 
@@ -156,7 +184,7 @@ def joined(reranker: Any, texts: list[str], count: int) -> Make:
         draw = random.Random(number)
 
         def call() -> int:
-            one = request_of(texts, count, draw)
+            one = request_of(texts, draw)
             joiner.rank(reranker, one["query"], one["documents"], 0, None, None)
             return 200
 
@@ -192,14 +220,17 @@ def main() -> None:
     parser.add_argument("--model", default="mini")
     parser.add_argument("--passages", type=int, default=10)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--few", type=int, nargs="+", default=[1, 4], help="clients with cold passages, and from disk")
+    parser.add_argument("--copies", type=int, default=4, help="copies of the bundled corpus to read from disk")
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--small", action="store_true", help="few requests: checks the script")
     parser.add_argument("--output", type=Path, help="write JSON here too")
     options = parser.parse_args()
     if options.small:
-        options.passages, options.clients, options.seconds, options.rounds = 3, [2], 0.3, 1
-    from kalm_rag import KaLMReranker
+        options.passages, options.clients, options.few, options.seconds, options.rounds = 3, [2], [2], 0.3, 1
+        options.copies = 1
+    from kalm_rag import KaLMReranker, PassageCache
     from kalm_rag.demo_data import load_demo
 
     texts = list(load_demo().passages.values())[: 12 if options.small else None]
@@ -219,17 +250,43 @@ def main() -> None:
         library.load().rank("the first query prefills", texts)
         with contextlib.closing(connect(port)) as first:
             ask(first, "POST", "/v2/rerank", {"query": "the first query prefills", "documents": texts})
-        ways = {
-            "library": in_process(library, texts, options.passages),
-            "library, joined": joined(library, texts, options.passages),
-            "server": over_http(port, texts, options.passages),
-        }
-        for clients in options.clients:
+        hot, cold = known(texts, options.passages), new(texts, options.passages)
+
+        def take_turns(what: str, clients: int, rounds: int, ways: dict[str, Make]) -> None:
             found: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
-            for _, (name, make) in itertools.product(range(options.rounds), ways.items()):
+            for _, (name, make) in itertools.product(range(rounds), ways.items()):
                 found[name].append(load(clients, options.seconds, make))
             for name, all_rounds in found.items():
-                keep(f"{name}, hot", clients, all_rounds)
+                keep(f"{name}, {what}", clients, all_rounds)
+
+        for clients in options.clients:
+            ways = {
+                "library": in_process(library, hot),
+                "library, joined": joined(library, hot),
+                "server": over_http(port, hot),
+            }
+            take_turns("hot", clients, options.rounds, ways)
+        for clients in options.few:
+            ways = {"library": in_process(library, cold), "server": over_http(port, cold)}
+            take_turns("cold", clients, options.rounds, ways)
+        stored = [f"{text} ({number})" for number in range(options.copies) for text in texts]
+        with tempfile.TemporaryDirectory() as folder:
+            with (
+                PassageCache(folder) as filled,
+                KaLMReranker(options.model, cache=filled, show_progress=False) as writer,
+            ):
+                writer.encode(stored)
+            for clients in options.few:
+                with (
+                    PassageCache(folder, read_only=True) as reads,
+                    KaLMReranker(options.model, cache=reads, show_progress=False) as reader,
+                ):
+                    reader.load()
+                    way = in_process(reader, in_turn(stored, options.passages))
+                    keep("library, from disk", clients, [load(clients, 60.0, way)])
+                with server(options.model, folder) as (other, _):
+                    way = over_http(other, in_turn(stored, options.passages))
+                    keep("server, from disk", clients, [load(clients, 60.0, way)])
         # Short requests of four clients, while a fifth sends long ones, one after the other.
         stop = threading.Event()
         many = {"query": "", "documents": [f"{text} ({number})" for number in range(8) for text in texts][:1000]}
@@ -241,16 +298,18 @@ def main() -> None:
 
         thread = threading.Thread(target=long_ones)
         thread.start()
-        mixed = [load(4, options.seconds, ways["server"])]
+        mixed = [load(4, options.seconds, over_http(port, hot))]
         stop.set()
         thread.join()
         keep("server, beside long requests", 4, mixed)
         before = resident(process)
-        over = [load(2 * (16 + 8) if not options.small else 4, options.seconds, ways["server"])]
-        keep("server, overload", 48, over, resident_before=before, resident_after=resident(process))
+        over = [load(2 * (16 + 8) if not options.small else 4, options.seconds, over_http(port, hot))]
+        after = resident(process)
+        keep("server, overload", 48, over, resident_before=before, resident_after=after)
     summary = {"environment": environment(), "results": results}
     print(summary["environment"])
     print_table(["", "clients", "requests/s", "p50 ms", "p95 ms", "p99 ms", "refused"], rows)
+    print("memory of the server in MB, before overload and after:", *(f"{size / 1e6:.0f}" for size in (before, after)))
     if options.output:
         options.output.write_text(json.dumps(summary, indent=1))
     print(json.dumps(summary))
