@@ -6,9 +6,9 @@ import logging
 import random
 import re
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from time import sleep
 from typing import Any, TypeVar
 
 from kalm_rag.client.exchange import Deadline, Exchange, read_object
@@ -144,7 +144,7 @@ class Connection:
             else:
                 self._breaker.succeeded()
                 return found
-            time.sleep(pause)
+            sleep(pause)
             check_stopped()  # whoever asked may have been cancelled
         raise AssertionError  # the last attempt returns or raises
 

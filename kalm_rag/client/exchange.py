@@ -6,9 +6,9 @@ import datetime
 import email.utils
 import json
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from time import monotonic
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -46,12 +46,12 @@ class Deadline:
         self.seconds = seconds
         self._within = within
         self._renews = renews
-        self._end = time.monotonic() + seconds
+        self._end = monotonic() + seconds
 
     @property
     def left(self) -> float:
         """Seconds left; negative once it has passed."""
-        return self._end - time.monotonic()
+        return self._end - monotonic()
 
     @property
     def left_to_begin(self) -> float:
@@ -61,7 +61,7 @@ class Deadline:
     def progressed(self) -> None:
         """Note that a part of an answer arrived."""
         if self._renews:
-            self._end = time.monotonic() + self.seconds
+            self._end = monotonic() + self.seconds
 
 
 class Exchange:

@@ -331,7 +331,7 @@ class TestWhenTheServerIsAway:
         self, stub: Scripted, stub_url: str, form: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         pauses: list[float] = []
-        monkeypatch.setattr("kalm_rag.client.connection.time.sleep", pauses.append)
+        monkeypatch.setattr("kalm_rag.client.connection.sleep", pauses.append)
         value = "7" if form == "seconds" else formatdate(time.time() + 8, usegmt=True)
         stub.answers = [(429, {"retry-after": value}, b"")]
         quick(stub_url, timeout=60.0).rank(QUERY, ["a"])
@@ -361,8 +361,8 @@ class TestWhenTheServerIsAway:
             pauses.append(seconds)
             now[0] += seconds
 
-        monkeypatch.setattr("kalm_rag.client.connection.time.sleep", sleep)
-        monkeypatch.setattr("kalm_rag.client.exchange.time.monotonic", lambda: now[0])
+        monkeypatch.setattr("kalm_rag.client.connection.sleep", sleep)
+        monkeypatch.setattr("kalm_rag.client.exchange.monotonic", lambda: now[0])
         stub.answers = [(503, {"retry-after": "2"}, b"")] * 9
         with pytest.raises(ServerUnavailableError):
             quick(stub_url, timeout=5.0, retries=9).rank(QUERY, ["a"])

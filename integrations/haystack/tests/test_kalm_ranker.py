@@ -152,6 +152,7 @@ def test_to_dict_default() -> None:
             "instruction": None,
             "budget_ms": None,
             "on_unknown": None,
+            "server": None,
             "options": None,
         },
     }
