@@ -7,7 +7,7 @@ SOURCES := $(shell find kalm_rag integrations -type f -not -path '*/tests/*' -no
   pyproject.toml hatch_build.py README.md CHANGELOG.md CITATION.cff LICENSE SECURITY.md
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test servers bench faults soak test-ray-serve test-lowest test-newest test-floors test-spark test-clients lint types docs
+.PHONY: demo test servers bench faults soak test-scripts test-ray-serve test-lowest test-newest test-floors test-spark test-clients lint types docs
 .PHONY: dist check clean
 
 demo: $(VENV)/.demo
@@ -35,6 +35,10 @@ faults: $(VENV)/.dev
 SOAK ?= 30
 soak: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest tests/serving/test_fuzz.py tests/serving/test_soak.py --bodies 10000 --soak $(SOAK) --timeout 7200 -s
+
+# The benchmark scripts, those that start servers among them.
+test-scripts: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/test_benchmarks.py --scripts
 
 # The server on Ray Serve: two replicas on a Ray of this machine.
 test-ray-serve: $(VENV)/.dev
