@@ -6,7 +6,7 @@ import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -98,6 +98,26 @@ class ForgetReport(Shown):
     def total(self) -> int:
         """All entries that went, at every level."""
         return self.memory.total + self.store.total + self.remote.total
+
+
+def together(reports: Sequence[ForgetReport], *, texts: int) -> ForgetReport:
+    """Return the counts of several reports: entries add up, and what was searched is the most that one of them says.
+
+    Args:
+        reports: of parts of the texts, or of several processes that forgot the same ones.
+        texts: that were given.
+    """
+    levels = ("memory", "store", "remote")
+    counts: dict[str, Any] = {
+        level: Forgotten(
+            **{part.name: sum(getattr(getattr(one, level), part.name) for one in reports) for part in fields(Forgotten)}
+        )
+        for level in levels
+    }
+    for part in fields(ForgetReport):
+        if part.name not in levels:
+            counts[part.name] = max((getattr(one, part.name) for one in reports), default=0)
+    return ForgetReport(**counts | {"texts": texts})
 
 
 def check_can_delete(store: Store | None) -> None:

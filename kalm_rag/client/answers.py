@@ -188,23 +188,6 @@ def read_report(body: Mapping[str, Any]) -> ForgetReport:
     return ForgetReport(**levels, **counts)  # type: ignore[arg-type]
 
 
-def summed(reports: Sequence[ForgetReport]) -> ForgetReport:
-    """Return one report of several requests: entries add up; what was searched is that of the widest search."""
-
-    def level(name: str) -> Forgotten:
-        own = [getattr(report, name) for report in reports]
-        return Forgotten(**{part.name: sum(getattr(one, part.name) for one in own) for part in fields(Forgotten)})
-
-    searched = ("spaces", "unrecorded", "unreadable", "older", "windowed")
-    return ForgetReport(
-        sum(report.texts for report in reports),
-        level("memory"),
-        level("store"),
-        remote=level("remote"),
-        **{name: max((getattr(report, name) for report in reports), default=0) for name in searched},
-    )
-
-
 def read_progress(line: Mapping[str, Any]) -> tuple[dict[str, int], bool]:
     """Read a line of progress of `/v1/encode`: counts by name, and whether it is the last one.
 

@@ -7,8 +7,9 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
+from kalm_rag.cache.forgetting import ForgetReport, together
 from kalm_rag.client.answers import (
     Answer,
     order_kept,
@@ -17,7 +18,6 @@ from kalm_rag.client.answers import (
     read_encoded,
     read_report,
     read_scores,
-    summed,
     summed_up,
 )
 from kalm_rag.client.base import ServedModel, in_parts, texts_in_parts
@@ -40,9 +40,6 @@ from kalm_rag.thresholds import ThresholdLike, read_limit
 from kalm_rag.utils.checks import check_positive, check_string
 from kalm_rag.utils.fusion import FirstStage
 from kalm_rag.utils.progress import Progress
-
-if TYPE_CHECKING:
-    from kalm_rag.cache.forgetting import ForgetReport
 
 logger = logging.getLogger(__name__)
 
@@ -320,7 +317,7 @@ class RerankerClient(ServedModel):
             self._connection.send("/v1/forget", partial(dict, documents=some), _read_forgotten)
             for some in texts_in_parts(self._connection, documents, text)
         ]
-        return summed(reports)
+        return together(reports, texts=sum(report.texts for report in reports))
 
     async def arank(
         self,

@@ -7,8 +7,7 @@ serve run kalm_rag.serving.ray:build model=nano cpus=4
 
 import asyncio
 import logging
-from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import FastAPI
@@ -21,7 +20,7 @@ try:
 except ImportError as error:
     raise MissingExtraError("ray", "ray-serve") from error
 
-from kalm_rag.cache.forgetting import ForgetReport, Forgotten
+from kalm_rag.cache.forgetting import ForgetReport, together
 from kalm_rag.serving.app import create_app
 from kalm_rag.serving.arguments import ReplicaArguments
 from kalm_rag.serving.keys import Keys
@@ -98,29 +97,11 @@ class Replica:
             logger.warning("%d of %d replicas have forgotten passages; the others: %s", len(reports), expected, faults)
             msg = f"{len(reports)} of {expected} replicas have forgotten the passages: send the same request again"
             raise ServingError(503, msg, 1.0)
-        return asdict(together([first, *reports])) | {"replicas": len(reports)}
+        return asdict(together([first, *reports], texts=len(texts))) | {"replicas": len(reports)}
 
     async def __del__(self) -> None:
         """End, after Ray Serve has waited for running requests and has run the end of the application."""
         await asyncio.to_thread(self._reranker.close)
-
-
-def together(reports: Sequence[ForgetReport]) -> ForgetReport:
-    """Return the counts of all that were told to forget the same texts, one after the other or at once.
-
-    Entries add up. What was searched is the same everywhere, or nearly: the most that one replica says.
-    """
-    levels = ("memory", "store", "remote")
-    counts: dict[str, Any] = {
-        level: Forgotten(
-            **{part.name: sum(getattr(getattr(one, level), part.name) for one in reports) for part in fields(Forgotten)}
-        )
-        for level in levels
-    }
-    for part in fields(ForgetReport):
-        if part.name not in levels:
-            counts[part.name] = max(getattr(one, part.name) for one in reports)
-    return ForgetReport(**counts)
 
 
 def build(arguments: ReplicaArguments) -> serve.Application:

@@ -585,11 +585,11 @@ def test_a_process_keeps_few_kernels() -> None:
             before = resident()
             for rows in range(2, 402):
                 matrix.product(torch.zeros(rows, 64))
-        print(resident() - before)
+        print(resident() - before, os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"], os.environ["LRU_CACHE_CAPACITY"])
     """
     if not Path("/proc/self/statm").exists():
         pytest.skip("reads resident memory from /proc")
-    grown = []
+    grown, numbers = [], []
     names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
     inherited = {name: value for name, value in os.environ.items() if name not in names}
     for asked in ({}, dict.fromkeys(names, "1024")):
@@ -600,6 +600,9 @@ def test_a_process_keeps_few_kernels() -> None:
             text=True,
             check=True,
         )
-        grown.append(int(run.stdout))
+        grew, *found = map(int, run.stdout.split())
+        grown.append(grew)
+        numbers.append(found)
+    assert numbers == [[128, 8], [1024, 1024]], "the numbers of docs/how-to/speed.md"
     few, many = grown
     assert few < 0.6 * many

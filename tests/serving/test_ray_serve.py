@@ -24,7 +24,7 @@ import yaml
 from pydantic import ValidationError
 
 from kalm_rag import KaLMReranker, PassageCache
-from kalm_rag.cache.forgetting import ForgetReport, Forgotten
+from kalm_rag.cache.forgetting import ForgetReport, Forgotten, together
 from kalm_rag.serving.arguments import ReplicaArguments
 from kalm_rag.serving.limits import Limits
 
@@ -119,14 +119,11 @@ class TestArguments:
         assert done.stdout.strip() == "False"
 
     def test_forgetting_is_counted_over_replicas(self) -> None:
-        pytest.importorskip("ray.serve", reason="Ray is not installed")
-        from kalm_rag.serving.ray import together
-
         memory, store = Forgotten(states=1, scores=2), Forgotten(states=1)
         one = ForgetReport(texts=2, memory=memory, store=store, spaces=3)
         other = ForgetReport(texts=2, memory=memory, store=Forgotten(), spaces=4, unrecorded=1)
         expected = ForgetReport(texts=2, memory=Forgotten(states=2, scores=4), store=store, spaces=4, unrecorded=1)
-        assert together([one, other]) == expected
+        assert together([one, other], texts=2) == expected
 
     @pytest.mark.parametrize("answers", ["one fails", "one is not reached", "none in time"])
     def test_a_replica_that_has_not_forgotten_is_told(
