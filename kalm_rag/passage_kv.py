@@ -29,6 +29,7 @@ from kalm_rag.source import CachedSource, Patience, ValueCache
 from kalm_rag.states import StatesSource
 from kalm_rag.utils import forks
 from kalm_rag.utils.budget import LEAST, MemoryBudget, memory_budget
+from kalm_rag.utils.computing import compute
 from kalm_rag.utils.recording import add_count, add_sources
 from kalm_rag.utils.refining import ErrorBounds
 from kalm_rag.utils.turns import Room, Turns
@@ -132,7 +133,7 @@ class PassageKVCache(ValueCache[BehindPrefix, Prefilled]):
     def put_in_store(self, made: Mapping[str, Prefilled], sealed: Mapping[str, bytes]) -> None:
         """As in `ValueCache`; sealing happens here, where no other call waits."""
         if self.cache.keeps(self.kind):
-            self.cache.put_in_store(self.kind, self.seal(made))
+            self.cache.put_in_store(self.kind, compute(partial(self.seal, made), self._device))
 
     def to_frame(self, key: str, value: Prefilled) -> Frame:
         """As in `ValueCache`; the states of a compact passage are an entry of their own."""

@@ -100,7 +100,7 @@ class ReferenceSource:
         for batch in self._decoder.batches(prefix, passages):
             with self._turns:
                 prefixes += self._decoder.prefiller.prefixes(prefix, [passages[place] for place in batch])
-        numbers = reference_numbers(torch.stack(prefixes)).to(self._loaded.prefill_dtype)
+        numbers = self._loaded.compute(lambda: reference_numbers(torch.stack(prefixes)).to(self._loaded.prefill_dtype))
         return Frame.from_tensors(
             key,
             self._keys.model,

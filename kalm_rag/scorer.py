@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from kalm_rag.cache import PassageCache
@@ -29,6 +30,7 @@ from kalm_rag.scoring.score import Score, check_finite, passages_of, recall
 from kalm_rag.settings import AT_ONCE, Settings
 from kalm_rag.states import StatesSource, key_space
 from kalm_rag.utils import forks
+from kalm_rag.utils.computing import apart
 from kalm_rag.utils.progress import Progress
 from kalm_rag.utils.recording import add_count, add_sources
 from kalm_rag.utils.refining import Wanted
@@ -113,8 +115,12 @@ class Scorer:
         forks.ready_to_compute()
         with forks.native():
             place = resolve_device(device)
-            loaded = load_model(checkpoint, settings=settings, device=place, dtype=dtype, encoder_later=True)
-            return cls(loaded, checkpoint, settings, cache)
+
+            def load() -> Scorer:
+                loaded = load_model(checkpoint, settings=settings, device=place, dtype=dtype, encoder_later=True)
+                return cls(loaded, checkpoint, settings, cache)
+
+            return apart(load, place)
 
     def after_fork_in_child(self) -> None:
         """Note the fork: the model is usable in the child only on a CPU."""
@@ -230,7 +236,8 @@ class Scorer:
         """
         if encoder:
             self.states.encoder.prepare()
-        calibrate(self, self.paths.request(instruction, ratio), instruction, ratio, encoder=encoder)
+        request = self.paths.request(instruction, ratio)
+        apart(partial(calibrate, self, request, instruction, ratio, encoder=encoder), self.loaded.device)
 
     def _within(self, scores: Sequence[Score], instruction: str, ratio: int, limit: TimeLimit) -> None:
         self.calibrate(instruction, ratio, encoder=self.states.encoder.is_ready or not self.encoder_later)

@@ -23,6 +23,7 @@ from kalm_rag.results import EncodeReport
 from kalm_rag.settings import Settings
 from kalm_rag.source import CachedSource, Patience, ValueCache
 from kalm_rag.utils import forks
+from kalm_rag.utils.computing import compute
 from kalm_rag.utils.progress import Progress
 from kalm_rag.utils.recording import add_count
 from kalm_rag.utils.turns import Turns, check_stopped
@@ -71,12 +72,17 @@ class StatesCache(ValueCache[int, PassageStates]):
         """As in `ValueCache`: states at `base_ratio` become states at the ratio of the request."""
         if not self.keeps(request):
             return dict(made), {}
+        return compute(partial(self._put_in_memory, made, request))
+
+    def _put_in_memory(
+        self, made: Mapping[str, PassageStates], ratio: int
+    ) -> tuple[dict[str, PassageStates], dict[str, bytes]]:
         sealed = self.seal(made)
         self.cache.put_in_memory(sealed, encoded=len(made))
         if self.cache.storage == "int8":
             # As they will be read later: a score must not depend on whether the cache was warm.
             made = {key: rounded(states) if key in sealed else states for key, states in made.items()}
-        return {key: states.at(request) for key, states in made.items()}, sealed
+        return {key: states.at(ratio) for key, states in made.items()}, sealed
 
     def put_in_store(self, made: Mapping[str, PassageStates], sealed: Mapping[str, bytes]) -> None:
         """As in `ValueCache`."""
@@ -90,7 +96,11 @@ class StatesCache(ValueCache[int, PassageStates]):
         if frame.width != self._width:
             msg = f"states of width {frame.width}, the model has {self._width}"
             raise FrameError(msg)
-        return from_frame(frame, self._dtype).at(ratio) if ratio % frame.ratio == 0 else None
+        if ratio % frame.ratio:
+            return None
+        if frame.dtype != "int8" and ratio == frame.ratio:
+            return from_frame(frame, self._dtype)
+        return compute(lambda: from_frame(frame, self._dtype).at(ratio))
 
 
 class StatesSource(CachedSource[int, PassageTokens, PassageStates]):

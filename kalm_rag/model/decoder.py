@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from kalm_rag.model.batching import launch_tokens, plan_pairs, run_halving
@@ -90,7 +91,7 @@ class Decoder:
         )
         for batch in batches:
             with self._turns.of("score") as turn:
-                margins = run_halving(self._forward, [pairs[position] for position in batch])
+                margins = run_halving(partial(self._loaded.compute, self._forward), [pairs[place] for place in batch])
                 turn.size = sum(len(pairs[position].prompt.ids) for position in batch)
                 turn.rows = len(batch)
             for position, margin in zip(batch, margins, strict=True):
@@ -100,9 +101,8 @@ class Decoder:
         return found
 
     def _forward(self, pairs: Sequence[Pair]) -> list[float]:
-        with self._loaded.computing():
-            margins: list[float] = pair_margins(self._loaded, self._head, pairs).tolist()
-            return margins
+        margins: list[float] = pair_margins(self._loaded, self._head, pairs).tolist()
+        return margins
 
 
 def pair_margins(loaded: LoadedModel, head: YesNoHead, pairs: Sequence[Pair]) -> torch.Tensor:

@@ -62,15 +62,14 @@ class Encoder:
     def encode(self, passages: Sequence[PassageTokens], ratio: int) -> list[PassageStates]:
         """Encode one batch and return its states at `ratio` in host memory; the caller holds the model's turn."""
         self.prepare()
-        return run_halving(lambda rows: self._forward(rows, ratio), passages)
+        return run_halving(lambda rows: self._loaded.compute(self._forward, rows, ratio), passages)
 
     def _forward(self, passages: Sequence[PassageTokens], ratio: int) -> list[PassageStates]:
-        with self._loaded.computing():
-            pooled = self._pooled_packed(passages, ratio) or self._pooled_padded(passages, ratio)
-            return [
-                PassageStates(states, len(passage.ids), ratio, passage.truncated)
-                for states, passage in zip(pooled, passages, strict=True)
-            ]
+        pooled = self._pooled_packed(passages, ratio) or self._pooled_padded(passages, ratio)
+        return [
+            PassageStates(states, len(passage.ids), ratio, passage.truncated)
+            for states, passage in zip(pooled, passages, strict=True)
+        ]
 
     def _pooled_packed(self, passages: Sequence[PassageTokens], ratio: int) -> list[torch.Tensor] | None:
         if self._packed is None or not self._packed.is_usable:

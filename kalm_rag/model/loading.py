@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kalm_rag.errors import CheckpointError
 from kalm_rag.model.checkpoint import UNUSED, Checkpoint, MappedFiles, check_tensor
@@ -22,10 +23,13 @@ from kalm_rag.model.identity import identify
 from kalm_rag.model.lora import Lora
 from kalm_rag.model.tokenization import Tokenizer
 from kalm_rag.settings import Settings
+from kalm_rag.utils import computing
 from kalm_rag.utils.checks import check_dtype
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +65,15 @@ class LoadedModel:
     computes: torch.dtype | None = None
     files: MappedFiles = field(default_factory=lambda: MappedFiles(()))
     encoder: Deferred = field(default_factory=Deferred)
+
+    def compute(self, action: Callable[..., T], *arguments: Any) -> T:
+        """Call `action` inside of `computing`; on a CPU in the thread that `kalm_rag.utils.computing` chooses."""
+
+        def run() -> T:
+            with self.computing():
+                return action(*arguments)
+
+        return computing.compute(run, self.device)
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
@@ -260,7 +273,7 @@ def _load(
         logger.info("loaded the encoder of %s in %.1f s", checkpoint.name, time.perf_counter() - began)
         later.clear()
 
-    deferred = Deferred(load_encoder if later else None)
+    deferred = Deferred(partial(computing.apart, load_encoder, device) if later else None)
     return LoadedModel(model, tokenizer, device, dtype, int8, int8_encoder, computes, files, deferred)
 
 

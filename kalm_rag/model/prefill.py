@@ -144,7 +144,9 @@ class PrefilledDecoder:
         for batch in self._plan(queries, [pair.passage.positions for pair in pairs]):
             with self._turns.of("score") as turn:
                 rows = [pairs[place] for place in batch]
-                margins = run_halving(lambda rows: self._forward(prefix_length, rows, reference), rows)
+                margins = run_halving(
+                    lambda rows: self._loaded.compute(self._forward, prefix_length, rows, reference), rows
+                )
                 turn.size = sum(score_size(len(row.prompt.ids) - prefix_length, row.passage.positions) for row in rows)
                 turn.rows = len(rows)
             for place, margin in zip(batch, margins, strict=True):
@@ -169,37 +171,36 @@ class PrefilledDecoder:
         import torch
 
         device, dtype = self._loaded.device, self._loaded.compute_dtype
-        with self._loaded.computing():
-            rows = [pair.prompt.ids[prefix_length:] for pair in pairs]
-            lengths = [len(row) for row in rows]
-            query_length = max(lengths)
-            embeddings = self._embed(rows, query_length)
-            last = to_device(host_integers(lengths) - 1, device)
-            passages = [pair.passage for pair in pairs]
-            verify = not self._verified
-            key_values = self._layout.key_values(prefix_length, query_length, last, passages, reference, verify=verify)
-            nothing = torch.empty(len(pairs), 0, self._config.hidden_size, device=device, dtype=dtype)
-            own = torch.empty(1, 1, query_length, query_length, device=device, dtype=torch.bool)
-            none = torch.empty(1, 1, query_length, 0, device=device, dtype=torch.bool)
-            hidden = self._decoder(
-                inputs_embeds=embeddings,
-                position_ids=torch.arange(prefix_length, prefix_length + query_length, device=device)[None],
-                # The masks that count are those of `key_values`; these only have the shapes that the decoder joins.
-                attention_mask={"full_attention": own, "sliding_attention": own},
-                encoder_hidden_states=nothing,
-                encoder_attention_mask={"full_attention": none},
-                use_cache=True,
-                key_values=key_values,
-                **{self._cache_argument: self._no_passage(len(pairs))},
-            ).last_hidden_state
-            if len(key_values.used) != self._config.num_hidden_layers:
-                msg = "this version of transformers does not pass arguments on to the attention function"
-                raise PrefillUnsupportedError(msg)
-            self._verified = True
-            # The last layer ran on the last token only, or on all of them.
-            final = hidden[:, 0] if hidden.shape[1] == 1 else hidden[torch.arange(len(pairs), device=device), last]
-            margins: list[float] = self._head.margins(final).tolist()
-            return margins
+        rows = [pair.prompt.ids[prefix_length:] for pair in pairs]
+        lengths = [len(row) for row in rows]
+        query_length = max(lengths)
+        embeddings = self._embed(rows, query_length)
+        last = to_device(host_integers(lengths) - 1, device)
+        passages = [pair.passage for pair in pairs]
+        verify = not self._verified
+        key_values = self._layout.key_values(prefix_length, query_length, last, passages, reference, verify=verify)
+        nothing = torch.empty(len(pairs), 0, self._config.hidden_size, device=device, dtype=dtype)
+        own = torch.empty(1, 1, query_length, query_length, device=device, dtype=torch.bool)
+        none = torch.empty(1, 1, query_length, 0, device=device, dtype=torch.bool)
+        hidden = self._decoder(
+            inputs_embeds=embeddings,
+            position_ids=torch.arange(prefix_length, prefix_length + query_length, device=device)[None],
+            # The masks that count are those of `key_values`; these only have the shapes that the decoder joins.
+            attention_mask={"full_attention": own, "sliding_attention": own},
+            encoder_hidden_states=nothing,
+            encoder_attention_mask={"full_attention": none},
+            use_cache=True,
+            key_values=key_values,
+            **{self._cache_argument: self._no_passage(len(pairs))},
+        ).last_hidden_state
+        if len(key_values.used) != self._config.num_hidden_layers:
+            msg = "this version of transformers does not pass arguments on to the attention function"
+            raise PrefillUnsupportedError(msg)
+        self._verified = True
+        # The last layer ran on the last token only, or on all of them.
+        final = hidden[:, 0] if hidden.shape[1] == 1 else hidden[torch.arange(len(pairs), device=device), last]
+        margins: list[float] = self._head.margins(final).tolist()
+        return margins
 
     def _no_passage(self, batch: int) -> Any:
         """Return an empty cache that claims to hold every layer's passage: `KeyValues` has it."""

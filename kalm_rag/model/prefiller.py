@@ -83,8 +83,8 @@ class Prefiller:
             In input order, on the model's device.
         """
         if reference is not None:
-            return run_halving(lambda rows: self._compacted(prefix, rows, reference), passages)
-        return run_halving(lambda rows: self._prefilled(prefix, rows), passages)
+            return run_halving(lambda rows: self._loaded.compute(self._compacted, prefix, rows, reference), passages)
+        return run_halving(lambda rows: self._loaded.compute(self._prefilled, prefix, rows), passages)
 
     def prefixes(self, prefix: PromptPrefix, passages: Sequence[PassageStates]) -> list[torch.Tensor]:
         """Return the keys and values of the prefix alone, by passage; the caller holds the model's turn.
@@ -92,7 +92,7 @@ class Prefiller:
         Returns:
             Each of shape `(2, layers, kv_heads, prefix_length, head_dim)`.
         """
-        return run_halving(lambda rows: list(self._run_prefix(prefix, rows)[0]), passages)
+        return run_halving(lambda rows: list(self._loaded.compute(self._run_prefix, prefix, rows)[0]), passages)
 
     def _run_prefix(
         self, prefix: PromptPrefix, passages: Sequence[PassageStates]
@@ -107,28 +107,25 @@ class Prefiller:
         from transformers import DynamicCache, EncoderDecoderCache
 
         loaded = self._loaded
-        with loaded.computing():
-            states, mask = right_pad_states([passage.states for passage in passages], loaded)
-            cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-            ids = to_device(host_integers([prefix.ids]), loaded.device).expand(len(passages), -1)
-            last = LastLayer()
-            self._decoder(
-                input_ids=ids,
-                encoder_hidden_states=states,
-                encoder_attention_mask=mask,
-                use_cache=True,
-                last_layer=last,
-                **{self._cache_argument: cache},
-            )
-            layers = cache.self_attention_cache.layers
-            if last.keys is None or last.values is None:  # this version of transformers ran it on all tokens
-                last.keys, last.values = layers[-1].keys, layers[-1].values
-            self._check_last(last, layers[-1])
-            found = [[getattr(layer, name) for layer in layers[:-1]] for name in _BOTH]
-            own = [
-                torch.stack([*kept, final], dim=1) for kept, final in zip(found, (last.keys, last.values), strict=True)
-            ]
-            return torch.stack(own, dim=1), states, cache.cross_attention_cache.layers
+        states, mask = right_pad_states([passage.states for passage in passages], loaded)
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        ids = to_device(host_integers([prefix.ids]), loaded.device).expand(len(passages), -1)
+        last = LastLayer()
+        self._decoder(
+            input_ids=ids,
+            encoder_hidden_states=states,
+            encoder_attention_mask=mask,
+            use_cache=True,
+            last_layer=last,
+            **{self._cache_argument: cache},
+        )
+        layers = cache.self_attention_cache.layers
+        if last.keys is None or last.values is None:  # this version of transformers ran it on all tokens
+            last.keys, last.values = layers[-1].keys, layers[-1].values
+        self._check_last(last, layers[-1])
+        found = [[getattr(layer, name) for layer in layers[:-1]] for name in _BOTH]
+        own = [torch.stack([*kept, final], dim=1) for kept, final in zip(found, (last.keys, last.values), strict=True)]
+        return torch.stack(own, dim=1), states, cache.cross_attention_cache.layers
 
     def _check_last(self, last: Any, own: Any) -> None:
         """Compare the last token's keys and values with the layer's own, once.
@@ -150,24 +147,22 @@ class Prefiller:
 
         found: list[PassageKV | CompactKV] = []
         own, _, layers = self._run_prefix(prefix, passages)
-        with self._loaded.computing():
-            for row, passage in enumerate(passages):
-                groups = len(passage.states)
-                cross = torch.stack(
-                    [torch.stack([getattr(layer, name)[row, :, :groups] for layer in layers]) for name in _BOTH]
-                )
-                both = torch.cat([own[row], cross], dim=3).to(self._loaded.prefill_dtype)
-                prefilled = PassageKV(both, None, passage.tokens, passage.ratio, passage.truncated)
-                found.append(prefilled.quantized() if self._int8 else prefilled)
+        for row, passage in enumerate(passages):
+            groups = len(passage.states)
+            cross = torch.stack(
+                [torch.stack([getattr(layer, name)[row, :, :groups] for layer in layers]) for name in _BOTH]
+            )
+            both = torch.cat([own[row], cross], dim=3).to(self._loaded.prefill_dtype)
+            prefilled = PassageKV(both, None, passage.tokens, passage.ratio, passage.truncated)
+            found.append(prefilled.quantized() if self._int8 else prefilled)
         return found
 
     def _compacted(
         self, prefix: PromptPrefix, passages: Sequence[PassageStates], reference: Reference
     ) -> list[PassageKV | CompactKV]:
         own, states, layers = self._run_prefix(prefix, passages)
-        with self._loaded.computing():
-            if not self._is_checked and self._expansion is not None:
-                last = len(layers) - 1
-                self._expansion.check(states, layers[last].keys, layers[last].values, last)
-                self._is_checked = True
-            return [compacted(row, reference, passage) for row, passage in zip(own, passages, strict=True)]
+        if not self._is_checked and self._expansion is not None:
+            last = len(layers) - 1
+            self._expansion.check(states, layers[last].keys, layers[last].values, last)
+            self._is_checked = True
+        return [compacted(row, reference, passage) for row, passage in zip(own, passages, strict=True)]

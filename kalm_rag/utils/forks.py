@@ -189,6 +189,11 @@ def is_broken() -> bool:
     return _forks.broken
 
 
+def computes_alone() -> bool:
+    """Whether this process was forked after torch was imported, so that torch has one thread in it."""
+    return _forks.one_thread
+
+
 def ready_to_compute() -> None:
     """Make torch usable in a forked child; call this before each use.
 
