@@ -30,8 +30,10 @@ SOURCE = Source(Path(kalm_rag.demo_data.__file__).parent.name, "qrels.tsv", 1.0,
 ROOT = Path(kalm_rag.demo_data.__file__).parent.parent
 MUON = hasattr(torch.optim, "Muon")  # torch 2.9 or newer
 RECIPE = Recipe(
-    pieces=600, encoder_layers=1, decoder_layers=2, lengths=(32, 48), batch_tokens=384, encoder_steps=2,
-    rounds=(Round(2, 4, 2, (1.0, 0.1), average=0.5, measured_every=1, muon=MUON, self_distilled=0.5),),
+    pieces=600, encoder_layers=1, decoder_layers=2, lengths=(32,), batch_tokens=384, encoder_steps=2,
+    rounds=(
+        Round(2, 4, 2, (1.0, 0.1), average=0.5, measured_every=1, muon=MUON, self_distilled=0.5, lengths=(32, 48)),
+    ),
     measured_ratios=(4, 16),
 )  # fmt: skip
 

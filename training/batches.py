@@ -52,14 +52,14 @@ class Batches:
         """Draw passages of all sets: their keys, their token ids and mask."""
         names = [source.name for source in SOURCES]
         weights = [len(self._tokens[name].passages) ** 0.7 for name in names]
-        longest = generator.choice(self._recipe.lengths[:-1])
+        longest = generator.choice(self._recipe.lengths)
         chosen = generator.choices(names, weights, k=self._recipe.batch_tokens // longest)
         keys = [(name, generator.randrange(len(self._tokens[name].passages))) for name in chosen]
         return keys, *self._padded_passages(keys, longest)
 
     def groups(self, plan: Round, generator: random.Random) -> tuple[Tensor, Tensor, Rows]:
         """Draw groups of passages and queries: token ids and mask of the passages, and the rows of all pairs."""
-        longest = generator.choice(self._recipe.lengths)
+        longest = generator.choice(plan.lengths)
         groups = self._draw(plan, longest, generator)
         keys = [(group.source, number) for group in groups for number in group.passages]
         ids, mask = self._padded_passages(keys, longest)

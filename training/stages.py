@@ -174,7 +174,7 @@ class RankingStage:
         states = student.read(ids, mask)
         total: dict[str, Tensor] = {}
         dense = plan.dense[0] + (plan.dense[1] - plan.dense[0]) * min(1.0, progress * 2)
-        wanted = soft_targets(rows.targets, self._recipe.soft)
+        wanted = soft_targets(rows.targets, plan.soft)
         for ratio in (generator.choice(plan.fine), generator.choice(plan.coarse)):
             margins, before, last = student.decode(states, mask, rows.prompts, rows.prompts_mask, rows.passage, ratio)
             parts = {
