@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_LEAST_THREADS = 2
+"""Threads of torch from which there are workers."""
 _IDLE_SECONDS = 10.0
 """After which the common thread ends and takes its workers along; the next call starts it again."""
 _here = threading.local()
@@ -46,7 +48,7 @@ def compute(action: Callable[[], T], device: torch.device | None = None) -> T:
 
     is_main = threading.current_thread() is threading.main_thread()
     threads = torch.get_num_threads()
-    if is_main or threads == 1 or forks.computes_alone() or getattr(_here, "itself", False):
+    if is_main or threads < _LEAST_THREADS or forks.computes_alone() or getattr(_here, "itself", False):
         return action()
     return _common.run(partial(_with_threads, threads, action))
 

@@ -21,6 +21,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch has two threads here, whatever the machine has."""
+    monkeypatch.setattr(computing, "_LEAST_THREADS", 2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
 
 
