@@ -15,7 +15,7 @@ from starlette.responses import HTMLResponse, Response
 
 from kalm_rag._version import __version__
 from kalm_rag.serving.about import AboutEndpoints, model_name
-from kalm_rag.serving.dialects import DIALECTS, Dialect
+from kalm_rag.serving.dialects import DIALECTS, Dialect, dialect_of
 from kalm_rag.serving.endpoints import Endpoints
 from kalm_rag.serving.gate import Gate, error_response
 from kalm_rag.serving.keys import Keys
@@ -105,7 +105,7 @@ def create_app(
     async def unknown(request: Request, error: HTTPException) -> Response:
         text = {404: "there is no such endpoint; GET /docs lists them", 405: "this endpoint takes another method"}
         told = ServingError(error.status_code, text.get(error.status_code, error.detail))
-        body, headers = error_response(request.url.path, told)
+        body, headers = error_response(dialect_of(request.url.path), told)
         response = Response(body, error.status_code, headers=dict(error.headers or {}))
         response.raw_headers = [*headers, *(pair for pair in response.raw_headers if pair[0] == b"allow")]
         return response
@@ -120,7 +120,7 @@ def create_app(
             expose_headers=["x-request-id", "x-kalm-digest", "x-kalm-truncated", "x-kalm-unscored", "retry-after"],
         )
     names = {route.path: route.name for route in app.routes if hasattr(route, "path") and hasattr(route, "name")}
-    app.add_middleware(Gate, limits=limits, keys=keys, metrics=metrics, names=names)
+    app.add_middleware(Gate, limits=limits, keys=keys, metrics=metrics, check_queue=work.queue.check, names=names)
     return app
 
 

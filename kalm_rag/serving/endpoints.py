@@ -192,7 +192,7 @@ class Endpoints:
         if told is None or (told.status >= 500 and not isinstance(error, ServingError)):
             log_failure(state["request_id"], error)
         told = told or ServingError(500, "the server failed; its log has this request's id")
-        body, headers = error_response(request.url.path, told, content)
+        body, headers = error_response(dialect_of(request.url.path, content), told)
         response = Response(body, told.status)
         response.raw_headers = [*headers]
         return response

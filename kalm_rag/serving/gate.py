@@ -10,10 +10,10 @@ import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from kalm_rag.serving.dialects import dialect_of
+from kalm_rag.serving.dialects import Dialect, dialect_of, dialect_of_bytes
 from kalm_rag.serving.dialects.base import any_error
 from kalm_rag.serving.keys import Keys
-from kalm_rag.serving.limits import Limits, ServingError
+from kalm_rag.serving.limits import BusyError, Limits, ServingError
 from kalm_rag.serving.logs import log_failure, log_request
 from kalm_rag.serving.metrics import Metrics
 
@@ -28,6 +28,8 @@ PUBLIC = frozenset({"/", "/health", "/ready", "/docs", "/openapi.json", "/favico
 ASSETS = "/assets/"
 GONE = 499
 """The status that logs and metrics show of a request whose client went away."""
+_PAUSE_SECONDS = 0.1
+_MOST_PAUSED = 1_000
 _ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 _ALWAYS = ((b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store"))
 _PAGE = (
@@ -49,16 +51,26 @@ class Gate:
         limits: of bodies.
         keys: that open it.
         metrics: that count requests.
+        check_queue: raises `BusyError` if no further request is let in.
         names: the endpoints' paths, and what metrics and logs call those that are no dialect's.
     """
 
-    def __init__(self, app: App, limits: Limits, keys: Keys, metrics: Metrics, names: dict[str, str]) -> None:
+    def __init__(
+        self,
+        app: App,
+        limits: Limits,
+        keys: Keys,
+        metrics: Metrics,
+        check_queue: Callable[[], None],
+        names: dict[str, str],
+    ) -> None:
         self._app = app
         self._limits = limits
         self._keys = keys
         self._metrics = metrics
+        self._check_queue = check_queue
         self._names = names
-        self._held = 0
+        self._held = self._paused = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a connection."""
@@ -70,6 +82,7 @@ class Gate:
         try:
             self._check_key(scope)
             body = await self._body(scope, receive, reserved)
+            await self._check_room(exchange, body)
             await self._app(scope, _replay(body, receive), exchange.send)
         except ServingError as error:
             await exchange.refuse(error)
@@ -84,7 +97,7 @@ class Gate:
 
     def _tell(self, exchange: _Exchange) -> None:
         state, path = exchange.scope["state"], exchange.scope["path"]
-        dialect = state.get("dialect") or getattr(dialect_of(path), "name", None)
+        dialect = state.get("dialect") or getattr(exchange.dialect, "name", None)
         name = dialect or self._names.get(path) or ("assets" if path.startswith(ASSETS) else "other")
         status, seconds = state.get("status", exchange.status), time.monotonic() - exchange.began
         self._metrics.ended(name, status, seconds)
@@ -103,6 +116,29 @@ class Gate:
             else:
                 msg = "the server does not know the API key that was sent: use one that it was started with"
             raise ServingError(401, msg)
+
+    async def _check_room(self, exchange: _Exchange, body: bytes) -> None:
+        """Refuse a request that would find the queue full, before work is done for it.
+
+        The refusal waits a little, so that clients that come back at once leave the cores to those that were let in.
+
+        Raises:
+            ServingError: the queue is full.
+        """
+        if exchange.dialect is None or exchange.scope["method"] != "POST":
+            return
+        try:
+            self._check_queue()
+        except BusyError as error:
+            exchange.dialect = dialect_of_bytes(exchange.scope["path"], body) or exchange.dialect
+            error.status = exchange.dialect.busy
+            if self._paused < _MOST_PAUSED:
+                self._paused += 1
+                try:
+                    await asyncio.sleep(_PAUSE_SECONDS)
+                finally:
+                    self._paused -= 1
+            raise
 
     async def _body(self, scope: Scope, receive: Receive, reserved: list[int]) -> bytes:
         """Read the whole body, within its limits.
@@ -153,6 +189,7 @@ class _Exchange:
     def __init__(self, scope: Scope, send: Send, send_seconds: float) -> None:
         self.began = time.monotonic()
         self.scope = scope
+        self.dialect = dialect_of(scope["path"])
         self.status = GONE
         self._send = send
         self._seconds = send_seconds
@@ -176,20 +213,13 @@ class _Exchange:
         """Answer with an error, unless a response has begun."""
         if self._started:
             return
-        body, headers = error_response(self.scope["path"], error)
+        body, headers = error_response(self.dialect, error)
         await self.send({"type": "http.response.start", "status": error.status, "headers": headers})
         await self.send({"type": "http.response.body", "body": body})
 
 
-def error_response(path: str, error: ServingError, content: Any = None) -> tuple[bytes, list[tuple[bytes, bytes]]]:
-    """Return the body and the headers of an error, in the shape of the path's dialect.
-
-    Args:
-        path: of the request.
-        error: the error.
-        content: of the request's body, as far as it could be read.
-    """
-    dialect = dialect_of(path, content)
+def error_response(dialect: Dialect | None, error: ServingError) -> tuple[bytes, list[tuple[bytes, bytes]]]:
+    """Return the body and the headers of an error, in the shape of a dialect; without one, in a shape for all."""
     shape = any_error if dialect is None else dialect.error
     body = json.dumps(shape(error.status, error.message)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]

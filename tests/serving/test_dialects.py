@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from kalm_rag import KaLMReranker
+from kalm_rag.serving.dialects import dialect_of, dialect_of_bytes
 
 DOCUMENTS = [
     "Gravity attracts bodies toward one another.",
@@ -303,3 +304,18 @@ def test_infinity_returns_documents_as_strings(post: Post) -> None:
     assert all(result["document"] == DOCUMENTS[result["index"]] for result in answer["results"])
     assert answer["object"] == "rerank"
     assert post("/infinity/rerank", query=QUERY, documents=DOCUMENTS, top_n=0).status_code == 422
+
+
+def test_the_dialect_of_a_body_that_is_not_parsed() -> None:
+    for content in (
+        {"query": "a", "texts": ["b"]},
+        {"query": "a", "documents": ["b"]},
+        {"query": 'the "texts" of it', "documents": ['"texts"']},
+        {"query": 'the "documents" of it', "texts": ['a "documents" b']},
+        {"query": "documents", "texts": ["documents"]},
+        {"query": "a", "texts": ["b"], "documents": ["c"]},
+        {},
+    ):
+        for path in ("/rerank", "/v2/rerank", "/score", "/v1/ranking", "/none"):
+            expected = dialect_of(path, content)
+            assert dialect_of_bytes(path, json.dumps(content).encode()) is expected, (path, content)

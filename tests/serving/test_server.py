@@ -110,11 +110,13 @@ class TestLimits:
             seconds = int(refused.headers["retry-after"])
             assert seconds >= 1
             assert refused.json()["message"].endswith(f"1 wait, which is its limit: try again in {seconds} s")
+            # It is refused before anything is done for it.
+            assert client.post(path, content=b"{ no JSON").status_code == expected
             mini.scorer.turns.__exit__(None, None, None)
             for other in others:
                 other.join()
             mini.scorer.turns.__enter__()
-            assert "kalm_refused_requests_total 1.0" in app.state.metrics.text().decode()
+            assert "kalm_refused_requests_total 2.0" in app.state.metrics.text().decode()
 
     def test_places_come_back_after_a_cancellation(self) -> None:
         async def use() -> None:
@@ -141,7 +143,7 @@ class TestLimits:
 
         async def slow() -> None:
             app = create_app(mini)
-            gate = Gate(app, Limits(body_seconds=1), Keys(), app.state.metrics, {})
+            gate = Gate(app, Limits(body_seconds=1), Keys(), app.state.metrics, app.state.work.queue.check, {})
 
             async def receive() -> Any:
                 await asyncio.sleep(0.3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from kalm_rag.serving.dialects.base import Dialect
@@ -13,8 +14,9 @@ from kalm_rag.serving.dialects.tei import TEI
 
 DIALECTS = (COHERE, VLLM, TEI, INFINITY, NVIDIA, SCORE)
 
-__all__ = ["DIALECTS", "Dialect", "dialect_of"]
+__all__ = ["DIALECTS", "Dialect", "dialect_of", "dialect_of_bytes"]
 
+_NAMES = re.compile(rb'"(texts|documents)"\s*:')
 _BY_PATH: dict[str, list[Dialect]] = {}
 for _dialect in DIALECTS:
     for _path in _dialect.paths:
@@ -34,3 +36,8 @@ def dialect_of(path: str, body: Any = None) -> Dialect | None:
     if TEI in found and isinstance(body, dict) and body.get("texts") is not None and body.get("documents") is None:
         return TEI
     return found[0]
+
+
+def dialect_of_bytes(path: str, body: bytes) -> Dialect | None:
+    """Return the dialect of a request whose body is not parsed: quotes inside of JSON's strings are escaped."""
+    return dialect_of(path, {name.decode(): "" for name in _NAMES.findall(body)})
