@@ -24,7 +24,7 @@ servers:
 
 # Every figure of the documentation; takes hours on 2 cores.
 bench: $(VENV)/.dev
-	for name in replay startup warm encoder memory compact eviction repeats many_queries refine windows highlight sizing cache remote precision peers adapters serve ray_serve; do $(VENV)/bin/python benchmarks/$$name.py $(BENCH) || exit 1; done
+	for name in replay startup threads warm encoder memory compact eviction repeats many_queries refine windows highlight sizing cache remote precision peers adapters serve ray_serve; do $(VENV)/bin/python benchmarks/$$name.py $(BENCH) || exit 1; done
 
 # The fault tests with large counts: at least 1,000 kills, 10,000 bit flips and 5,000 queries to a shared tier that fails.
 faults: $(VENV)/.dev

@@ -53,6 +53,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
             "windows.py",
             "highlight.py",
             "bm25.py",
+            "threads.py",
             "traffic.py",
             "latency.py",
             "sizing.py",
@@ -131,10 +132,12 @@ def test_tuning(run: Callable[..., dict[str, Any]]) -> None:
     assert [one["trained"] for one in found] == ["adapter", "full"]
     for one in found:
         assert one["queries"] == [10, 2, 4]
-        assert [compared["ratio"] for compared in one["comparisons"]] == [4, 32]
+        helped = one["trained"] == "full" or min(loss for _, loss in one["validation"][1:]) < one["validation"][0][1]
+        assert [compared["ratio"] for compared in one["comparisons"]] == ([4, 32] if helped else [])
     # The same lists, scored before the first step.
     assert found[0]["validation"][0] == pytest.approx(found[1]["validation"][0], abs=1e-5)
-    assert [one["before"] for one in found[0]["comparisons"]] == [one["before"] for one in found[1]["comparisons"]]
+    before = [[compared["before"] for compared in one["comparisons"]] for one in found]
+    assert before[0] in ([], before[1])
 
 
 def test_ranking_of_collections_further_down(

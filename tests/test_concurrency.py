@@ -37,18 +37,18 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 class Gated:
-    """A reranker whose encoder stops at each batch until it is let through, and notes what it encodes."""
+    """A reranker whose encoder stops at each batch until it is let through, and notes whose batch it is."""
 
     def __init__(self, checkpoint: Path, **options: Any) -> None:
         self.reranker = KaLMReranker(checkpoint, device="cpu", batch_size=1, **{"cache": None, **options})
         self.engine = self.reranker.scorer
-        self.batches: list[threading.Thread] = []
+        self.batches: list[int | None] = []
         self.passed = threading.Semaphore(0)
         self.open = False
         self.engine.loaded.model.get_encoder().register_forward_pre_hook(self._hook)
 
     def _hook(self, *_: Any) -> None:
-        self.batches.append(threading.current_thread())
+        self.batches.append(self.engine.turns._owner)
         if not self.open:
             assert self.passed.acquire(timeout=SECONDS)
 
@@ -143,7 +143,7 @@ def test_a_small_call_comes_in_between_the_batches_of_a_large_one(checkpoint: Pa
         await asyncio.to_thread(until, lambda: gated.waiting == 1)
         gated.passed.release(2)  # the batch that runs, and that of the small call
         await asyncio.to_thread(until, lambda: len(gated.batches) == 3)
-        assert gated.batches[0] is gated.batches[2] is not gated.batches[1]
+        assert gated.batches[0] == gated.batches[2] != gated.batches[1]
         gated.let_all()
         assert len(await asyncio.wait_for(second, SECONDS)) == 1
         assert len(await asyncio.wait_for(first, SECONDS)) == 6

@@ -68,12 +68,7 @@ class LoadedModel:
 
     def compute(self, action: Callable[..., T], *arguments: Any) -> T:
         """Call `action` inside of `computing`; on a CPU in the thread that `kalm_rag.utils.computing` chooses."""
-
-        def run() -> T:
-            with self.computing():
-                return action(*arguments)
-
-        return computing.compute(run, self.device)
+        return computing.compute(partial(self.computing()(action), *arguments), self.device)
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:

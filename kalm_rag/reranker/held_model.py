@@ -116,7 +116,8 @@ class HeldModel:
             return scorer
         with self._lock:
             if self._scorer is None:
-                from kalm_rag.scorer import Scorer
+                with forks.native():  # a fork in the middle of an import would leave its lock held in the child
+                    from kalm_rag.scorer import Scorer
 
                 self._scorer = Scorer.load(
                     self.checkpoint(),

@@ -16,6 +16,7 @@ from kalm_rag.reranker.ordering import ordered
 from kalm_rag.results import D, PartialRanking, Ranking
 from kalm_rag.settings import Settings
 from kalm_rag.thresholds import Scope, ThresholdLike, ThresholdProfile, read_limit
+from kalm_rag.utils import forks
 from kalm_rag.utils.checks import check_positive, check_ratio, check_string, warn_untrained
 from kalm_rag.utils.fusion import FirstStage
 from kalm_rag.utils.recording import Recording, recording
@@ -277,7 +278,8 @@ class RankingModel(HeldModel):
             return []
         self.repairs.add(changed)
         warn_untrained(ratio)
-        from kalm_rag.windows.passages import count_truncated, score_passages
+        with forks.native():  # a fork in the middle of an import would leave its lock held in the child
+            from kalm_rag.windows.passages import count_truncated, score_passages
 
         if limit is not None and limit.deadline is not None and self._scorer is None:
             logger.warning("the model is loaded within a call with budget_ms; call load() first")

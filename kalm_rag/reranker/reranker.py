@@ -30,6 +30,7 @@ from kalm_rag.settings import (
     Settings,
 )
 from kalm_rag.thresholds import ThresholdLike, read_limit
+from kalm_rag.utils import forks
 from kalm_rag.utils.checks import check_positive, check_string
 from kalm_rag.utils.paths import DEFAULT, user_path
 from kalm_rag.utils.progress import Progress
@@ -194,7 +195,8 @@ class KaLMReranker(RankingModel):
             CheckpointError: the model cannot be found or used.
             ValueError: there is no such way.
         """
-        from kalm_rag.scorer import reading
+        with forks.native():
+            from kalm_rag.scorer import reading
 
         changed: dict[str, Any] = {"long_passages": long_passages, "cache": self.cache}
         if long_passages == "truncate":
@@ -396,7 +398,8 @@ class KaLMReranker(RankingModel):
             StoreError: the cache's store is read-only, failed, or does not delete.
             CheckpointError: the tokenizer is needed to find windows, and is not here.
         """
-        from kalm_rag.forget import forget_texts
+        with forks.native():
+            from kalm_rag.forget import forget_texts
 
         texts = (passage.text for passage in iter_documents(documents, text))
         named = {name: self._arguments[name] for name in ("revision", "lora")}
@@ -409,7 +412,8 @@ class KaLMReranker(RankingModel):
             TypeError, ValueError: a passage is wrong; the message names its position.
             CheckpointError: the model cannot be found or used.
         """
-        from kalm_rag.windows.passages import unknown_passages
+        with forks.native():
+            from kalm_rag.windows.passages import unknown_passages
 
         return unknown_passages(self.scorer, [passage.text for passage in iter_documents(documents, text)])
 
@@ -420,7 +424,8 @@ class KaLMReranker(RankingModel):
             TypeError, ValueError: a passage is wrong; the message names its position.
             CheckpointError: the model cannot be found or used.
         """
-        from kalm_rag.windows.passages import estimate_passages
+        with forks.native():
+            from kalm_rag.windows.passages import estimate_passages
 
         return estimate_passages(self.scorer, [passage.text for passage in iter_documents(documents, text)])
 

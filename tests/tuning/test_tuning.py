@@ -468,7 +468,7 @@ def test_an_export_of_another_model_writes_nothing(tuned: Tuned, tmp_path: Path)
 @pytest.mark.usefixtures("without_comparison")
 def test_a_few_queries_on_mini(tmp_path: Path) -> None:
     recipe = Recipe(ratios=(4, 32), list_size=4, lists_per_step=4, epochs=4, warmup=2, negatives=6, depth=6, patience=9)
-    found = tune(demo_corpus(24), tmp_path / "out", model="mini", cache=None, recipe=recipe, device="cpu")
+    found = tune(small_corpus(24), tmp_path / "out", model="mini", cache=None, recipe=recipe, device="cpu")
     losses = [loss for _, loss in found.losses]
     assert np.mean(losses[-4:]) < 0.8 * np.mean(losses[:4])
     validation = [loss for _, loss in found.validation]
