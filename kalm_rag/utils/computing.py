@@ -69,7 +69,8 @@ def apart(action: Callable[[], T], device: torch.device) -> T:
 
     # Not a daemon: a thread that is killed inside of torch at the end of the process can abort it.
     thread = threading.Thread(target=run, name="kalm-rag-load")
-    thread.start()
+    if not _started(thread):
+        return action()
     try:
         return future.result()
     finally:
@@ -82,6 +83,15 @@ def _with_threads(threads: int, action: Callable[[], T]) -> T:
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
     return action()
+
+
+def _started(thread: threading.Thread) -> bool:
+    """Start a thread, unless the process has no room for one, or ends: Python 3.12 starts none then."""
+    try:
+        thread.start()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _settle(future: Future[Any], action: Callable[[], Any]) -> None:
@@ -111,16 +121,23 @@ class _Common:
     def run(self, action: Callable[[], T]) -> T:
         future: Future[T] = Future()
         call = partial(contextvars.copy_context().run, action)
-        with self._changed:
-            self._waiting.append((future, call))
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="kalm-rag-compute", daemon=True)
-                self._thread.start()
-            self._changed.notify()
+        if not self._add(future, call):
+            return action()
         try:
             return future.result()
         finally:
             future.cancel()  # where the wait was interrupted before it began
+
+    def _add(self, future: Future[Any], call: Callable[[], Any]) -> bool:
+        with self._changed:
+            if self._thread is None:
+                thread = threading.Thread(target=self._work, name="kalm-rag-compute", daemon=True)
+                if not _started(thread):
+                    return False
+                self._thread = thread
+            self._waiting.append((future, call))
+            self._changed.notify()
+            return True
 
     def _work(self) -> None:
         _here.itself = True

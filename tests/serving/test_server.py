@@ -24,6 +24,7 @@ from starlette.testclient import TestClient
 
 from kalm_rag import KaLMReranker, cli
 from kalm_rag.cache.store import StoreError
+from kalm_rag.serving import gate as gate_module
 from kalm_rag.serving.app import create_app
 from kalm_rag.serving.gate import Gate
 from kalm_rag.serving.keys import Keys
@@ -117,6 +118,9 @@ class TestLimits:
                 other.join()
             mini.scorer.turns.__enter__()
             assert "kalm_refused_requests_total 2.0" in app.state.metrics.text().decode()
+
+    def test_a_refusal_waits_as_long_as_the_page_says(self) -> None:
+        assert gate_module._PAUSE_SECONDS == 0.1
 
     def test_places_come_back_after_a_cancellation(self) -> None:
         async def use() -> None:

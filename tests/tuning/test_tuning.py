@@ -18,7 +18,7 @@ import torch
 from mteb.models.model_implementations.kalm_reranker import KaLMRerankerWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tunekit import RECIPE, demo_corpus, small_corpus
+from tunekit import RECIPE, small_corpus
 
 from kalm_rag import KaLMReranker, PassageCache
 from kalm_rag.errors import CheckpointError, MissingExtraError

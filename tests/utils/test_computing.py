@@ -105,6 +105,21 @@ def test_the_common_thread_ends_when_it_is_idle_and_starts_again(monkeypatch: py
         assert threads.submit(compute, threading.current_thread).result(10) is not first
 
 
+def test_without_room_for_a_thread_the_caller_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(self: threading.Thread) -> None:
+        msg = "can't start new thread"
+        raise RuntimeError(msg)
+
+    monkeypatch.setattr(computing, "_common", computing._Common())
+    with ThreadPoolExecutor(1) as threads:
+        own = threads.submit(threading.current_thread).result(10)
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", no_room)
+            assert threads.submit(compute, threading.current_thread).result(10) is own
+            assert threads.submit(apart, threading.current_thread, CPU).result(10) is own
+        assert threads.submit(compute, threading.current_thread).result(10) is not own
+
+
 def test_what_was_given_up_before_it_began_is_not_computed() -> None:
     """As after an interrupt: the wait of `run` ends early."""
     began, go, ran = threading.Event(), threading.Event(), []
