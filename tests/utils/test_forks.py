@@ -201,6 +201,30 @@ assert not failed, failed
     )
 
 
+@pytest.mark.parametrize("module", ["kalm_rag.scorer", "kalm_rag.windows.passages"])
+def test_a_fork_waits_for_imports_of_other_threads(module: str, checkpoint: Path, tmp_path: Path) -> None:
+    """The lock of a module that is being imported would stay held in the child."""
+    run(
+        f"""
+reranker = KaLMReranker(model, device="cpu", cache=None)
+inside = threading.Event()
+class Slow:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            inside.set()
+            time.sleep(1)
+sys.meta_path.insert(0, Slow())
+thread = threading.Thread(target=reranker.rank, args=("a query", passages[:2]))
+thread.start()
+assert inside.wait(60)
+assert in_child(lambda: len(reranker.rank("in the child", passages[:4])) == 4)
+thread.join(60)
+""",
+        checkpoint,
+        tmp_path,
+    )
+
+
 def test_a_fork_that_cannot_wait_gives_a_child_that_says_so(checkpoint: Path, tmp_path: Path) -> None:
     """Not a hang: a batch, or a write, that does not end while a fork can wait."""
     log = run(
