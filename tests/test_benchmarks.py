@@ -21,7 +21,7 @@ import report
 from kalm_rag.demo_data import load_demo
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
-STARTS_SERVERS = ("distributed.py", "remote.py", "serve.py")
+STARTS_PROCESSES = ("distributed.py", "remote.py", "serve.py", "threads.py")
 """Each takes half a minute, and what they measure has tests of its own."""
 
 
@@ -66,7 +66,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def test_script(
     script: str, tmp_path: Path, request: pytest.FixtureRequest, run: Callable[..., dict[str, Any]]
 ) -> None:
-    if script in STARTS_SERVERS and not request.config.getoption("--scripts"):
+    if script in STARTS_PROCESSES and not request.config.getoption("--scripts"):
         pytest.skip("runs under `make test-scripts`")
     if script in ("cache.py", "adapters.py"):
         assert run(script).keys() & {"samples", "samples_ms"}
