@@ -36,7 +36,7 @@ SOAK ?= 30
 soak: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest tests/serving/test_fuzz.py tests/serving/test_soak.py --bodies 10000 --soak $(SOAK) --timeout 7200 -s
 
-# The benchmark scripts, those that start servers among them.
+# The benchmark scripts, the slow ones among them.
 test-scripts: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/test_benchmarks.py --scripts
 

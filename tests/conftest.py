@@ -84,7 +84,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--faults", default=1, type=int, help="how many times more faults to inject (`make faults`: 85)")
     parser.addoption("--bodies", default=300, type=int, help="how many malformed bodies to send (`make soak`: 10000)")
     parser.addoption("--ray-serve", action="store_true", help="run the server on Ray Serve (`make test-ray-serve`)")
-    parser.addoption("--scripts", action="store_true", help="run benchmarks that start servers (`make test-scripts`)")
+    parser.addoption("--scripts", action="store_true", help="run slow benchmarks too (`make test-scripts`)")
     parser.addoption("--soak", default=0, type=float, help="minutes of mixed load on a server (`make soak`: 30)")
 
 

@@ -21,8 +21,18 @@ import report
 from kalm_rag.demo_data import load_demo
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
-STARTS_PROCESSES = ("distributed.py", "remote.py", "serve.py", "threads.py")
-"""Each takes half a minute, and what they measure has tests of its own."""
+SLOW = frozenset(
+    {
+        *("distributed.py", "remote.py", "serve.py", "threads.py", "startup.py", "gpu.py"),
+        *("warm.py", "peers.py", "latency.py", "precision.py", "memory.py", "compact.py", "cache.py"),
+    }
+)
+"""They take up to half a minute each, and what they measure has tests of its own."""
+
+
+def skip_if_slow(script: str, request: pytest.FixtureRequest) -> None:
+    if script in SLOW and not request.config.getoption("--scripts"):
+        pytest.skip("runs under `make test-scripts`")
 
 
 @pytest.fixture
@@ -66,8 +76,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def test_script(
     script: str, tmp_path: Path, request: pytest.FixtureRequest, run: Callable[..., dict[str, Any]]
 ) -> None:
-    if script in STARTS_PROCESSES and not request.config.getoption("--scripts"):
-        pytest.skip("runs under `make test-scripts`")
+    skip_if_slow(script, request)
     if script in ("cache.py", "adapters.py"):
         assert run(script).keys() & {"samples", "samples_ms"}
         return
@@ -172,7 +181,8 @@ def test_thresholds(run: Callable[..., dict[str, Any]]) -> None:
     assert profile["chosen"]["queries"] + profile["checked"]["queries"] == 12
 
 
-def test_startup(run: Callable[..., dict[str, Any]]) -> None:
+def test_startup(request: pytest.FixtureRequest, run: Callable[..., dict[str, Any]]) -> None:
+    skip_if_slow("startup.py", request)
     assert run("startup.py", "--repeats", "1")["file_bytes"] > 0
 
 
@@ -286,7 +296,8 @@ def test_runtimes_agree(family: str, tmp_path: Path) -> None:
             assert any(name in line for line in joint.missing([found]))
 
 
-def test_gpu_on_a_cpu(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_gpu_on_a_cpu(request: pytest.FixtureRequest, run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    skip_if_slow("gpu.py", request)
     found = run("gpu.py", "--device", "cpu", "--output", str(tmp_path / "out.json"))
     assert found == json.loads((tmp_path / "out.json").read_text())
     assert list(found["parts"]) == list(gpu.SHARES)

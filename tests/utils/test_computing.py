@@ -143,10 +143,9 @@ def test_what_was_given_up_before_it_began_is_not_computed() -> None:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts the threads of the system in /proc")
-@pytest.mark.parametrize("storage", ["native", "int8"])
-def test_threads_that_call_have_no_workers(storage: str) -> None:
+def test_threads_that_call_have_no_workers() -> None:
     """Workers of a second thread would make all wait; only those of the common one are there."""
-    code = f"""
+    code = """
         import os, tempfile, threading
         import torch
         torch.set_num_threads(2)
@@ -156,10 +155,10 @@ def test_threads_that_call_have_no_workers(storage: str) -> None:
         found, go = [], threading.Event()
 
         def texts_of(name):
-            return [f"{{name}} {{number}} tells how cats sleep. " * 40 for number in range(6)]
+            return [f"{name} {number} tells how cats sleep. " * 40 for number in range(6)]
 
         def call(folder, name, queries, ratio):
-            with PassageCache(folder, storage={storage!r}, keep="prefilled") as cache:
+            with PassageCache(folder, storage="int8", keep="prefilled") as cache:
                 with KaLMReranker("mini", device="cpu", cache=cache, ratio=ratio) as reranker:
                     for query in queries:
                         reranker.rank(query, texts_of(name))
@@ -174,7 +173,7 @@ def test_threads_that_call_have_no_workers(storage: str) -> None:
             while len(found) == count and thread.is_alive():
                 thread.join(0.05)
             assert len(found) == count + 1, "the call failed"
-            names = {{str(one.native_id): one.name for one in threading.enumerate()}}
+            names = {str(one.native_id): one.name for one in threading.enumerate()}
             return [names.get(one, "worker") for one in tasks() - before]
 
         with tempfile.TemporaryDirectory() as folder:
