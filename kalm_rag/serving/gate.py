@@ -7,6 +7,7 @@ import json
 import re
 import time
 import uuid
+from asyncio import sleep
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -135,7 +136,7 @@ class Gate:
             if self._paused < _MOST_PAUSED:
                 self._paused += 1
                 try:
-                    await asyncio.sleep(_PAUSE_SECONDS)
+                    await sleep(_PAUSE_SECONDS)
                 finally:
                     self._paused -= 1
             raise

@@ -119,8 +119,24 @@ class TestLimits:
             mini.scorer.turns.__enter__()
             assert "kalm_refused_requests_total 2.0" in app.state.metrics.text().decode()
 
-    def test_a_refusal_waits_as_long_as_the_page_says(self) -> None:
-        assert gate_module._PAUSE_SECONDS == 0.1
+    def test_a_refusal_waits_as_long_as_the_page_says(
+        self, mini: KaLMReranker, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        waited = []
+
+        async def sleep(seconds: float) -> None:
+            waited.append(seconds)
+
+        def refuse(_: Queue) -> None:
+            raise BusyError("full", 1.0)
+
+        monkeypatch.setattr(gate_module, "sleep", sleep)
+        monkeypatch.setattr(Queue, "check", refuse)
+        with TestClient(create_app(mini)) as client:
+            assert client.get("/health").status_code == 200
+            assert waited == []
+            assert client.post("/v2/rerank", content=b"anything").status_code == 503
+        assert waited == [0.1]
 
     def test_places_come_back_after_a_cancellation(self) -> None:
         async def use() -> None:
